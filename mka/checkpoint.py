@@ -1,0 +1,327 @@
+"""A model folder on disk: opened lazily, checked before anything is computed from it, written shard by shard."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mka.errors import CheckpointError, OutputError
+from mka.families import LAYER_KEY, Family, get_family, layer_kinds
+from mka.sums import SUMS_NAME, file_sha256, verify_sums
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_SHARD_BYTES = 5_000_000_000
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# Left behind when a folder is derived from another: weights, what describes them, and code.
+_NOT_COPIED = re.compile(
+    r"(.*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|py|index\.json)|config\.json|README\.md|" + SUMS_NAME + r"|\..*)"
+)
+_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies and what it is, without reading it. ``dtype`` is safetensors' name, e.g. "BF16"."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk in bytes."""
+        return self.parameters * _BYTES.get(self.dtype, 1)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked model folder; tensors stay on disk.
+
+    Attributes:
+        path: the folder.
+        config: config.json as read.
+        family: its architecture.
+        kinds: one tuple per layer, see `mka.families.layer_kinds`.
+        tensors: name -> `TensorInfo`, in the order of the shards.
+        verified: its files were compared with its SHA256SUMS when it was opened.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    family: Family
+    kinds: tuple[tuple[Any, ...], ...]
+    tensors: dict[str, TensorInfo]
+    verified: bool = False
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers, L."""
+        return len(self.kinds)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its weights are packed by a quantizer."""
+        return "quantization_config" in self.config
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def dtype(self) -> str:
+        """The dtype most bytes are in, by safetensors' name."""
+        totals: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.nbytes
+        return max(totals, key=lambda name: totals[name])
+
+    def layer_tensors(self, layer: int) -> dict[str, TensorInfo]:
+        """Return suffix -> tensor of one decoder layer, e.g. ``"mlp.up_proj.weight"``."""
+        prefix = f"model.layers.{layer}."
+        return {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
+
+    @property
+    def layer_nbytes(self) -> tuple[int, ...]:
+        """Bytes per decoder layer, (L,)."""
+        return tuple(sum(t.nbytes for t in self.layer_tensors(i).values()) for i in range(self.layers))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over names and contents of all files that make the model (not the card, not the sums)."""
+        listed: dict[str, str] = {}
+        if self.verified:
+            lines = (self.path / SUMS_NAME).read_text(encoding="utf-8").splitlines()
+            listed = {name: value for value, name in (line.split("  ", 1) for line in lines)}
+        names = sorted(f.name for f in self.path.iterdir() if f.is_file() and f.name not in ("README.md", SUMS_NAME))
+        pairs = [f"{listed.get(name) or file_sha256(self.path / name)}  {name}" for name in names]
+        return hashlib.sha256("\n".join(pairs).encode()).hexdigest()
+
+    @contextmanager
+    def reader(self) -> Iterator[Callable[[str], "torch.Tensor"]]:
+        """Open the shards and yield ``read(name) -> tensor``; each tensor is read when asked for."""
+        from safetensors import safe_open
+
+        with ExitStack() as stack:
+            files: dict[str, Any] = {}
+
+            def read(name: str) -> "torch.Tensor":
+                file = self.tensors[name].file
+                if file not in files:
+                    files[file] = stack.enter_context(safe_open(self.path / file, framework="pt"))
+                return files[file].get_tensor(name)
+
+            yield read
+
+
+def open_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
+    """Open a folder and check that it is whole, consistent and supported.
+
+    Args:
+        path: folder with config.json and model.safetensors, or shards with their index.
+        verify: compare files with the folder's SHA256SUMS where it has one (a flipped bit inside a tensor shows
+            only there).
+
+    Raises:
+        CheckpointError: if anything is missing, truncated, altered, unsupported, or if config and weights disagree
+            on the number of layers.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such model folder")
+    config = _read_json(path / "config.json")
+    family = get_family(config.get("model_type"), str(path))
+    files = _weight_files(path)
+    verified = verify and verify_sums(path)
+    tensors = {t.name: t for file in files for t in _read_header(path, file)}
+    kinds = _kinds(path, config, family, tensors)
+    return Checkpoint(path, config, family, kinds, tensors, verified)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: {path.name} is missing; is this a model folder?") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(body, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return body
+
+
+def _weight_files(path: Path) -> list[str]:
+    if (path / INDEX).exists():
+        weight_map = _read_json(path / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{path / INDEX}: has no weight_map")
+        files = sorted(set(weight_map.values()))
+    else:
+        files = [SINGLE]
+    missing = [file for file in files if not (path / file).is_file()]
+    if missing:
+        other = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        hint = f"; found {other[0]}, but only safetensors are read" if other else "; fetch the model again"
+        raise CheckpointError(f"{path}: missing shard {missing[0]} ({len(missing)} of {len(files)} missing){hint}")
+    return files
+
+
+def _read_header(path: Path, file: str) -> Iterator[TensorInfo]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path / file, framework="numpy") as shard:
+            for name in shard.keys():  # noqa: SIM118 - not a mapping
+                part = shard.get_slice(name)
+                yield TensorInfo(name, file, part.get_dtype(), tuple(part.get_shape()))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path / file}: damaged or truncated safetensors shard ({error}); fetch the model again"
+        ) from None
+
+
+def _kinds(
+    path: Path, raw: dict[str, Any], family: Family, tensors: dict[str, TensorInfo]
+) -> tuple[tuple[Any, ...], ...]:
+    from transformers import AutoConfig
+
+    found = {int(match[1]) for name in tensors if (match := LAYER_KEY.match(name))}
+    claimed = raw.get("num_hidden_layers")
+    if found != set(range(claimed if isinstance(claimed, int) else -1)):
+        raise CheckpointError(
+            f"{path}: config.json says num_hidden_layers={claimed}, the checkpoint holds {len(found)} layers"
+            f"{f' (0 to {max(found)})' if found else ''}; the two must agree"
+        )
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:
+        raise CheckpointError(f"{path}: config.json is refused: {' '.join(str(error).split())[:300]}") from None
+    return layer_kinds(config, family)
+
+
+@contextmanager
+def publish(output: str | Path, *, needed_bytes: int = 0) -> Iterator[Path]:
+    """Yield an empty folder beside ``output``; rename it into place when the block ends without an exception.
+
+    Nothing is left behind when it does not: ``output`` either holds the whole result or does not exist.
+
+    Args:
+        output: the folder to publish; must not exist.
+        needed_bytes: refuse early if the disk has less room than this.
+
+    Raises:
+        OutputError: if ``output`` exists, cannot be written, or the disk is full.
+    """
+    output = Path(output)
+    if output.exists():
+        raise OutputError(f"output {output} exists; choose another folder or remove it")
+    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(output.parent).free
+        if needed_bytes > free:
+            raise OutputError(
+                f"disk full: {output} needs {needed_bytes / 1e6:,.0f} MB, {output.parent} has {free / 1e6:,.0f} MB free"
+            )
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        os.replace(partial, output)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(f"disk full while writing {output}; free some space and run again") from None
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise OutputError(f"output {output} appeared while it was being written; nothing was replaced") from None
+        if isinstance(error, PermissionError | NotADirectoryError) or error.errno == errno.EROFS:
+            raise OutputError(f"output {output} cannot be written: {error.strerror}") from None
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what belongs to a model beside its weights and config: tokenizer, generation config, licence."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not _NOT_COPIED.fullmatch(file.name):
+            shutil.copyfile(file, target / file.name)
+
+
+def write_tensors(
+    folder: Path,
+    specs: Sequence[TensorInfo],
+    tensors: Iterable["torch.Tensor"],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Stream tensors into safetensors shards, one tensor in memory at a time.
+
+    Shapes and dtypes are known beforehand, so each shard's header is written first and its tensors follow.
+
+    Args:
+        folder: where the shards go.
+        specs: name, dtype and shape of each tensor, in order (``file`` is ignored).
+        tensors: the tensors themselves, in the same order.
+        max_shard_bytes: a shard is closed before it would exceed this.
+    """
+    shards: list[list[TensorInfo]] = [[]]
+    for spec in specs:
+        if shards[-1] and sum(s.nbytes for s in shards[-1]) + spec.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(spec)
+    count = len(shards)
+    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    stream = iter(tensors)
+    for name, shard in zip(names, shards):
+        _write_shard(folder / name, shard, stream)
+    if count > 1:
+        index = {
+            "metadata": {"total_size": sum(s.nbytes for s in specs)},
+            "weight_map": {s.name: name for name, shard in zip(names, shards) for s in shard},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shard(path: Path, specs: Sequence[TensorInfo], tensors: Iterator["torch.Tensor"]) -> None:
+    import torch
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for spec in specs:
+        header[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format aligns tensor data to 8 bytes
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)))
+        file.write(encoded)
+        for spec in specs:
+            tensor = next(tensors)
+            expected = _TORCH_NAMES.get(spec.dtype)
+            if tuple(tensor.shape) != spec.shape or (expected and tensor.dtype != getattr(torch, expected)):
+                raise CheckpointError(f"{spec.name}: {tuple(tensor.shape)} {tensor.dtype}, planned {spec}")
+            file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))

@@ -1,0 +1,54 @@
+"""Refusals: what failed, what was given, what is allowed, what to do. One line each, exit code 2."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MkaError(Exception):
+    """Base of every refusal this project raises on purpose; its message is one line a person can act on."""
+
+    exit_code = 2
+
+
+class RecipeError(MkaError):
+    """A recipe, option or target that cannot be accepted."""
+
+
+class CheckpointError(MkaError):
+    """A model folder that is missing, damaged, inconsistent or of an unsupported architecture."""
+
+
+class CalibrationError(MkaError):
+    """A calibration set that is empty, unreadable, too small or overlaps the evaluation sets."""
+
+
+class NumericsError(MkaError):
+    """A quantity that came out NaN, infinite or outside its range."""
+
+
+class PlanError(MkaError):
+    """A merge plan that is not well formed or does not fit its checkpoint."""
+
+
+class OutputError(MkaError):
+    """A place that cannot be written: it exists, is not writable, or the disk is full."""
+
+
+class GuardError(MkaError):
+    """A table at the door of a stage that fails its expectations."""
+
+
+class RegistryError(MkaError):
+    """A model registry that cannot be reached or does not hold what it should."""
+
+
+class GateRefused(MkaError):
+    """The candidate was measured and the gate did not let it pass."""
+
+    exit_code = 1
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """Return ``" (did you mean 'x'?)"`` for the allowed name closest to ``given``, or an empty string."""
+    matches = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""

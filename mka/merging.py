@@ -1,0 +1,177 @@
+"""Execute a plan: source checkpoint in, stock folder out, one tensor in memory at a time.
+
+Merging is linear, ``theta_c = sum_i w_i theta_i`` (MKA, arXiv 2406.16330), after the gain g of each RMSNorm is moved
+into the linear layers that read it. That move is exact, ``W (g * x) = (W diag(g)) x``, and makes the sum meaningful:
+otherwise one layer's gains would scale another layer's weights.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mka.checkpoint import MAX_SHARD_BYTES, Checkpoint, TensorInfo, copy_companions, publish, write_tensors
+from mka.errors import CheckpointError, NumericsError, PlanError
+from mka.families import LAYER_KEY, Family
+from mka.plan import LayerRecipe, MergePlan
+from mka.sums import write_sums
+
+if TYPE_CHECKING:
+    import torch
+
+Read = Callable[[str], "torch.Tensor"]
+
+
+def check_plan_fits(plan: MergePlan, source: Checkpoint) -> None:
+    """Refuse a plan that was made for another model.
+
+    Raises:
+        PlanError: if the layer counts differ or a merge mixes kinds of layers.
+        CheckpointError: if the checkpoint is already quantized.
+    """
+    if source.is_quantized:
+        raise CheckpointError(f"{source.path}: weights are already quantized; merge the original checkpoint instead")
+    if plan.layers_in != source.layers:
+        raise PlanError(f"plan is for {plan.layers_in} layers, {source.path} has {source.layers}")
+    planned = plan.base.get("digest")
+    if planned and planned != source.digest:
+        raise PlanError(f"plan was made for digest {planned[:12]}…, {source.path} has {source.digest[:12]}…; plan again")
+    for layer in plan.merged:
+        if len({source.kinds[i] for i in layer.sources}) > 1:
+            kinds = ", ".join(f"{i}: {'/'.join(map(str, source.kinds[i]))}" for i in layer.sources)
+            raise PlanError(f"layers of different kinds cannot be merged ({kinds})")
+
+
+def combine_layers(layer: LayerRecipe, suffix: str, family: Family, read: Callable[[int, str], "torch.Tensor"]) -> Any:
+    """Compute one tensor of an output layer.
+
+    Args:
+        layer: source layers and weights.
+        suffix: tensor name within a layer, e.g. ``"mlp.up_proj.weight"``.
+        family: tells which norm gains are folded into which linear layers.
+        read: ``read(source layer, suffix) -> tensor``.
+
+    Returns:
+        The tensor in its own dtype: untouched bytes for a copy, else a float32 weighted sum cast back.
+    """
+    import torch
+
+    active = [(i, w) for i, w in zip(layer.sources, layer.weights) if w != 0.0]
+    if len(active) == 1 and active[0][1] == 1.0:
+        return read(active[0][0], suffix)
+    module, _, kind = suffix.rpartition(".")
+    if module in family.folds and kind == "weight":
+        like = read(active[0][0], suffix)
+        return torch.full_like(like, 1.0 - family.gain_offset)
+    norm = next((n for n, readers in family.folds.items() if module in readers and kind == "weight"), None)
+    total: torch.Tensor | None = None
+    dtype = None
+    for index, weight in active:
+        value = read(index, suffix)
+        dtype = value.dtype
+        value = value.to(torch.float32)
+        if norm is not None:
+            gain = read(index, f"{norm}.weight").to(torch.float32) + family.gain_offset
+            value = value * gain  # (out, in) * (in,)
+        total = value.mul(weight) if total is None else total.add_(value, alpha=weight)
+    assert total is not None and dtype is not None
+    return total.to(dtype)
+
+
+def plan_tensors(layers: Sequence[LayerRecipe], source: Checkpoint) -> list[tuple[TensorInfo, LayerRecipe | None, str]]:
+    """List the output's tensors in the source's order: what each is, the recipe of its layer, its name or suffix."""
+    suffixes = [source.layer_tensors(i) for i in range(source.layers)]
+    planned: list[tuple[TensorInfo, LayerRecipe | None, str]] = []
+    done = False
+    for name, info in source.tensors.items():
+        if not LAYER_KEY.match(name):
+            planned.append((info, None, name))
+            continue
+        if done:
+            continue
+        done = True
+        for position, layer in enumerate(layers):
+            shapes = {i: {s: (t.shape, t.dtype) for s, t in suffixes[i].items()} for i in layer.sources}
+            first = shapes[layer.sources[0]]
+            if any(other != first for other in shapes.values()):
+                raise PlanError(f"layers {list(layer.sources)} hold different tensors or shapes and cannot be merged")
+            for suffix, (shape, dtype) in first.items():
+                target = TensorInfo(f"model.layers.{position}.{suffix}", "", dtype, shape)
+                planned.append((target, layer, suffix))
+    return planned
+
+
+def cut_config(
+    config: Mapping[str, Any], kinds: Sequence[tuple[Any, ...]], family: Family, layers: Sequence[LayerRecipe]
+) -> dict[str, Any]:
+    """Return config.json for the output: layer count and every per-layer list follow the layers kept.
+
+    Lists that the source left implicit (Gemma's alternating pattern) are written out, since the pattern they were
+    derived from no longer holds.
+    """
+    cut = dict(config)
+    cut["num_hidden_layers"] = len(layers)
+    for position, name in enumerate(family.per_layer_config):
+        if kinds[0][position] is not None:
+            cut[name] = [kinds[layer.sources[0]][position] for layer in layers]
+    return cut
+
+
+def merge_checkpoint(
+    plan: MergePlan,
+    source: Checkpoint,
+    output: str | Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    on_tensor: Callable[[int], Any] | None = None,
+    verify: Callable[[Path], Any] | None = None,
+) -> Any:
+    """Write the planned model as a stock folder; publish it only once it is whole.
+
+    Args:
+        plan: what to make.
+        source: the base checkpoint.
+        output: folder to publish; must not exist.
+        max_shard_bytes: largest shard.
+        on_tensor: called with the bytes of each tensor written (for a progress bar).
+        verify: called with the finished folder before it is published; an exception from it publishes nothing.
+
+    Returns:
+        What ``verify`` returned.
+
+    Raises:
+        PlanError: if plan and checkpoint do not fit.
+        NumericsError: if a merged tensor is not finite.
+        OutputError: if the folder cannot be written.
+    """
+    check_plan_fits(plan, source)
+    planned = plan_tensors(plan.layers, source)
+    total = sum(info.nbytes for info, _, _ in planned)
+    with publish(output, needed_bytes=total + 64_000_000) as partial:
+        with source.reader() as read:
+            specs = [info for info, _, _ in planned]
+            write_tensors(partial, specs, _stream(planned, source.family, read, on_tensor), max_shard_bytes)
+        config = cut_config(source.config, source.kinds, source.family, plan.layers)
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        copy_companions(source.path, partial)
+        result = verify(partial) if verify else None
+        write_sums(partial)
+        return result
+
+
+def _stream(
+    planned: Sequence[tuple[TensorInfo, LayerRecipe | None, str]],
+    family: Family,
+    read: Read,
+    on_tensor: Callable[[int], Any] | None,
+) -> Iterator["torch.Tensor"]:
+    for info, layer, name in planned:
+        if layer is None:
+            tensor = read(name)
+        else:
+            tensor = combine_layers(layer, name, family, lambda i, suffix: read(f"model.layers.{i}.{suffix}"))
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise NumericsError(f"{info.name}: NaN or infinite weights; the source checkpoint is damaged")
+        yield tensor
+        if on_tensor:
+            on_tensor(info.nbytes)

@@ -1,0 +1,108 @@
+"""Compressors: one file each, behind one seam. `get_method` imports the file when it is asked for."""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from mka.errors import RecipeError, nearest
+from mka.plan import LayerRecipe, MergePlan
+from mka.recipe import Section, explain_validation
+from mka.states import HiddenStates, LayerScores
+
+# A row per method: the name in recipes, and the module that holds its METHOD.
+_METHODS = {
+    "mka": "mka.methods.mka",
+    "reference_code": "mka.methods.reference_code",
+    "shortgpt": "mka.methods.shortgpt",
+}
+
+HIDDEN_STATES = "hidden_states"
+REOBSERVE = "reobserve"
+DIVERGENCE = "divergence"
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a plan has to reach: remaining layers, and how many stay untouched at either end."""
+
+    layers_out: int
+    protect_first: int = 0
+    protect_last: int = 0
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a method may look at; only what its ``needs`` asked for is there.
+
+    Attributes:
+        layers: L of the base model.
+        kinds: one value per layer; layers of different kinds are never merged.
+        states: hidden states of the base.
+        reobserve: hidden states of a partly merged model, given its output layers.
+        divergence: KL(base || model made of these output layers) on calibration tokens, nats per token.
+        on_progress: called with the number of units done, for a progress bar.
+    """
+
+    layers: int
+    kinds: Sequence[Any]
+    states: HiddenStates | None = None
+    reobserve: Callable[[Sequence[LayerRecipe]], HiddenStates] | None = None
+    divergence: Callable[[Sequence[LayerRecipe]], float] | None = None
+    on_progress: Callable[[int], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One compressor.
+
+    Attributes:
+        name: as recipes spell it.
+        summary: one line for `mka methods`.
+        label: one line that goes into plan, report and card.
+        source: where the formula comes from.
+        settings: its settings, a closed pydantic section.
+        needs: which parts of `Evidence` it wants under given settings.
+        score: what it thinks of the layers; None if it does not look.
+        plan: evidence, scores, aim and settings to a plan.
+    """
+
+    name: str
+    summary: str
+    label: str
+    source: str
+    settings: type[Section]
+    plan: Callable[[Evidence, LayerScores | None, Aim, Any], MergePlan]
+    needs: Callable[[Any], frozenset[str]] = field(default=lambda settings: frozenset())
+    score: Callable[[Evidence, Any], LayerScores] | None = None
+
+
+def method_names() -> list[str]:
+    """Names of all methods."""
+    return list(_METHODS)
+
+
+def get_method(name: str) -> Method:
+    """Return a method by name.
+
+    Raises:
+        RecipeError: if there is no such method; the nearest name is suggested.
+    """
+    if name not in _METHODS:
+        raise RecipeError(f"unknown method {name!r}{nearest(name, _METHODS)}; methods: {', '.join(_METHODS)}")
+    return importlib.import_module(_METHODS[name]).METHOD
+
+
+def method_settings(name: str, given: Mapping[str, Any], where: str = "method") -> Any:
+    """Validate a method's settings.
+
+    Raises:
+        RecipeError: on an unknown method, key or value.
+    """
+    model = get_method(name).settings
+    try:
+        return model.model_validate(dict(given))
+    except ValidationError as error:
+        raise RecipeError(explain_validation(error, model, f"{where}: settings of method {name!r}")) from None

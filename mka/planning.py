@@ -1,0 +1,150 @@
+"""From scores to groups and weights. Pure: numbers in, output layers out."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mka.errors import PlanError, RecipeError
+from mka.plan import LayerRecipe, Step, identity_layers, keep_layers
+
+
+def resolve_target(
+    layers_in: int,
+    layer_bytes: Sequence[int],
+    total_bytes: int,
+    *,
+    layers: int | None = None,
+    layer_ratio: float | None = None,
+    size_ratio: float | None = None,
+) -> int:
+    """Turn a target into a number of remaining layers.
+
+    A layer ratio is rounded to the nearest layer; a size ratio keeps as many layers as still save at least
+    that share of the bytes, counting the average layer.
+
+    Args:
+        layers_in: L of the base model.
+        layer_bytes: bytes per layer, (L,).
+        total_bytes: bytes of the whole checkpoint.
+        layers: remaining layers, given directly.
+        layer_ratio: ``1 - layers out / layers in``.
+        size_ratio: ``1 - bytes out / bytes in``.
+
+    Raises:
+        RecipeError: if the target is below 1, above ``layers_in``, or cannot be reached by removing layers.
+    """
+    if layers is not None:
+        if not 1 <= layers <= layers_in:
+            raise RecipeError(f"target of {layers} layers: the model has {layers_in}; allowed: 1 to {layers_in}")
+        return layers
+    if layer_ratio is not None:
+        return max(1, round(layers_in * (1.0 - layer_ratio)))
+    if size_ratio is None:
+        raise RecipeError("target: one of layers, layer_ratio, size_ratio must be given")
+    average = sum(layer_bytes) / layers_in
+    removed = int(np.ceil(size_ratio * total_bytes / average - 1e-9))
+    if removed > layers_in - 1:
+        most = (layers_in - 1) * average / total_bytes
+        raise RecipeError(
+            f"target size_ratio {size_ratio}: the layers hold {sum(layer_bytes) / total_bytes:.0%} of the bytes and "
+            f"one must remain; at most {most:.3f} can be reached by depth alone"
+        )
+    return layers_in - removed
+
+
+def _refuse_unreachable(layers_out: int, reached: int, protect_first: int, protect_last: int) -> None:
+    if reached > layers_out:
+        raise PlanError(
+            f"target of {layers_out} layers cannot be reached: no mergeable pair is left at {reached} layers with the "
+            f"first {protect_first} and last {protect_last} protected; protect fewer layers or aim higher"
+        )
+
+
+def merge_adjacent(
+    similarity: np.ndarray,
+    layers_out: int,
+    *,
+    kinds: Sequence[Any],
+    protect_first: int,
+    protect_last: int,
+    choose_weight: Callable[[Sequence[LayerRecipe], int, float], float],
+    rescore: Callable[[Sequence[LayerRecipe]], np.ndarray] | None = None,
+    on_merge: Callable[[], Any] | None = None,
+) -> tuple[tuple[LayerRecipe, ...], tuple[Step, ...]]:
+    """Merge the most similar adjacent groups, one pair at a time, until ``layers_out`` remain.
+
+    A group is represented by its last layer: what a merged layer has to reproduce is the hidden state after the
+    group. Ties go to the deeper pair. Merging group a (weights a_i) with group b by weight w gives
+    ``w * a_i`` and ``(1 - w) * b_j``, so weights stay a convex combination of source layers.
+
+    Args:
+        similarity: (L, L) between source layers, high means alike.
+        layers_out: groups to stop at.
+        kinds: one value per source layer; only equal kinds merge.
+        protect_first: layers at the start left alone.
+        protect_last: layers at the end left alone.
+        choose_weight: ``(layers so far, position of the left group, similarity) -> weight of the left group``.
+        rescore: if given, called with the layers after each merge; returns their similarity matrix
+            (groups, groups). Without it the source layers' matrix is used throughout (one-shot).
+        on_merge: called after each merge (for a progress bar).
+
+    Raises:
+        PlanError: if protection and kinds leave no pair to merge before the target is reached.
+    """
+    count = similarity.shape[0]
+    layers = list(identity_layers(count))
+    steps: list[Step] = []
+    current = similarity
+    while len(layers) > layers_out:
+        candidates = [
+            p
+            for p in range(len(layers) - 1)
+            if layers[p].sources[0] >= protect_first
+            and layers[p + 1].sources[-1] < count - protect_last
+            and kinds[layers[p].sources[0]] == kinds[layers[p + 1].sources[0]]
+        ]
+        if not candidates:
+            _refuse_unreachable(layers_out, len(layers), protect_first, protect_last)
+        if rescore and steps:
+            current = rescore(layers)
+            scores = {p: float(current[p, p + 1]) for p in candidates}
+        else:
+            scores = {p: float(current[layers[p].sources[-1], layers[p + 1].sources[-1]]) for p in candidates}
+        best = max(candidates, key=lambda p: (scores[p], p))
+        weight = choose_weight(layers, best, scores[best])
+        left, right = layers[best], layers[best + 1]
+        steps.append(Step(left.sources, right.sources, scores[best], weight))
+        layers[best : best + 2] = [join_layers(left, right, weight)]
+        if on_merge:
+            on_merge()
+    return tuple(layers), tuple(steps)
+
+
+def join_layers(left: LayerRecipe, right: LayerRecipe, weight: float) -> LayerRecipe:
+    """Merge two groups: ``weight`` of the left, the rest of the right."""
+    weights = tuple(weight * w for w in left.weights) + tuple((1.0 - weight) * w for w in right.weights)
+    return LayerRecipe(left.sources + right.sources, weights)
+
+
+def delete_least_important(
+    importance: np.ndarray, layers_out: int, *, protect_first: int, protect_last: int
+) -> tuple[tuple[LayerRecipe, ...], tuple[Step, ...]]:
+    """Delete the layers of least importance; ties go to the deeper layer.
+
+    Args:
+        importance: (L,), low means removable.
+        layers_out: layers to keep.
+        protect_first: layers at the start that are kept.
+        protect_last: layers at the end that are kept.
+
+    Raises:
+        PlanError: if protection leaves too few layers to delete.
+    """
+    count = importance.shape[0]
+    free = range(protect_first, max(protect_first, count - protect_last))
+    remove = count - layers_out
+    _refuse_unreachable(layers_out, count - min(remove, len(free)), protect_first, protect_last)
+    order = sorted(free, key=lambda i: (importance[i], -i))[:remove]
+    steps = tuple(Step((i,), (), float(importance[i]), 0.0) for i in order)
+    return keep_layers([i for i in range(count) if i not in order]), steps

