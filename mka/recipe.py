@@ -54,6 +54,7 @@ class CalibrationSettings(Section):
     max_tokens: int = Field(64, ge=2, description="Tokens kept of each text")
     pooling: Literal["last", "mean"] = Field("last", description="How one text's hidden states become one vector")
     batch_size: int = Field(16, ge=1, description="Texts per forward pass")
+    search_tokens: int = Field(1024, ge=32, description="Tokens a line search or other loss oracle is measured on")
 
 
 class MethodChoice(Section):
@@ -104,6 +105,9 @@ class EvaluationSettings(Section):
     )
     tasks_folder: Path | None = Field(
         Path("data/prepared/evaluation"), description="Tables of the tasks; null downloads them from the hub by name"
+    )
+    overlap_index: Path | None = Field(
+        Path("data/prepared/evaluation_texts.jsonl"), description="Texts no calibration set may contain; null: only `text`"
     )
     shots: int = Field(0, ge=0, description="Few-shot examples per item")
     batch_size: int = Field(8, ge=1)

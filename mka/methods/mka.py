@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from mka.diffusion import diffusion_map
-from mka.errors import PlanError
+from mka.errors import NumericsError, PlanError
 from mka.information import npib_matrix
 from mka.methods import DIVERGENCE, HIDDEN_STATES, REOBSERVE, Aim, Evidence, Method
 from mka.plan import MergePlan
@@ -22,7 +22,9 @@ from mka.states import HiddenStates, LayerScores
 class Settings(Section):
     """Settings of MKA."""
 
-    kernel_exponent: float = Field(2.0, gt=0, le=2, description="p of exp(-(d/sigma)^p); the authors' code uses 0.5")
+    kernel_exponent: float = Field(
+        0.5, gt=0, le=2, description="p of exp(-(d/sigma)^p); 2 is Gaussian and breaks on massive activations"
+    )
     bandwidth: Literal["median"] | float = Field("median", description="sigma: 'median' distance, or a number")
     alpha: float = Field(0.5, ge=0, le=1, description="Density normalisation; 1 removes sampling density")
     coordinates: int = Field(2, ge=1, le=3, description="Diffusion coordinates K; k-NN information saturates above 3")
@@ -55,17 +57,20 @@ DEFAULT_GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 def embed_layers(states: HiddenStates, settings: Settings) -> np.ndarray:
     """Diffusion coordinates of every layer output, (L, N, K)."""
-    maps = [
-        diffusion_map(
-            layer.astype(np.float64),
-            coordinates=settings.coordinates,
-            exponent=settings.kernel_exponent,
-            bandwidth=settings.bandwidth,
-            alpha=settings.alpha,
-        )
-        for layer in states.outputs
-    ]
-    return np.stack([m.coordinates for m in maps])
+    embedded = []
+    for index, layer in enumerate(states.outputs):
+        try:
+            embedding = diffusion_map(
+                layer.astype(np.float64),
+                coordinates=settings.coordinates,
+                exponent=settings.kernel_exponent,
+                bandwidth=settings.bandwidth,
+                alpha=settings.alpha,
+            )
+        except NumericsError as error:
+            raise NumericsError(f"layer {index}: {error}") from None
+        embedded.append(embedding.coordinates)
+    return np.stack(embedded)
 
 
 def score(evidence: Evidence, settings: Settings) -> LayerScores:

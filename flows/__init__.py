@@ -1,0 +1,26 @@
+"""Flows: the story of a recompression, top to bottom.
+
+Importing this package settles the environment of the libraries before any of them is imported: no telemetry, a private
+Prefect home in the work folder for runs without a server, and enough patience for its first start.
+"""
+
+import os
+
+from tasks.workplace import find_workplace
+
+_WORK = find_workplace().work
+for _name, _value in {
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "GX_ANALYTICS_ENABLED": "false",
+    "DVC_NO_ANALYTICS": "1",
+    "PREFECT_HOME": str(_WORK / "prefect"),
+    # The first start creates a database, which takes longer than Prefect's default of 20 s on a small machine.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
+    "PREFECT_CLI_COLORS": "false",
+    # Data sets are read from tables in this project; the cache of what lm-eval makes of them belongs to the work folder.
+    "HF_DATASETS_CACHE": str(_WORK / "datasets"),
+    "TOKENIZERS_PARALLELISM": "false",
+}.items():
+    os.environ.setdefault(_name, _value)

@@ -1,0 +1,191 @@
+"""Recompress one model: data -> observe -> score -> plan -> merge -> quantize -> evaluate -> gate -> register.
+
+    python -m flows.recompress recipes/smollm2_135m.yaml
+    python -m flows.recompress recipes/smollm2_135m.yaml --set target.layers=26
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from mka.errors import GateRefused, MkaError
+from mka.products import Product
+from mka.recipe import Recipe, load_recipe
+from mka.stages import needs_hidden_states
+from tasks import guard
+from tasks.base_model import fetch_base_model
+from tasks.calibration import read_tables, select_calibration
+from tasks.compression import MODEL_FOLDER, PLAN_FILE, Job, merge, observe, plan, quantize, score
+from tasks.evaluation import decide_gate, evaluate
+from tasks.pages import publish_artifacts, print_summary
+from tasks.registry import as_facts, reach_registry, register
+from tasks.reporting import Evidence, report
+from tasks.workplace import Workplace, find_workplace
+
+
+@dataclass
+class Log:
+    """What a run did, for last_run.json and the terminal: facts grow stage by stage."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def stage(self, name: str, seconds: float, reused: bool, why: str) -> None:
+        """Note one stage and say so on the terminal."""
+        self.facts.setdefault("stages", {})[name] = {"seconds": seconds, "reused": reused, "why": why}
+        took = "reused" if reused else f"{seconds:6.1f} s"
+        print(f"{name:<20} {took:>9}  {why}", file=sys.stderr, flush=True)
+
+    def product(self, name: str, product: Product) -> Product:
+        """Note one stage's result."""
+        self.stage(name, product.seconds, product.reused, product.why)
+        return product
+
+
+def name_run() -> str:
+    """Name a run after its recipe and the time, e.g. ``smollm2-135m-20260101-120000``."""
+    stem = Path(str(flow_run.parameters.get("recipe", "recipe"))).stem
+    return f"{re.sub(r'[^a-z0-9]+', '-', stem.lower())}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+
+
+@flow(name="recompress", flow_run_name=name_run, validate_parameters=False)
+def recompress(recipe: str, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Recompress the model a recipe names.
+
+    Args:
+        recipe: path of the recipe, relative to the project's root or absolute.
+        overrides: dotted recipe keys and their values, e.g. ``{"target.layers": 26}``.
+
+    Returns:
+        The facts of the run, as written to ``data/work/last_run.json``.
+
+    Raises:
+        MkaError: if anything is refused; nothing is registered then.
+        GateRefused: if the candidate was measured and does not keep enough of its base.
+    """
+    place = find_workplace()
+    log = Log({"recipe": recipe, "run": str(flow_run.name), "started": datetime.now(UTC).isoformat(timespec="seconds")})
+    started = time.perf_counter()
+    try:
+        walk(place, load_recipe(place.path(Path(recipe)), overrides), log)
+        log.facts["status"] = "completed"
+    except GateRefused as error:
+        log.facts |= {"status": "refused", "error": str(error)}
+        raise
+    except BaseException as error:
+        log.facts |= {"status": "failed", "error": str(error)}
+        raise
+    finally:
+        log.facts["seconds"] = round(time.perf_counter() - started, 3)
+        write_last_run(place, log.facts)
+    return log.facts
+
+
+def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
+    """The road, top to bottom; every stage is stored and reused by content."""
+    log.facts["name"] = recipe.name
+    reach_registry(place, recipe)
+    base = fetch_base_model(place, recipe.model)
+    log.facts["base"] = base["path"]
+    log.stage("base model", base["seconds"], base["reused"], f"{recipe.model.label} at {base['revision']}")
+    job = Job(place, recipe, base, str(flow_run.name))
+
+    versions, tables = read_tables(place, recipe)
+    log.product("tables", tables)
+    calibration = log.product("calibration", select_calibration(place, recipe, versions, tables, job.run))
+    scores = None
+    if needs_hidden_states(recipe.method):
+        states = log.product("observe", observe(job, calibration))
+        scores = log.product("score", score(job, states))
+    planned = log.product("plan", plan(job, calibration, scores))
+    log.facts["plan"] = str(planned.folder / PLAN_FILE)
+    merged = log.product("merge", merge(job, planned))
+    candidate = merged
+    if recipe.quantize.scheme != "off":
+        candidate = log.product("quantize", quantize(job, merged))
+    log.facts["candidate"] = str(candidate.folder / MODEL_FOLDER)
+
+    measured = candidate.facts | {"path": log.facts["candidate"]}
+    before = log.product("evaluate base", evaluate(job, "base", base, versions, tables))
+    after = log.product("evaluate candidate", evaluate(job, "candidate", measured, versions, tables))
+    gate = log.product("gate", decide_gate(job, before, after))
+    log.facts["verdict"] = gate.facts["verdict"]
+    evidence = Evidence(tables, calibration, scores, planned, candidate, before, after, gate)
+    page = log.product("report", report(job, evidence, {n: s["seconds"] for n, s in log.facts["stages"].items()}))
+    log.facts["report"] = str(page.folder / "report.html")
+    log.facts["checks"] = str(guard.build_docs(place.checks))
+
+    clock = time.perf_counter()
+    registration = register(job, evidence, page)
+    why = "found in the registry" if registration.reused else f"verdict {gate.facts['verdict']}"
+    log.stage("register", round(time.perf_counter() - clock, 3), registration.reused, why)
+    log.facts |= {"registry": as_facts(registration), "mlflow_run_id": registration.run_id}
+    log.facts |= {"registered_name": registration.name, "registered_version": registration.version}
+    publish_artifacts(job, evidence, page)
+    print_summary(job, evidence, log.facts)
+    if gate.facts["verdict"] == "fail":
+        raise GateRefused(f"gate refused {recipe.name}; nothing was registered. Evidence: {log.facts['report']}")
+
+
+def write_last_run(place: Workplace, facts: dict[str, Any]) -> None:
+    """Replace last_run.json in one step, so that a reader never sees half of it."""
+    place.work.mkdir(parents=True, exist_ok=True)
+    partial = place.last_run.with_name(f".{place.last_run.name}.{os.getpid()}")
+    partial.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, place.last_run)
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Read the command line: a recipe and ``--set key=value`` overrides."""
+    import argparse
+
+    import yaml
+
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.recompress",
+        description="Recompress a model: observe, merge, quantize, evaluate, gate, register.",
+        epilog="example: python -m flows.recompress recipes/smollm2_135m.yaml --set target.layers=26",
+    )
+    parser.add_argument("recipe", help="recipe file (YAML)")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a recipe key, e.g. target.layers=26"
+    )
+    given = parser.parse_args(arguments)
+    overrides = {}
+    for item in given.set:
+        key, separator, value = item.partition("=")
+        if not separator:
+            parser.error(f"--set wants KEY=VALUE, got {item!r}")
+        overrides[key] = yaml.safe_load(value)
+    return given.recipe, overrides
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the flow on this machine; refusals are one line on stderr and a non-zero exit."""
+    given, overrides = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    recipe = Path(given).resolve()
+    try:
+        load_recipe(recipe, overrides)
+        recompress(str(recipe), overrides)
+    except MkaError as error:
+        print(f"recompress: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"\nrecompress: interrupted; finished stages are kept, resume with the same command", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    # The run's page keeps Prefect's own log; the terminal shows stages and refusals instead.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""The gate: is enough of the base left? Decided on bounds of recovery, not on point estimates."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtr, stdtrit
+
+from mka.errors import GuardError, NumericsError
+from mka.evaluate import pair_scores
+from mka.measurements import EvalReport, Score
+from mka.recipe import GateSettings
+
+Verdict = Literal["pass", "fail", "undecided"]
+CONFIDENCE = 0.95
+# Resamples held in memory at once: a block is at most about 8 million indices.
+_BLOCK = 8_000_000
+
+
+@dataclass(frozen=True)
+class GateCheck:
+    """One recovery against its threshold.
+
+    Attributes:
+        name: "perplexity SOURCE" or "tasks".
+        recovery: point estimate, 1 = as good as the base.
+        lower: one-sided 95 % lower confidence bound.
+        upper: one-sided 95 % upper confidence bound; infinite if resamples leave the base without a solved item.
+        threshold: smallest acceptable recovery.
+        verdict: "pass" if lower >= threshold, "fail" if upper < threshold, else "undecided".
+        n: windows or items behind it.
+    """
+
+    name: str
+    recovery: float
+    lower: float
+    upper: float
+    threshold: float
+    verdict: Verdict
+    n: int
+
+
+@dataclass(frozen=True)
+class GateDecision:
+    """The verdict and the numbers it rests on.
+
+    Attributes:
+        verdict: "fail" if any check fails, else "undecided" if any is undecided, else "pass".
+        checks: one per held-out source, and one over all tasks.
+        confidence: of each one-sided bound.
+        resamples: bootstrap resamples.
+        seed: of the resampling.
+    """
+
+    verdict: Verdict
+    checks: tuple[GateCheck, ...]
+    confidence: float
+    resamples: int
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types; an upper bound that the data do not give is None."""
+        body = asdict(self)
+        body["checks"] = [{**c, "upper": c["upper"] if np.isfinite(c["upper"]) else None} for c in body["checks"]]
+        return body
+
+    def describe(self) -> list[str]:
+        """Return aligned lines for a terminal: the verdict, then one line per check."""
+        width = max(len(check.name) for check in self.checks)
+        lines = [f"gate: {self.verdict} (one-sided {self.confidence:.0%} bounds, {self.resamples} paired resamples)"]
+        for c in self.checks:
+            lines.append(
+                f"  {c.name:<{width}}  recovery {c.recovery:6.3f}  bounds [{c.lower:6.3f}, {c.upper:6.3f}]"
+                f"  needed {c.threshold:5.3f}  n {c.n:>6}  {c.verdict}"
+            )
+        return lines
+
+
+def decide(
+    base: EvalReport, candidate: EvalReport, settings: GateSettings, *, seed: int, resamples: int = 2000
+) -> GateDecision:
+    """Decide whether a candidate keeps enough of its base.
+
+    Recovery of perplexity, per held-out source: ``base perplexity / candidate perplexity``, resampling windows.
+    Recovery of tasks: ``mean over tasks of the candidate's score / mean over tasks of the base's score``, each task
+    weighing the same, resampling items within each task. Base and candidate share every resample (paired), so what
+    both find hard cancels.
+
+    Bounds are one-sided 95 % bounds of the expanded percentile bootstrap: the quantile levels are
+    ``Phi(-+ sqrt(n/(n-1)) t_{0.95, n-1})`` instead of 5 % and 95 %, which makes up for the narrowness of the
+    bootstrap at small n (T. Hesterberg, What Teachers Should Know About the Bootstrap, The American Statistician 69,
+    2015). For tasks n is the smallest number of items of any task. At large n the levels are 5 % and 95 %.
+
+    Args:
+        base: report of the base.
+        candidate: report of the candidate, on the same windows and items.
+        settings: thresholds.
+        seed: of the resampling.
+        resamples: bootstrap resamples.
+
+    Raises:
+        GuardError: if the reports are empty or were not measured on the same windows and items.
+        NumericsError: if a recovery is undefined: a base that solves no item, or a value that is not finite.
+    """
+    pairs = pair_scores(base, candidate)
+    for before, after in pairs:
+        if reason := _mismatch(before, after):
+            raise GuardError(f"{before.name!r}: base and candidate differ in {reason}; evaluate both alike")
+    checks = []
+    for before, after in (pair for pair in pairs if pair[0].metric == "perplexity"):
+        recovery, draws = _perplexity_recovery(before, after, resamples, _generator(seed, before.name))
+        name = f"perplexity {before.name}"
+        checks.append(_check(name, recovery, draws, settings.perplexity_recovery, before.n, before.n))
+    if tasks := [pair for pair in pairs if pair[0].metric != "perplexity"]:
+        recovery, draws = _task_recovery(tasks, resamples, seed)
+        sizes = [before.n for before, _ in tasks]
+        checks.append(_check("tasks", recovery, draws, settings.task_recovery, sum(sizes), min(sizes)))
+    if not checks:
+        raise GuardError("the gate has nothing to decide on; evaluate on held-out text or on tasks")
+    return GateDecision(combine_verdicts([c.verdict for c in checks]), tuple(checks), CONFIDENCE, resamples, seed)
+
+
+def judge(lower: float, upper: float, threshold: float) -> Verdict:
+    """Judge one check by its bounds."""
+    if lower >= threshold:
+        return "pass"
+    return "fail" if upper < threshold else "undecided"
+
+
+def combine_verdicts(verdicts: Sequence[Verdict]) -> Verdict:
+    """One failure fails all; one doubt leaves all undecided."""
+    for worst in ("fail", "undecided"):
+        if worst in verdicts:
+            return worst
+    return "pass"
+
+
+def bound_levels(n: int) -> tuple[float, float]:
+    """Return the quantile levels of the lower and upper bound for a sample of n."""
+    level = float(ndtr(np.sqrt(n / (n - 1)) * stdtrit(n - 1, 1 - CONFIDENCE)))
+    return level, 1 - level
+
+
+def _check(
+    name: str, recovery: float, draws: NDArray[np.float64], threshold: float, n: int, smallest: int
+) -> GateCheck:
+    if not np.isfinite(recovery):
+        raise NumericsError(f"{name}: recovery is {recovery}; the base's or the candidate's score is not usable")
+    low, high = bound_levels(smallest)
+    # method: an observed draw, never an interpolation, because draws may be infinite.
+    lower = float(np.quantile(draws, low, method="lower"))
+    upper = float(np.quantile(draws, high, method="higher"))
+    return GateCheck(name, recovery, lower, upper, threshold, judge(lower, upper, threshold), n)
+
+
+def _generator(seed: int, name: str) -> np.random.Generator:
+    # Each source and task has its own stream: adding one does not move the others.
+    return np.random.default_rng([seed, *name.encode()])
+
+
+def _resample_means(values: NDArray[np.float64], resamples: int, generator: np.random.Generator) -> NDArray[np.float64]:
+    """Average columns over bootstrap resamples of rows: (n, columns) -> (resamples, columns)."""
+    n = len(values)
+    block = max(1, _BLOCK // n)
+    means = []
+    for first in range(0, resamples, block):
+        picked = generator.integers(n, size=(min(block, resamples - first), n))
+        means.append(np.stack([column[picked].mean(axis=1) for column in values.T], axis=1))
+    return np.concatenate(means)
+
+
+def _perplexity_recovery(
+    before: Score, after: Score, resamples: int, generator: np.random.Generator
+) -> tuple[float, NDArray[np.float64]]:
+    sums = np.array([[b[0], a[0], b[1]] for b, a in zip(before.items, after.items)], dtype=np.float64)
+    if not np.isfinite(sums).all():
+        raise NumericsError(f"text {before.name!r}: a window's negative log-likelihood is NaN or infinite")
+    means = np.concatenate([sums.mean(axis=0, keepdims=True), _resample_means(sums, resamples, generator)])
+    recovery = np.exp((means[:, 0] - means[:, 1]) / means[:, 2])
+    return float(recovery[0]), recovery[1:]
+
+
+def _task_recovery(
+    pairs: Sequence[tuple[Score, Score]], resamples: int, seed: int
+) -> tuple[float, NDArray[np.float64]]:
+    totals = np.zeros((resamples + 1, 2))
+    for before, after in pairs:
+        values = np.array([before.items, after.items], dtype=np.float64).T
+        totals[0] += values.mean(axis=0)
+        totals[1:] += _resample_means(values, resamples, _generator(seed, before.name))
+    if not totals[0, 0] > 0:
+        raise NumericsError("tasks: the base solves no item, so recovery is undefined; take other tasks or more items")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        recovery = totals[:, 1] / totals[:, 0]
+    # 0/0, a resample in which neither solves anything, says nothing of their ratio.
+    return float(recovery[0]), recovery[1:][~np.isnan(recovery[1:])]
+
+
+def _mismatch(before: Score, after: Score) -> str | None:
+    if not before.n == after.n == len(before.items) == len(after.items) or before.n < 2:
+        return (
+            f"items: n {before.n} and {after.n}, values {len(before.items)} and {len(after.items)} (2 or more needed)"
+        )
+    if before.metric == "perplexity" and [i[1] for i in before.items] != [i[1] for i in after.items]:
+        return "tokens per window"
+    same = before.extra.get("items_digest") == after.extra.get("items_digest")
+    return None if same else "the items themselves"

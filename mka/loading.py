@@ -1,0 +1,73 @@
+"""A model from disk: whole or refused. Nothing is filled with random weights, nothing is left over."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mka.errors import CheckpointError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load_model(folder: str | Path, dtype: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer from a local folder, in eval mode, on cuda if there is one.
+
+    Quantized folders (compressed-tensors) load as what they are; ``dtype`` is then that of the rest.
+
+    Args:
+        folder: stock folder with config.json, safetensors and tokenizer files.
+        dtype: "float32", "bfloat16" or "float16".
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        CheckpointError: if the folder cannot be read, or if a weight is missing, left over or of another shape
+            than the config says.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(folder)
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{folder}: unknown dtype {dtype!r}, allowed: {', '.join(DTYPES)}")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: config.json is missing; is this a model folder?")
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    with _quiet():
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **options
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        # Loaders raise whatever their parsers raise; a person needs the folder's name and the reason, in one line.
+        except Exception as error:
+            raise CheckpointError(f"{folder}: does not load: {' '.join(str(error).split())[:300]}") from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if found := sorted(str(key) for key in info.get(kind) or ()):
+            raise CheckpointError(
+                f"{folder}: config and weights disagree: {len(found)} {kind.replace('_', ' ')}, e.g. {found[0]}; "
+                "fetch or write the model again"
+            )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval(), tokenizer
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep loaders' own bars and reports off the terminal; what matters is raised."""
+    from transformers.utils import logging as hf_logging
+
+    verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    loud = logging.getLogger("compressed_tensors")
+    level = loud.level
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    loud.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        loud.setLevel(level)
+        if bar:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,178 @@
+"""The stages between a base checkpoint and its candidate, each one call. The command line and the flow share them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mka.calibration import CalibrationSet
+from mka.checkpoint import Checkpoint
+from mka.errors import PlanError
+from mka.merging import merge_checkpoint, plan_tensors
+from mka.methods import DIVERGENCE, HIDDEN_STATES, REOBSERVE, Aim, Evidence, Method, get_method, method_settings
+from mka.plan import LayerRecipe, MergePlan
+from mka.planning import resolve_target
+from mka.progress import show_progress
+from mka.quantize import quantize_checkpoint
+from mka.recipe import CalibrationSettings, MethodChoice, ModelSource, QuantizeSettings, Target
+from mka.states import HiddenStates, LayerScores
+from mka.verification import inspect_checkpoint, require_sound
+
+
+def observe_checkpoint(
+    checkpoint: Checkpoint, calibration: CalibrationSet, settings: CalibrationSettings, source: ModelSource
+) -> HiddenStates:
+    """Observe a checkpoint's layers on its calibration set.
+
+    Raises:
+        CheckpointError: if the model does not load whole.
+        NumericsError: if hidden states are not finite.
+    """
+    from mka.loading import load_model
+
+    model, tokenizer = load_model(checkpoint.path, source.dtype, source.trust_remote_code)
+    return _observe(model, tokenizer, calibration.texts, settings, "observe layers")
+
+
+def _observe(
+    model: Any, tokenizer: Any, texts: Sequence[str], settings: CalibrationSettings, description: str
+) -> HiddenStates:
+    from mka.observe import observe, tokenize
+
+    total = sum(len(ids) for ids in tokenize(tokenizer, texts, settings.max_tokens))
+    with show_progress(description, total, "tok") as advance:
+        return observe(
+            model,
+            tokenizer,
+            texts,
+            max_tokens=settings.max_tokens,
+            pooling=settings.pooling,
+            batch_size=settings.batch_size,
+            on_batch=advance,
+        )
+
+
+def needs_hidden_states(choice: MethodChoice) -> bool:
+    """Whether a method looks at hidden states at all."""
+    method, settings = _resolve(choice)
+    return HIDDEN_STATES in method.needs(settings)
+
+
+def _resolve(choice: MethodChoice) -> tuple[Method, Any]:
+    return get_method(choice.name), method_settings(choice.name, choice.settings)
+
+
+def score_layers(choice: MethodChoice, checkpoint: Checkpoint, states: HiddenStates | None) -> LayerScores | None:
+    """Score a checkpoint's layers; None for a method that does not look at them.
+
+    Raises:
+        NumericsError: if scores come out NaN, infinite or out of range.
+        PlanError: if the hidden states are of another model.
+    """
+    method, settings = _resolve(choice)
+    if method.score is None:
+        return None
+    if states is None or states.layers != checkpoint.layers:
+        given = "none" if states is None else f"{states.layers} layers"
+        raise PlanError(f"method {choice.name!r} needs hidden states of {checkpoint.layers} layers, got {given}")
+    pairs = checkpoint.layers * (checkpoint.layers + 1) // 2
+    with show_progress("score layer pairs", pairs, "pair") as advance:
+        evidence = Evidence(checkpoint.layers, checkpoint.kinds, states, on_progress=advance)
+        return method.score(evidence, settings)
+
+
+def resolve_aim(target: Target, checkpoint: Checkpoint) -> Aim:
+    """Turn a recipe's target into layers of this checkpoint.
+
+    Raises:
+        RecipeError: if the target is below 1, above the layer count, or out of reach.
+    """
+    layers_out = resolve_target(
+        checkpoint.layers,
+        checkpoint.layer_nbytes,
+        checkpoint.nbytes,
+        layers=target.layers,
+        layer_ratio=target.layer_ratio,
+        size_ratio=target.size_ratio,
+    )
+    return Aim(layers_out, target.protect_first, target.protect_last)
+
+
+def plan_layers(
+    choice: MethodChoice,
+    target: Target,
+    checkpoint: Checkpoint,
+    scores: LayerScores | None,
+    calibration: CalibrationSet | None,
+    settings: CalibrationSettings,
+    source: ModelSource,
+) -> MergePlan:
+    """Plan; loads the model only if the method's settings need it (iterative selection, line search).
+
+    Raises:
+        RecipeError: if the target cannot be met.
+        PlanError: if protection and layer kinds leave nothing to merge.
+    """
+    method, method_options = _resolve(choice)
+    aim = resolve_aim(target, checkpoint)
+    wanted = method.needs(method_options)
+    reobserve: Callable[[Sequence[LayerRecipe]], HiddenStates] | None = None
+    divergence: Callable[[Sequence[LayerRecipe]], float] | None = None
+    if wanted & {REOBSERVE, DIVERGENCE}:
+        if calibration is None:
+            raise PlanError(f"method {choice.name!r} with these settings needs a calibration set; give one")
+        from mka.candidate import Divergence, build_candidate
+        from mka.loading import load_model
+
+        model, tokenizer = load_model(checkpoint.path, source.dtype, source.trust_remote_code)
+        if DIVERGENCE in wanted:
+            divergence = Divergence(
+                model, tokenizer, calibration.texts, max_tokens=settings.max_tokens, tokens=settings.search_tokens
+            )
+        if REOBSERVE in wanted:
+            texts = calibration.texts
+
+            def reobserve(layers: Sequence[LayerRecipe]) -> HiddenStates:
+                return _observe(build_candidate(model, layers), tokenizer, texts, settings, f"observe {len(layers)} layers")
+
+    with show_progress("plan merges", checkpoint.layers - aim.layers_out, "merge") as advance:
+        evidence = Evidence(
+            checkpoint.layers,
+            checkpoint.kinds,
+            reobserve=reobserve,
+            divergence=divergence,
+            on_progress=advance,
+        )
+        plan = method.plan(evidence, scores, aim, method_options)
+    base = {"model": source.label, "digest": checkpoint.digest, "model_type": checkpoint.family.model_type}
+    return replace(plan, base=base)
+
+
+def write_merged(plan: MergePlan, checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
+    """Merge, verify with a stranger's loader, publish; returns what the loader found.
+
+    Raises:
+        CheckpointError: if the written folder does not load whole or does not generate soundly.
+        OutputError: if it cannot be written.
+    """
+    total = sum(info.nbytes for info, _, _ in plan_tensors(plan.layers, checkpoint))
+    with show_progress("merge layers", total, "B", scale=True) as advance:
+        return merge_checkpoint(plan, checkpoint, output, on_tensor=advance, verify=_verify)
+
+
+def write_quantized(checkpoint: Checkpoint, settings: QuantizeSettings, output: Path) -> dict[str, Any]:
+    """Quantize, verify with a stranger's loader, publish; returns what the loader found.
+
+    Raises:
+        RecipeError: if the group size does not fit.
+        CheckpointError: if the written folder does not load whole or does not generate soundly.
+        OutputError: if it cannot be written.
+    """
+    with show_progress("round weights", None, "layer") as advance:
+        return quantize_checkpoint(checkpoint, output, settings, verify=_verify, on_module=advance)
+
+
+def _verify(folder: Path) -> dict[str, Any]:
+    facts = inspect_checkpoint(folder)
+    require_sound(facts, folder)
+    return facts

@@ -1,0 +1,58 @@
+"""SHA256SUMS of a folder, in the format of ``sha256sum``: written when a folder is published, checked when reused."""
+
+import hashlib
+from pathlib import Path
+
+from mka.errors import CheckpointError
+
+SUMS_NAME = "SHA256SUMS"
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hex digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_sums(folder: Path) -> Path:
+    """Write ``SHA256SUMS`` over every file below ``folder``, so that ``sha256sum -c SHA256SUMS`` passes there.
+
+    Returns:
+        The path of the file written.
+    """
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    lines = [f"{file_sha256(folder / name)}  {name}\n" for name in names if name != SUMS_NAME]
+    target = folder / SUMS_NAME
+    target.write_text("".join(lines), encoding="utf-8", newline="\n")
+    return target
+
+
+def verify_sums(folder: Path) -> bool:
+    """Compare the files of ``folder`` with its ``SHA256SUMS``; files the list does not name are not looked at.
+
+    Returns:
+        True if every listed file has its recorded digest; False if the folder has no ``SHA256SUMS``.
+
+    Raises:
+        CheckpointError: naming the first file that is missing or altered, or the line that cannot be read.
+    """
+    listing = folder / SUMS_NAME
+    try:
+        lines = listing.read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{listing} cannot be read ({error}); fetch the folder again") from None
+    if not lines:
+        raise CheckpointError(f"{listing} is empty; fetch the folder again")
+    for number, line in enumerate(lines, start=1):
+        expected, separator, name = line.partition("  ")
+        if not separator or len(expected) != 64 or not name:
+            raise CheckpointError(f"{listing}, line {number}: expected '<sha256>  <file>'; fetch the folder again")
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, though {SUMS_NAME} lists it; fetch it again")
+        found = file_sha256(path)
+        if found != expected:
+            raise CheckpointError(f"{path} is altered: expected sha256 {expected}, found {found}; fetch it again")
+    return True

@@ -1,0 +1,67 @@
+"""The base model: fetched from where the recipe says, checked, digested."""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from mka.checkpoint import Checkpoint, open_checkpoint
+from mka.errors import MkaError
+from mka.recipe import ModelSource
+from mka.sums import SUMS_NAME
+from tasks.workplace import Workplace
+
+
+def is_worth_retrying(task: Any, run: Any, state: Any) -> bool:
+    """Retry what the network may have broken; a refusal stays a refusal."""
+    try:
+        state.result()
+    except MkaError:
+        return False
+    except Exception:
+        return True
+    return False
+
+
+@task(task_run_name="fetch {source.label}", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5, retry_condition_fn=is_worth_retrying)
+def fetch_base_model(place: Workplace, source: ModelSource) -> dict[str, Any]:
+    """Bring the base model here as a stock folder and check it.
+
+    Returns:
+        path, digest, revision, model_type, layers, parameters, bytes, dtype, seconds, reused.
+
+    Raises:
+        CheckpointError: if it cannot be had, is damaged, inconsistent or unsupported.
+    """
+    from mka.sources import materialize, resolve_revision
+
+    started = time.perf_counter()
+    before = _built_folders(place)
+    resolved = source.model_copy(update={"folder": place.path(source.folder)}) if source.folder else source
+    folder = materialize(resolved, place.work)
+    # The files were compared with their sums a moment ago; once is enough.
+    base = replace(open_checkpoint(folder, verify=False), verified=(folder / SUMS_NAME).exists())
+    return describe_checkpoint(base) | {
+        "revision": resolve_revision(resolved, folder),
+        "seconds": round(time.perf_counter() - started, 3),
+        "reused": source.hub is None and _built_folders(place) == before,
+    }
+
+
+def _built_folders(place: Workplace) -> dict[str, int]:
+    return {folder.name: folder.stat().st_ino for folder in (place.work / "models").glob("[!.]*")}
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Facts of a checkpoint for reports: path, digest, model_type, layers, parameters, bytes, dtype."""
+    return {
+        "path": str(checkpoint.path),
+        "digest": checkpoint.digest,
+        "model_type": checkpoint.family.model_type,
+        "layers": checkpoint.layers,
+        "parameters": sum(t.parameters for t in checkpoint.tensors.values()),
+        "bytes": checkpoint.nbytes,
+        "dtype": checkpoint.dtype,
+    }

@@ -1,0 +1,92 @@
+"""The calibration set: read at a DVC revision, guarded, kept apart from everything evaluation uses."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from mka.calibration import CalibrationSet, load_calibration, read_heldout, read_rows, refuse_overlap
+from mka.products import Product, produce
+from mka.recipe import Recipe
+from tasks import guard, suites, tables
+from tasks.versioned import Version, copy_tables, resolve_versions, table_name
+from tasks.workplace import Workplace
+
+VERSION = 1
+CALIBRATION_FILE = "calibration.jsonl"
+
+
+@task(task_run_name="read tables at {recipe.calibration.rev}", cache_policy=NO_CACHE)
+def read_tables(place: Workplace, recipe: Recipe) -> tuple[dict[str, Version], Product]:
+    """Look up every table the recipe names at its DVC revision and copy them aside.
+
+    Raises:
+        CalibrationError: if a table or the revision does not exist.
+    """
+    evaluation = recipe.evaluation
+    paths = [recipe.calibration.path]
+    paths += [p for p in (evaluation.text, evaluation.overlap_index) if p is not None]
+    if evaluation.tasks and evaluation.tasks_folder is not None:
+        paths.append(evaluation.tasks_folder)
+    versions = resolve_versions(place, paths, recipe.calibration.rev)
+    return versions, copy_tables(place, versions)
+
+
+@task(task_run_name="calibration set of {recipe.calibration.samples} texts", cache_policy=NO_CACHE)
+def select_calibration(place: Workplace, recipe: Recipe, versions: Mapping[str, Version], copies: Product, run: str) -> Product:
+    """Take the calibration texts, after the guards of all tables.
+
+    Raises:
+        GuardError: if a table breaks an expectation, e.g. a calibration text that evaluation uses.
+        CalibrationError: if a table cannot be read or holds too few texts.
+    """
+    settings, evaluation = recipe.calibration, recipe.evaluation
+    used = {table_name(path): version.digest for path, version in versions.items()}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        source = copies.folder / table_name(settings.path)
+        chosen = load_calibration(source, settings.samples, path=str(settings.path))
+        claimed: dict[str, str] = {}
+        evaluation_texts: list[str] = []
+        if evaluation.overlap_index is not None:
+            rows = read_rows(copies.folder / table_name(evaluation.overlap_index))
+            guard.check(
+                "evaluation_texts",
+                tables.evaluation_table(rows),
+                suites.evaluation_texts(sorted(set(evaluation.tasks) & {row["task"] for row in rows})),
+                place.checks,
+                run,
+            )
+            claimed |= {row["text_sha256"]: row["task"] for row in rows}
+            evaluation_texts += [row["text"] for row in rows]
+        if evaluation.text is not None:
+            heldout = read_heldout(copies.folder / table_name(evaluation.text))
+            texts = [text for group in heldout.values() for text in group]
+            sources = [name for name, group in heldout.items() for _ in group]
+            table = tables.heldout_table(texts, sources)
+            guard.check("heldout", table, suites.heldout(), place.checks, run)
+            claimed |= dict(zip(table["text_sha256"], sources))
+            evaluation_texts += texts
+        guard.check(
+            "calibration",
+            tables.calibration_table(chosen.texts, chosen.sources, claimed),
+            suites.calibration(settings.samples),
+            place.checks,
+            run,
+        )
+        # The guard compares whole texts by hash; this also finds an evaluation text inside a longer one.
+        refuse_overlap(chosen.texts, evaluation_texts)
+        lines = [json.dumps({"source": s, "text": t}, ensure_ascii=False) for s, t in zip(chosen.sources, chosen.texts)]
+        (folder / CALIBRATION_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return {"digest": chosen.digest, "texts": len(chosen.texts), "sources": sorted(set(chosen.sources))}
+
+    keyed = {"samples": settings.samples, "tasks": sorted(evaluation.tasks)}
+    return produce(place.stages, "calibration", version=VERSION, settings=keyed, inputs=used, make=make)
+
+
+def open_calibration(product: Product) -> CalibrationSet:
+    """Read the calibration set back from its stage."""
+    return load_calibration(product.folder / CALIBRATION_FILE, product.facts["texts"])

@@ -1,0 +1,203 @@
+"""Observe, score, plan, merge, quantize: one call into `mka` each, a guard after it, one stored result."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from mka import stages
+from mka.checkpoint import Checkpoint, open_checkpoint
+from mka.plan import MergePlan
+from mka.products import Product, produce
+from mka.recipe import Recipe
+from mka.states import HiddenStates, LayerScores
+from tasks import guard, suites, tables
+from tasks.base_model import describe_checkpoint
+from tasks.calibration import open_calibration
+from tasks.workplace import Workplace
+
+VERSIONS = {"observe": 1, "score": 1, "plan": 1, "merge": 1, "quantize": 1}
+STATES_FILE, SCORES_FILE, PLAN_FILE, MODEL_FOLDER = "states.safetensors", "scores.json", "plan.json", "model"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every stage of one run shares.
+
+    Attributes:
+        place: its folders.
+        recipe: what to do.
+        base: facts of the base model, as `tasks.base_model.fetch_base_model` returned them.
+        run: name of the flow run, under which checks are filed.
+    """
+
+    place: Workplace
+    recipe: Recipe
+    base: Mapping[str, Any]
+    run: str
+
+    def open_base(self) -> Checkpoint:
+        """Open the base; its files were compared with their sums when it was fetched."""
+        return open_checkpoint(self.base["path"], verify=False)
+
+    def produce(self, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str], make: Any) -> Product:
+        """Store or reuse one stage's result."""
+        return produce(
+            self.place.stages, stage, version=VERSIONS[stage], settings=settings, inputs=inputs, make=make
+        )
+
+    def guard(self, name: str, table: Any, expectations: list[Any]) -> None:
+        """Hold a table against its suite; a failure stops the run here."""
+        guard.check(name, table, expectations, self.place.checks, self.run)
+
+
+@task(task_run_name="observe {job.base[layers]} layers", cache_policy=NO_CACHE)
+def observe(job: Job, calibration: Product) -> Product:
+    """Observe the base model's hidden states on the calibration set.
+
+    Raises:
+        NumericsError: if hidden states are not finite.
+        GuardError: if their summary breaks an expectation.
+    """
+    settings = job.recipe.calibration
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        states = stages.observe_checkpoint(job.open_base(), open_calibration(calibration), settings, job.recipe.model)
+        samples = len(states.tokens)
+        job.guard(
+            "hidden_states", tables.hidden_states_table(states.pooled), suites.hidden_states(states.layers, samples)
+        )
+        states.save(folder / STATES_FILE)
+        return {"layers": states.layers, "samples": samples, "tokens": int(states.tokens.sum())}
+
+    keyed = settings.model_dump(include={"max_tokens", "pooling"}) | {"dtype": job.recipe.model.dtype}
+    return job.produce("observe", keyed, {"base": job.base["digest"], "calibration": calibration.facts["digest"]}, make)
+
+
+@task(task_run_name="score layers by {job.recipe.method.name}", cache_policy=NO_CACHE)
+def score(job: Job, states: Product) -> Product:
+    """Score the layers.
+
+    Raises:
+        NumericsError: if scores are NaN, infinite or out of range.
+        GuardError: if the score table breaks an expectation.
+    """
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        loaded = HiddenStates.load(states.folder / STATES_FILE)
+        scores = stages.score_layers(job.recipe.method, job.open_base(), loaded)
+        if scores is None:
+            return {"kind": None}
+        job.guard(
+            "scores", tables.scores_table(scores.values, scores.kind), suites.scores(scores.kind, scores.layers)
+        )
+        scores.save(folder / SCORES_FILE)
+        return {"kind": scores.kind, "meaning": scores.meaning}
+
+    return job.produce("score", job.recipe.method.model_dump(mode="json"), {"states": states.digest}, make)
+
+
+@task(task_run_name="plan merges by {job.recipe.method.name}", cache_policy=NO_CACHE)
+def plan(job: Job, calibration: Product, scores: Product | None) -> Product:
+    """Decide which layers become one.
+
+    Raises:
+        RecipeError: if the target cannot be met.
+        PlanError: if nothing mergeable is left before it is.
+        GuardError: if the plan breaks an expectation.
+    """
+    recipe = job.recipe
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        base = job.open_base()
+        made = stages.plan_layers(
+            recipe.method,
+            recipe.target,
+            base,
+            open_scores(scores),
+            open_calibration(calibration),
+            recipe.calibration,
+            recipe.model,
+        )
+        kinds = ["/".join(str(value) for value in kind) for kind in base.kinds]
+        layers_out = stages.resolve_aim(recipe.target, base).layers_out
+        job.guard("plan", tables.plan_table(made, kinds), suites.plan(layers_out))
+        (folder / PLAN_FILE).write_text(made.to_json(), encoding="utf-8")
+        return {"layers_in": made.layers_in, "layers_out": made.layers_out, "layer_ratio": made.layer_ratio}
+
+    keyed = {
+        "method": recipe.method.model_dump(mode="json"),
+        "target": recipe.target.model_dump(mode="json"),
+        "calibration": recipe.calibration.model_dump(include={"max_tokens", "pooling", "search_tokens"}),
+        "dtype": recipe.model.dtype,
+    }
+    inputs = {"base": job.base["digest"], "calibration": calibration.facts["digest"]}
+    return job.produce("plan", keyed, inputs | ({"scores": scores.digest} if scores else {}), make)
+
+
+@task(task_run_name="merge {job.base[layers]} layers into {plan.facts[layers_out]}", cache_policy=NO_CACHE)
+def merge(job: Job, plan: Product) -> Product:
+    """Write the merged checkpoint.
+
+    Raises:
+        CheckpointError: if what was written does not load whole.
+        OutputError: if it cannot be written.
+        GuardError: if the checkpoint's facts break an expectation.
+    """
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        made = open_plan(plan)
+        facts = stages.write_merged(made, job.open_base(), folder / MODEL_FOLDER)
+        return _guarded_checkpoint(job, folder, facts, made.layers_out)
+
+    return job.produce("merge", {}, {"base": job.base["digest"], "plan": plan.digest}, make)
+
+
+@task(task_run_name="quantize to {job.recipe.quantize.scheme}", cache_policy=NO_CACHE)
+def quantize(job: Job, merged: Product) -> Product:
+    """Write the quantized checkpoint, or hand the merged one on if quantization is off.
+
+    Raises:
+        RecipeError: if the group size does not fit.
+        CheckpointError: if what was written does not load whole.
+        GuardError: if the checkpoint's facts break an expectation.
+    """
+    settings = job.recipe.quantize
+    if settings.scheme == "off":
+        return merged
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        source = open_checkpoint(merged.folder / MODEL_FOLDER, verify=False)
+        facts = stages.write_quantized(source, settings, folder / MODEL_FOLDER)
+        return _guarded_checkpoint(job, folder, facts, source.layers)
+
+    return job.produce("quantize", settings.model_dump(), {"merged": merged.digest}, make)
+
+
+def _guarded_checkpoint(job: Job, folder: Path, found: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    job.guard("checkpoint", tables.checkpoint_table(found), suites.checkpoint(layers))
+    facts = describe_checkpoint(open_checkpoint(folder / MODEL_FOLDER, verify=False))
+    # What a user loads counts parameters after unpacking; the path changes when the folder is published.
+    facts |= {"parameters": found["parameters"], "dtype": describe_dtype(job.recipe, facts["dtype"])}
+    facts.pop("path")
+    return facts
+
+
+def describe_dtype(recipe: Recipe, dtype: str) -> str:
+    """Say what the weights are stored as, e.g. "int8 in groups of 64"."""
+    if recipe.quantize.scheme == "off" or dtype not in ("I32", "I8"):
+        return dtype
+    return f"{recipe.quantize.scheme} in groups of {recipe.quantize.group_size}"
+
+
+def open_scores(product: Product | None) -> LayerScores | None:
+    """Read a score stage's result; None for methods that do not score."""
+    return LayerScores.load(product.folder / SCORES_FILE) if product and product.facts["kind"] else None
+
+
+def open_plan(product: Product) -> MergePlan:
+    """Read a plan stage's result."""
+    return MergePlan.load(product.folder / PLAN_FILE)

@@ -1,0 +1,90 @@
+"""Base and candidate measured from disk under equal conditions; then the gate."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from mka.calibration import read_heldout
+from mka.gate import GateDecision, decide
+from mka.measurements import EvalReport
+from mka.products import Product, produce
+from tasks import suites, tables
+from tasks.compression import Job
+from tasks.versioned import Version, table_name
+
+VERSION = 1
+REPORT_FILE = "evaluation.json"
+
+
+@task(task_run_name="evaluate {role}", cache_policy=NO_CACHE)
+def evaluate(
+    job: Job, role: str, facts: Mapping[str, Any], versions: Mapping[str, Version], copies: Product
+) -> Product:
+    """Measure one checkpoint from disk.
+
+    Args:
+        job: the run.
+        role: "base" or "candidate".
+        facts: path, digest, layers, parameters, bytes of the checkpoint.
+        versions: versions of the recipe's tables.
+        copies: the copied tables.
+
+    Raises:
+        CheckpointError: if it does not load whole.
+        NumericsError: if its outputs are not finite.
+    """
+    from mka.evaluate import evaluate_checkpoint
+
+    recipe = job.recipe
+    settings = recipe.evaluation
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        text = settings.text
+        tasks_folder = settings.tasks_folder
+        report = evaluate_checkpoint(
+            facts["path"],
+            settings.model_copy(
+                update={"tasks_folder": copies.folder / table_name(tasks_folder) if tasks_folder else None}
+            ),
+            dtype=recipe.model.dtype,
+            seed=recipe.seed,
+            trust_remote_code=recipe.model.trust_remote_code,
+            heldout=read_heldout(copies.folder / table_name(text)) if text else {},
+            checkpoint_facts=facts,
+            command=f"python -m flows.recompress recipes/{recipe.name}.yaml",
+        )
+        (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+        return {"scores": {f"{s.name} {s.metric}": s.value for s in (*report.text, *report.tasks)}}
+
+    used = [p for p in (settings.text, settings.tasks_folder if settings.tasks else None) if p is not None]
+    inputs = {table_name(p): versions[str(p)].digest for p in used} | {"checkpoint": facts["digest"]}
+    keyed = settings.model_dump(mode="json", exclude={"text", "tasks_folder", "overlap_index"})
+    keyed |= {"seed": recipe.seed, "dtype": recipe.model.dtype}
+    return produce(job.place.stages, "evaluate", version=VERSION, settings=keyed, inputs=inputs, make=make)
+
+
+@task(task_run_name="gate", cache_policy=NO_CACHE)
+def decide_gate(job: Job, base: Product, candidate: Product) -> Product:
+    """Guard both reports and decide whether the candidate keeps enough of its base.
+
+    Raises:
+        GuardError: if the reports break an expectation or were not measured alike.
+    """
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        before, after = open_report(base), open_report(candidate)
+        job.guard("evaluation_report", tables.evaluation_report_table(before, after), suites.evaluation_report())
+        decision: GateDecision = decide(before, after, job.recipe.gate, seed=job.recipe.seed)
+        return decision.to_dict() | {"lines": decision.describe()}
+
+    keyed = job.recipe.gate.model_dump() | {"seed": job.recipe.seed}
+    inputs = {"base": base.digest, "candidate": candidate.digest}
+    return produce(job.place.stages, "gate", version=VERSION, settings=keyed, inputs=inputs, make=make)
+
+
+def open_report(product: Product) -> EvalReport:
+    """Read an evaluation stage's result."""
+    return EvalReport.load(product.folder / REPORT_FILE)

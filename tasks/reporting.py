@@ -1,0 +1,103 @@
+"""The page and the card, and the code version they are about."""
+
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from mka.pictures import draw_plan, draw_similarity
+from mka.products import Product, produce
+from mka.recipe import Recipe
+from mka.report import ReportData, write_card, write_report
+from tasks.compression import MODEL_FOLDER, Job, open_plan, open_scores
+from tasks.evaluation import open_report
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything the report shows: the results of the stages before it."""
+
+    tables: Product
+    calibration: Product
+    scores: Product | None
+    plan: Product
+    candidate: Product
+    base_report: Product
+    candidate_report: Product
+    gate: Product
+
+
+def read_code_commit(root: Path) -> str:
+    """Return the commit of the checkout, marked "+changes" if files differ from it; "unknown" outside Git."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+@task(task_run_name="report", cache_policy=NO_CACHE)
+def report(job: Job, evidence: Evidence, seconds: Mapping[str, float]) -> Product:
+    """Write the report page, the pictures and the model card, and put the card beside the weights.
+
+    Raises:
+        OutputError: if they cannot be written.
+    """
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        plan, scores = open_plan(evidence.plan), open_scores(evidence.scores)
+        data = ReportData(
+            recipe=job.recipe.model_dump(mode="json"),
+            plan=plan,
+            scores=scores,
+            base=open_report(evidence.base_report),
+            candidate=open_report(evidence.candidate_report),
+            gate={key: value for key, value in evidence.gate.facts.items() if key != "lines"},
+            provenance={
+                "base_model": job.recipe.model.label,
+                "revision": job.base["revision"],
+                "digest": job.base["digest"],
+                "candidate_digest": evidence.candidate.facts["digest"],
+                "calibration_digest": evidence.calibration.facts["digest"],
+                "calibration_rev": calibration_revision(job, evidence.tables),
+                "code_commit": read_code_commit(job.place.root),
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "command": f"python -m flows.recompress recipes/{job.recipe.name}.yaml",
+            },
+            stages=seconds,
+            registered=None if evidence.gate.facts["verdict"] == "fail" else registered_address(job.recipe, "candidate"),
+        )
+        write_report(data, folder)
+        write_card(data, folder)
+        (folder / "plan.png").write_bytes(draw_plan(plan))
+        if scores is not None:
+            (folder / "similarity.png").write_bytes(draw_similarity(scores.values, plan, job.recipe.name, scores.meaning))
+        return {"verdict": evidence.gate.facts["verdict"]}
+
+    inputs = {name: product.digest for name, product in vars(evidence).items() if product is not None}
+    settings = {"recipe": job.recipe.model_dump(mode="json", exclude={"registry": {"tracking_uri"}})}
+    made = produce(job.place.stages, "report", version=VERSION, settings=settings, inputs=inputs, make=make)
+    card = evidence.candidate.folder / MODEL_FOLDER / "README.md"
+    card.write_bytes((made.folder / "README.md").read_bytes())
+    return made
+
+
+def registered_address(recipe: Recipe, alias: str) -> str:
+    """Address under which MLflow loads the registered model."""
+    return f"models:/{recipe.registered_name}@{alias}"
+
+
+def calibration_revision(job: Job, tables: Product) -> str:
+    """Commit the calibration table was read at, or "working copy"."""
+    return tables.facts["tables"][str(job.recipe.calibration.path)]["rev"] or "working copy"

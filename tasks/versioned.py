@@ -1,0 +1,132 @@
+"""Tables at a DVC revision: which content a path has there, and a private copy of it to read from."""
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mka.errors import CalibrationError
+from mka.products import Product, produce
+from mka.sums import file_sha256
+from tasks.workplace import Workplace
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Version:
+    """Content of one path.
+
+    Attributes:
+        path: as the recipe names it.
+        rev: commit it was read at; None for the working copy.
+        digest: DVC's MD5 of the file or folder at that commit, or a SHA-256 of the working copy.
+    """
+
+    path: str
+    rev: str | None
+    digest: str
+
+
+def resolve_versions(place: Workplace, paths: Sequence[Path], rev: str | None) -> dict[str, Version]:
+    """Look up what each path holds at a revision, without reading it.
+
+    Paths outside the project, paths DVC does not track, and everything when ``rev`` is None are taken from the
+    working copy.
+
+    Raises:
+        CalibrationError: if a path exists neither at the revision nor in the working copy.
+    """
+    versions: dict[str, Version] = {}
+    tracked = _open(place, rev) if rev is not None else None
+    for path in paths:
+        absolute = place.path(path)
+        found = None
+        if tracked is not None and absolute.is_relative_to(place.root):
+            found = _tracked_digest(tracked, absolute.relative_to(place.root).as_posix())
+        if found is not None and tracked is not None:
+            versions[str(path)] = Version(str(path), tracked.commit, found)
+        elif absolute.exists():
+            versions[str(path)] = Version(str(path), None, _digest_working_copy(absolute))
+        else:
+            raise CalibrationError(f"table not found: {path} (revision {rev or 'working copy'}); `make data` builds it")
+    return versions
+
+
+def copy_tables(place: Workplace, versions: Mapping[str, Version]) -> Product:
+    """Copy tables at their versions into a stage result, so that nothing edited meanwhile is read.
+
+    Raises:
+        CalibrationError: if the content of a version is neither in the DVC cache nor in its remote.
+    """
+
+    def make(folder: Path) -> dict[str, Any]:
+        for version in versions.values():
+            target = folder / table_name(version.path)
+            if version.rev is None:
+                source = place.path(Path(version.path))
+                (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
+                continue
+            tracked = _open(place, version.rev)
+            inside = place.path(Path(version.path)).relative_to(place.root).as_posix()
+            try:
+                tracked.files.get(inside, str(target), recursive=tracked.files.isdir(inside))
+            except Exception as error:
+                raise CalibrationError(
+                    f"{version.path} at revision {version.rev[:12]} is not in the DVC cache ({type(error).__name__}); "
+                    "`make data` rebuilds it, `dvc pull` fetches it"
+                ) from None
+        return {"tables": {v.path: {"rev": v.rev, "digest": v.digest} for v in versions.values()}}
+
+    settings = {"names": sorted(table_name(v.path) for v in versions.values())}
+    inputs = {table_name(v.path): v.digest for v in versions.values()}
+    return produce(place.stages, "tables", version=VERSION, settings=settings, inputs=inputs, make=make)
+
+
+def table_name(path: str | Path) -> str:
+    """Name of a table inside the copy: its last component."""
+    return Path(path).name
+
+
+@dataclass(frozen=True)
+class _Tracked:
+    files: Any
+    commit: str
+
+
+def _open(place: Workplace, rev: str) -> _Tracked:
+    logging.getLogger("dvc").setLevel(logging.ERROR)
+    from dvc.api import DVCFileSystem
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(place.root)) as repo:
+            commit = repo.scm.resolve_rev(rev)
+        return _Tracked(DVCFileSystem(str(place.root), rev=commit), commit)
+    except Exception as error:
+        raise CalibrationError(
+            f"DVC revision {rev!r} cannot be read in {place.root}: {' '.join(str(error).split())}; give an existing Git "
+            "revision as calibration.rev, or null for the working copy"
+        ) from None
+
+
+def _tracked_digest(tracked: _Tracked, path: str) -> str | None:
+    try:
+        info = tracked.files.info(path)
+    except FileNotFoundError:
+        return None
+    entry = info.get("dvc_info") or {}
+    value = entry.get("md5")
+    if value is None and (entry.get("entry") is not None):
+        value = entry["entry"].hash_info.value
+    return value
+
+
+def _digest_working_copy(path: Path) -> str:
+    if path.is_file():
+        return file_sha256(path)
+    lines = [f"{file_sha256(f)}  {f.relative_to(path).as_posix()}" for f in sorted(path.rglob("*")) if f.is_file()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

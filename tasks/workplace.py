@@ -1,0 +1,53 @@
+"""Where a run keeps its things: one folder, ignored by git and DVC."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Folders of one checkout.
+
+    Attributes:
+        root: the project's root; relative paths in recipes start here.
+        work: the work folder, ``data/work`` unless ``MKA_WORK`` says otherwise.
+    """
+
+    root: Path
+    work: Path
+
+    @property
+    def stages(self) -> Path:
+        """Stage results, keyed by content."""
+        return self.work / "stages"
+
+    @property
+    def checks(self) -> Path:
+        """Data Docs and the page that sums them up."""
+        return self.work / "checks"
+
+    @property
+    def last_run(self) -> Path:
+        """Facts of the last flow run, for machines."""
+        return self.work / "last_run.json"
+
+    @property
+    def tracking_uri(self) -> str:
+        """The default MLflow store."""
+        return f"sqlite:///{self.work / 'mlflow.db'}"
+
+    @property
+    def model_artifacts(self) -> str:
+        """Where the default MLflow store keeps files."""
+        return (self.work / "mlartifacts").as_uri()
+
+    def path(self, path: Path) -> Path:
+        """Resolve a recipe's path against the root."""
+        return path if path.is_absolute() else self.root / path
+
+
+def find_workplace() -> Workplace:
+    """Return the workplace of the checkout this file lies in."""
+    root = Path(__file__).resolve().parents[1]
+    return Workplace(root, Path(os.environ.get("MKA_WORK", root / "data" / "work")).resolve())

