@@ -15,6 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    # Before Prefect sets up its loggers: its own log belongs on the run's page, the terminal shows stages and refusals.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+
 from prefect import flow
 from prefect.runtime import flow_run
 
@@ -186,6 +190,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # The run's page keeps Prefect's own log; the terminal shows stages and refusals instead.
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     sys.exit(main())

@@ -47,9 +47,11 @@ def check_tasks(tasks: Mapping[str, int | None]) -> None:
     """Check names and numbers of items before anything is loaded.
 
     Raises:
-        RecipeError: on an unknown task, or fewer than two items (one item has no error bar).
+        RecipeError: on an unknown or doubled task, or fewer than two items (one item has no error bar).
     """
     allowed = [*TASKS, MMLU]
+    if MMLU in tasks and (doubled := sorted(set(tasks) & set(list_mmlu()))):
+        raise RecipeError(f"task {doubled[0]!r} is part of 'mmlu'; name one of the two")
     for name, limit in tasks.items():
         if name not in allowed and name not in (subjects := list_mmlu()):
             raise RecipeError(
@@ -57,7 +59,7 @@ def check_tasks(tasks: Mapping[str, int | None]) -> None:
                 "or one subject of MMLU such as mmlu_anatomy"
             )
         if limit is not None and limit < 2:
-            raise RecipeError(f"task {name!r}: {limit} items asked for, at least 2 are needed; null takes all of them")
+            raise RecipeError(f"task {name!r}: {limit} items asked for, at least 2 are needed; null takes all")
 
 
 def run_tasks(
@@ -76,17 +78,16 @@ def run_tasks(
 
     A limited task takes a seeded random subset, the same for every model. MMLU's limit is a total, spread over its
     subjects in proportion to their sizes with at least one item each, and its score is the mean over all items.
-    The metric is ``acc_norm`` for HellaSwag, PIQA and ARC, ``acc`` for the others. The standard error is
-    ``sqrt(p (1 - p) / (n - 1))``. Prompts longer than ``max_length`` tokens lose their beginning, as always in
-    lm-eval; ``extra["truncated"]`` counts the requests it happened to.
+    The metric is ``acc_norm`` for HellaSwag, PIQA and ARC, else ``acc``; its standard error is
+    ``sqrt(p (1 - p) / (n - 1))``. lm-eval cuts the beginning of prompts longer than ``max_length`` tokens;
+    ``extra["truncated"]`` counts such requests.
 
     Args:
         model: transformers causal language model in eval mode.
         tokenizer: its tokenizer.
         tasks: task -> number of items, None for all.
-        tasks_folder: holds ``TASK.jsonl`` (one evaluation split), ``TASK.train.jsonl`` (few-shot examples) and
-            ``mmlu/SUBJECT.test.jsonl`` with ``.dev.jsonl``, with the columns of the hub's data sets. None downloads
-            the data sets by name.
+        tasks_folder: holds ``TASK.jsonl``, ``TASK.train.jsonl`` (few-shot examples) and ``mmlu/SUBJECT.test.jsonl``
+            with ``.dev.jsonl``, in the columns of the hub's data sets. None downloads the data sets by name.
         shots: few-shot examples per item.
         batch_size: requests per forward pass.
         max_length: longest prompt in tokens.
@@ -118,7 +119,7 @@ def run_tasks(
             bootstrap_iters=0,
             **dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed),
         )
-    facts = {"shots": shots, "source": "hub" if tasks_folder is None else "tables"}
+    facts = {"shots": shots, "source": "tables" if tasks_folder else "hub"}
     return tuple(_score(n, members[n], results, lm.truncated, {**facts, "limit": tasks[n]}) for n in tasks)
 
 
@@ -172,7 +173,7 @@ def _build_tasks(names: Sequence[str], folder: Path | None, shots: int) -> tuple
 def _table_overrides(name: str, folder: Path, shots: int) -> dict[str, Any]:
     """Point a definition at local tables; prompts and metrics stay lm-eval's."""
     if name in TASKS:
-        # The table is whatever split was at hand; ARC's definition would ask for "test" by name.
+        # ARC's definition would ask for a split "test"; the table is whichever was at hand.
         files = {"validation": folder / f"{name}.jsonl"}
         splits = {"training_split": None, "validation_split": "validation", "test_split": None}
         if shots:
@@ -180,8 +181,7 @@ def _table_overrides(name: str, folder: Path, shots: int) -> dict[str, Any]:
             splits["training_split"] = "train"
         columns = TASKS[name][1]
     else:
-        subject = name.removeprefix(f"{MMLU}_")
-        files = {split: folder / MMLU / f"{subject}.{split}.jsonl" for split in ("test", "dev")}
+        files = {s: folder / MMLU / f"{name.removeprefix('mmlu_')}.{s}.jsonl" for s in ("test", "dev")}
         splits, columns = {}, _MMLU_COLUMNS
     rows = {split: _read_table(name, path, columns) for split, path in files.items()}
 
@@ -196,7 +196,7 @@ def _table_overrides(name: str, folder: Path, shots: int) -> dict[str, Any]:
 
 def _read_table(name: str, path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except FileNotFoundError:
         raise RecipeError(
             f"task {name!r}: its table {path} is missing; build the tables with `dvc repro`, or set "
@@ -258,13 +258,13 @@ def _score(
         extra["acc"] = sum(row["acc"] for row in rows) / n
     if name == MMLU:
         extra["per_subject"] = {m.removeprefix(f"{MMLU}_"): len(results["samples"][m]) for m in members}
-        extra["limit_rule"] = "limit is a total, spread over subjects by size, at least one item each"
+        extra["limit_rule"] = "total, spread over subjects by size, at least one item each"
     return Score(name, metric, value, math.sqrt(value * (1 - value) / (n - 1)), n, True, items, extra)
 
 
 @contextmanager
 def _quiet_lm_eval(progress: bool) -> Iterator[None]:
-    """One bar for all requests instead of one per step and task; warnings that repeat per item are left out."""
+    """One bar for all requests instead of one per step and task, and no warning per item."""
     import datasets
     import lm_eval.api.model
     import lm_eval.api.task
@@ -277,8 +277,8 @@ def _quiet_lm_eval(progress: bool) -> Iterator[None]:
         style = {"desc": f"{'tasks':<22}", "unit": " req", "mininterval": 0.5 if sys.stderr.isatty() else 10}
         return tqdm(*args, **{**options, **style, "disable": not shown})
 
-    logger = logging.getLogger("lm_eval")
-    level, bars = logger.level, datasets.is_progress_bar_enabled()
+    logger, bars = logging.getLogger("lm_eval"), datasets.is_progress_bar_enabled()
+    level = logger.level
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:

@@ -239,14 +239,12 @@ def publish(output: str | Path, *, needed_bytes: int = 0) -> Iterator[Path]:
         raise OutputError(f"output {output} exists; choose another folder or remove it")
     partial = output.parent / f".{output.name}.partial-{os.getpid()}"
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(output.parent).free
+        _make_room(output.parent, partial)
+        free = shutil.disk_usage(partial).free
         if needed_bytes > free:
             raise OutputError(
                 f"disk full: {output} needs {needed_bytes / 1e6:,.0f} MB, {output.parent} has {free / 1e6:,.0f} MB free"
             )
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
         yield partial
         os.replace(partial, output)
     except OSError as error:
@@ -259,6 +257,15 @@ def publish(output: str | Path, *, needed_bytes: int = 0) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _make_room(parent: Path, partial: Path) -> None:
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    except OSError as error:
+        raise OutputError(f"output cannot be written in {parent}: {error.strerror or error}") from None
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -3,7 +3,25 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
+
+_SHOWN: ContextVar[bool] = ContextVar("progress shown", default=True)
+
+
+def is_shown() -> bool:
+    """Whether bars are drawn."""
+    return _SHOWN.get()
+
+
+@contextmanager
+def showing(shown: bool) -> Iterator[None]:
+    """Draw bars, or leave them out, within the block."""
+    token = _SHOWN.set(shown)
+    try:
+        yield
+    finally:
+        _SHOWN.reset(token)
 
 
 @contextmanager
@@ -26,6 +44,7 @@ def show_progress(description: str, total: int | None, unit: str, *, scale: bool
         file=sys.stderr,
         mininterval=0.5 if sys.stderr.isatty() else 10,
         leave=True,
+        disable=not is_shown(),
     )
     with bar:
         yield bar.update

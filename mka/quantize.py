@@ -11,6 +11,7 @@ from typing import Any
 
 from mka.checkpoint import Checkpoint, copy_companions, publish
 from mka.errors import CheckpointError, RecipeError
+from mka.loading import quiet
 from mka.recipe import QuantizeSettings
 from mka.sums import write_sums
 
@@ -64,8 +65,8 @@ def quantize_checkpoint(
         raise CheckpointError(f"{source.path}: weights are already quantized")
     check_group_size(source, settings.group_size)
     with publish(output, needed_bytes=source.nbytes) as partial:
-        model = AutoModelForCausalLM.from_pretrained(source.path, dtype="auto")
-        with torch.inference_mode():
+        with quiet(), torch.inference_mode():
+            model = AutoModelForCausalLM.from_pretrained(source.path, dtype="auto")
             compressor = _round_weights(model, settings, on_module)
             model.save_pretrained(partial, max_shard_size="5GB")
         compressor.update_config(str(partial))

@@ -164,7 +164,7 @@ def list_caveats(data: ReportData) -> list[str]:
                 notes.append(f"Few {noun}, so read the ± before the figure: {', '.join(small)}.")
         if any("mmlu" in score.name for score in measured.tasks):
             notes.append("A model that has lost its language can still pick letters: read MMLU with perplexity.")
-        notes.append("Speed was timed on the machine named under conditions, once; other hardware ranks differently.")
+        notes.append("Speed was timed on the machine named under conditions; other hardware ranks differently.")
     label = f" ({data.provenance['base_model']})" if data.provenance.get("base_model") else ""
     notes.append(f"The base{label} is measured as it was loaded here; its figures are its own, not published ones.")
     facts = [report.checkpoint for report in (data.base, data.candidate) if report]

@@ -168,7 +168,8 @@ def write_quantized(checkpoint: Checkpoint, settings: QuantizeSettings, output: 
         CheckpointError: if the written folder does not load whole or does not generate soundly.
         OutputError: if it cannot be written.
     """
-    with show_progress("round weights", None, "layer") as advance:
+    linear = sum(len(t.shape) == 2 for i in range(checkpoint.layers) for t in checkpoint.layer_tensors(i).values())
+    with show_progress("round weights", linear, "matrix") as advance:
         return quantize_checkpoint(checkpoint, output, settings, verify=_verify, on_module=advance)
 
 

@@ -73,10 +73,18 @@ class HiddenStates:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read back what `save` wrote."""
+        """Read back what `save` wrote.
+
+        Raises:
+            NumericsError: if the file is not a hidden-states file.
+        """
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        return cls(**load_file(path))
+        try:
+            return cls(**load_file(path))
+        except (OSError, SafetensorError, TypeError) as error:
+            raise NumericsError(f"hidden states {path} cannot be read: {error}") from None
 
 
 @dataclass(frozen=True)

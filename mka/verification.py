@@ -5,6 +5,7 @@ from typing import Any
 
 from mka.checkpoint import open_checkpoint
 from mka.errors import CheckpointError
+from mka.loading import quiet
 
 PROBE_TOKENS = 8
 
@@ -25,10 +26,11 @@ def inspect_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -
     from transformers import AutoModelForCausalLM
 
     checkpoint = open_checkpoint(folder, verify=False)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code
-    )
-    model.eval()
+    with quiet():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code
+        )
+        model.eval()
     facts: dict[str, Any] = {
         "model_type": checkpoint.family.model_type,
         "layers": len(model.model.layers),
@@ -39,7 +41,7 @@ def inspect_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -
         "unexpected_keys": len(info["unexpected_keys"]),
         "mismatched_keys": len(info["mismatched_keys"]),
     }
-    with torch.inference_mode():
+    with quiet(), torch.inference_mode():
         facts["generation_mismatches"] = _count_generation_mismatches(model)
     # Counted after the first forward pass, when packed weights have been unpacked.
     facts["parameters"] = sum(p.numel() for n, p in model.named_parameters() if n.endswith((".weight", ".bias")))

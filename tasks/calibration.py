@@ -56,7 +56,7 @@ def select_calibration(place: Workplace, recipe: Recipe, versions: Mapping[str, 
             guard.check(
                 "evaluation_texts",
                 tables.evaluation_table(rows),
-                suites.evaluation_texts(sorted(set(evaluation.tasks) & {row["task"] for row in rows})),
+                suites.evaluation_texts(sorted({*evaluation.tasks, *(row["task"] for row in rows)})),
                 place.checks,
                 run,
             )

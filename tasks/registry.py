@@ -4,10 +4,11 @@ Record and registration are keyed like every stage, by the digests of what is re
 store: a version with the same key is found there and never made twice.
 """
 
+import io
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,11 @@ def _connected(place: Workplace, recipe: Recipe) -> Iterator[Any]:
     # Fail in seconds, not after MLflow's default of minutes of back-off.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
 
+    for logger in ("mlflow", "alembic"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
     try:
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
@@ -131,7 +133,9 @@ def register(job: Job, evidence: Evidence, report: Product) -> Registration:
             if verdict == "fail":
                 return Registration(client.tracking_uri, run.info.run_id, None, None, (), False)
             address = _log_model(job, evidence)
-        version = mlflow.register_model(address, name, tags=_tags(job, evidence) | {"mka.key": key}).version
+        # It prints to the terminal what the summary says at the end.
+        with redirect_stderr(io.StringIO()):
+            version = mlflow.register_model(address, name, tags=_tags(job, evidence) | {"mka.key": key}).version
         aliases = _complete(client, name, version, evidence)
         return Registration(client.tracking_uri, run.info.run_id, name, str(version), aliases, False)
 
@@ -263,11 +267,9 @@ def _require_whole(client: Any, name: str, version: str, candidate: Product) -> 
 
     wanted = {f.name for f in (candidate.folder / MODEL_FOLDER).iterdir()}
     held: set[str] = set()
-    pending: list[str | None] = [None]
+    pending = [""]
     while pending:
-        for entry in mlflow.artifacts.list_artifacts(
-            artifact_uri=f"models:/{name}/{version}", artifact_path=pending.pop()
-        ):
+        for entry in mlflow.artifacts.list_artifacts(artifact_uri=f"models:/{name}/{version}/{pending.pop()}".rstrip("/")):
             if entry.is_dir:
                 pending.append(entry.path)
             else:

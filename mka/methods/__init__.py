@@ -66,6 +66,7 @@ class Method:
         settings: its settings, a closed pydantic section.
         needs: which parts of `Evidence` it wants under given settings.
         score: what it thinks of the layers; None if it does not look.
+        plan_settings: settings that scores do not depend on.
         plan: evidence, scores, aim and settings to a plan.
     """
 
@@ -77,6 +78,7 @@ class Method:
     plan: Callable[[Evidence, LayerScores | None, Aim, Any], MergePlan]
     needs: Callable[[Any], frozenset[str]] = field(default=lambda settings: frozenset())
     score: Callable[[Evidence, Any], LayerScores] | None = None
+    plan_settings: frozenset[str] = frozenset()
 
 
 def method_names() -> list[str]:

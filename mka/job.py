@@ -1,0 +1,227 @@
+"""What one compression is about to do: everything checked and foreseen that needs no run of the model."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mka import stages
+from mka.calibration import CalibrationSet, load_calibration, read_heldout, read_texts, refuse_overlap
+from mka.checkpoint import Checkpoint, open_checkpoint
+from mka.errors import CheckpointError, RecipeError
+from mka.methods import REOBSERVE, Aim, get_method, method_settings
+from mka.quantize import BITS, check_group_size
+from mka.recipe import EvaluationSettings, ModelSource, Recipe
+from mka.sources import materialize, resolve_revision
+
+EVIDENCE = "evidence"
+# Tokenizer, configuration, card and report: what a folder holds beside its weights.
+COMPANIONS_NBYTES = 64_000_000
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compression with everything checked that can be checked without running the model.
+
+    Attributes:
+        recipe: the resolved recipe.
+        base: the opened base checkpoint.
+        revision: what pins the base.
+        aim: the target in layers.
+        calibration: the texts the method looks at; None if it looks at none.
+        heldout: source -> texts of perplexity; empty if there are none.
+        measured: whether base and candidate are evaluated.
+    """
+
+    recipe: Recipe
+    base: Checkpoint
+    revision: str
+    aim: Aim
+    calibration: CalibrationSet | None
+    heldout: Mapping[str, Sequence[str]]
+    measured: bool
+
+
+def fetch_base(source: ModelSource, work: Path) -> tuple[Checkpoint, str]:
+    """Bring a model here, open and check it; returns it with what pins it.
+
+    Raises:
+        CheckpointError: if it cannot be had, is damaged, inconsistent or unsupported.
+    """
+    folder = materialize(source, work)
+    return open_checkpoint(folder), resolve_revision(source, folder)
+
+
+def prepare(recipe: Recipe, work: Path, *, evaluate: bool = True) -> Job:
+    """Check a recipe against its model and its tables; runs nothing.
+
+    Args:
+        recipe: the recipe; tables are read from the working copy.
+        work: work folder, where models are fetched to.
+        evaluate: whether base and candidate will be measured.
+
+    Raises:
+        MkaError: whatever is wrong, before anything is computed.
+    """
+    needs = get_method(recipe.method.name).needs(method_settings(recipe.method.name, recipe.method.settings))
+    heldout: Mapping[str, Sequence[str]] = {}
+    if evaluate:
+        heldout = check_evaluation(recipe.evaluation)
+    calibration = load_calibration(recipe.calibration.path, recipe.calibration.samples) if needs else None
+    if calibration is not None and evaluate:
+        refuse_overlap(calibration.texts, [*(t for texts in heldout.values() for t in texts), *_task_texts(recipe)])
+    base, revision = fetch_base(recipe.model, work)
+    if base.is_quantized:
+        raise CheckpointError(f"{base.path}: weights are already quantized; compress the original checkpoint instead")
+    aim = stages.resolve_aim(recipe.target, base)
+    if recipe.quantize.scheme != "off":
+        check_group_size(base, recipe.quantize.group_size)
+    positions = base.config.get("max_position_embeddings")
+    if heldout and isinstance(positions, int) and recipe.evaluation.context > positions:
+        raise RecipeError(
+            f"evaluation.context is {recipe.evaluation.context}; the model has {positions} positions, lower the context"
+        )
+    measured = bool(heldout or (evaluate and recipe.evaluation.tasks))
+    return Job(recipe, base, revision, aim, calibration, heldout, measured)
+
+
+def check_evaluation(settings: EvaluationSettings) -> Mapping[str, Sequence[str]]:
+    """Read the held-out texts and check tasks and their tables; returns source -> texts.
+
+    Raises:
+        RecipeError: on an unknown task or a missing table.
+        CalibrationError: if the texts cannot be read.
+    """
+    from mka.benchmarks import check_tasks
+
+    check_tasks(settings.tasks)
+    for task in settings.tasks:
+        if settings.tasks_folder is not None and not _tables(settings.tasks_folder, task):
+            raise RecipeError(
+                f"task {task!r}: no table in {settings.tasks_folder}; `make data` builds the project's own tables"
+            )
+    return read_heldout(settings.text) if settings.text is not None else {}
+
+
+def _tables(folder: Path, task: str) -> list[Path]:
+    if task == "mmlu":
+        return sorted((folder / task).glob("*.test.jsonl"))
+    name = f"mmlu/{task.removeprefix('mmlu_')}.test.jsonl" if task.startswith("mmlu_") else f"{task}.jsonl"
+    return [folder / name] if (folder / name).is_file() else []
+
+
+def _task_texts(recipe: Recipe) -> Iterator[str]:
+    """Texts of the tasks that calibration must not contain."""
+    settings = recipe.evaluation
+    if settings.overlap_index is not None and settings.overlap_index.is_file():
+        yield from read_texts(settings.overlap_index)
+    for table in (t for task in settings.tasks for t in _tables(settings.tasks_folder or Path(), task)):
+        for line in table.read_text(encoding="utf-8").split("\n"):
+            row = json.loads(line) if line.strip() else {}
+            yield from (value for value in row.values() if isinstance(value, str))
+
+
+def foresee(job: Job, output: Path) -> dict[str, Any]:
+    """Say what a compression would do, from facts and arithmetic alone.
+
+    Returns:
+        base and candidate (layers, parameters, bytes), removed layers, tokens to observe, estimates of peak memory
+        and disk in bytes, and the files that would be written.
+    """
+    from transformers import AutoTokenizer
+
+    from mka.observe import tokenize
+
+    recipe, base = job.recipe, job.base
+    texts = job.calibration.texts if job.calibration else ()
+    lengths: list[int] = []
+    if texts:
+        tokenizer = AutoTokenizer.from_pretrained(base.path, local_files_only=True)
+        lengths = [len(ids) for ids in tokenize(tokenizer, texts, recipe.calibration.max_tokens)]
+    total, merged = base.nbytes, _merged_nbytes(job)
+    facts = checkpoint_facts(base)
+    share = sum(base.layer_nbytes) / total
+    layers_gone = 1 - job.aim.layers_out / base.layers
+    return {
+        "base": {key: facts[key] for key in ("path", "model_type", "layers", "parameters", "bytes", "dtype")},
+        "candidate": {
+            "layers": job.aim.layers_out,
+            "parameters": round(facts["parameters"] * (1 - share * layers_gone)),
+            "bytes": candidate_nbytes(job),
+            "quantize": recipe.quantize.scheme,
+        },
+        "method": recipe.method.model_dump(),
+        "calibration_texts": len(texts),
+        "calibration_tokens": sum(lengths),
+        "evaluated": job.measured,
+        "memory_bytes": _memory_nbytes(job, len(lengths)),
+        "disk_bytes": merged + (candidate_nbytes(job) if recipe.quantize.scheme != "off" else 0) + COMPANIONS_NBYTES,
+        "files": [str(output / name) for name in _file_names(job)],
+    }
+
+
+def _merged_nbytes(job: Job) -> int:
+    mean = sum(job.base.layer_nbytes) / job.base.layers
+    return round(job.base.nbytes - mean * (job.base.layers - job.aim.layers_out))
+
+
+def candidate_nbytes(job: Job) -> int:
+    """Estimate the bytes of the candidate's tensors: the mean layer, its linear weights rounded."""
+    settings = job.recipe.quantize
+    if settings.scheme == "off":
+        return _merged_nbytes(job)
+    saved = 0.0
+    for tensor in (t for i in range(job.base.layers) for t in job.base.layer_tensors(i).values()):
+        if len(tensor.shape) == 2:
+            width = tensor.nbytes / tensor.parameters
+            saved += tensor.parameters * (width - BITS[settings.scheme] / 8 - width / settings.group_size)
+    return round(_merged_nbytes(job) - saved * job.aim.layers_out / job.base.layers)
+
+
+def _memory_nbytes(job: Job, texts: int) -> int:
+    """Estimate the peak: the model once or twice, its hidden states, and the logits of one batch of windows."""
+    recipe, config = job.recipe, job.base.config
+    width = 4 if recipe.model.dtype == "float32" else 2
+    parameters = sum(t.parameters for t in job.base.tensors.values())
+    needs = get_method(recipe.method.name).needs(method_settings(recipe.method.name, recipe.method.settings))
+    copies = 2 if REOBSERVE in needs or recipe.quantize.scheme != "off" else 1
+    states = (job.base.layers + 1) * texts * config["hidden_size"] * 4
+    windows = min(recipe.evaluation.batch_size, 4) * width + 2 * 4
+    logits = recipe.evaluation.context * config["vocab_size"] * windows if job.measured else 0
+    return copies * parameters * width + states + logits
+
+
+def _file_names(job: Job) -> list[str]:
+    scored = get_method(job.recipe.method.name).score is not None
+    names = ["config.json", "model.safetensors", "README.md", "SHA256SUMS", f"{EVIDENCE}/recipe.yaml"]
+    names += [f"{EVIDENCE}/plan.json", *([f"{EVIDENCE}/scores.json"] if scored else [])]
+    if job.measured:
+        names += [f"{EVIDENCE}/{name}.json" for name in ("base", "candidate", "gate")]
+    return [*names, f"{EVIDENCE}/report.html"]
+
+
+def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return path, digest, model_type, layers, parameters (as unpacked), bytes and dtype of a checkpoint."""
+    parameters = sum(t.parameters for t in checkpoint.tensors.values())
+    if checkpoint.is_quantized:
+        parameters = _count_unpacked(checkpoint)
+    return {
+        "path": str(checkpoint.path),
+        "digest": checkpoint.digest,
+        "model_type": checkpoint.family.model_type,
+        "layers": checkpoint.layers,
+        "parameters": parameters,
+        "bytes": checkpoint.nbytes,
+        "dtype": checkpoint.dtype,
+    }
+
+
+def _count_unpacked(checkpoint: Checkpoint) -> int:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(checkpoint.path)
+    del config.quantization_config
+    with init_empty_weights():
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
