@@ -34,7 +34,7 @@ data: $(BUILT) $(FETCHED) ## Build the tables (dvc repro) and fetch the demo's b
 demo: setup data ## Recompress SmolLM2-135M-Instruct: the whole road, on CPU
 	@$(BIN)/python -m flows.recompress $(RECIPE)
 
-test: setup data ## Run the tests that need no network and no GPU; PYTEST_ARGS="-m 'not real'" narrows them
+test: setup data ## Run the tests that need no network and no GPU; PYTEST_ARGS="-k gate" narrows them
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: setup ## Style, formatting, docstrings, types, import contracts, lock against pyproject.toml
@@ -70,8 +70,8 @@ $(INSTALLED): requirements.lock pyproject.toml
 		echo "setup: $(VENV) with $$("$$found" --version), then the packages of requirements.lock"; \
 		"$$found" -m venv --clear $(VENV) || exit 2; \
 	fi
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-virtualenv -r requirements.lock
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-virtualenv \
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-virtualenv -r requirements.lock
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-virtualenv \
 		--no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -19,7 +19,6 @@ for _name, _value in {
     # The first start creates a database, which takes longer than Prefect's default of 20 s on a small machine.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
     "PREFECT_CLI_COLORS": "false",
-    # Data sets are read from tables in this project; the cache of what lm-eval makes of them belongs to the work folder.
     "HF_DATASETS_CACHE": str(_WORK / "datasets"),
     "TOKENIZERS_PARALLELISM": "false",
 }.items():

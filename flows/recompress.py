@@ -1,12 +1,13 @@
 """Recompress one model: data -> observe -> score -> plan -> merge -> quantize -> evaluate -> gate -> register.
 
-    python -m flows.recompress recipes/smollm2_135m.yaml
-    python -m flows.recompress recipes/smollm2_135m.yaml --set target.layers=26
+python -m flows.recompress recipes/smollm2_135m.yaml
+python -m flows.recompress recipes/smollm2_135m.yaml --set target.layers=26
 """
 
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -30,8 +31,8 @@ from tasks import guard
 from tasks.base_model import fetch_base_model
 from tasks.calibration import read_tables, select_calibration
 from tasks.compression import MODEL_FOLDER, PLAN_FILE, Job, merge, observe, plan, quantize, score
-from tasks.evaluation import decide_gate, evaluate
-from tasks.pages import publish_artifacts, print_summary
+from tasks.evaluation import compare_speeds, decide_gate, evaluate
+from tasks.pages import print_summary, publish_artifacts
 from tasks.registry import as_facts, reach_registry, register
 from tasks.reporting import Evidence, report
 from tasks.workplace import Workplace, find_workplace
@@ -77,7 +78,14 @@ def recompress(recipe: str, overrides: dict[str, Any] | None = None) -> dict[str
         GateRefused: if the candidate was measured and does not keep enough of its base.
     """
     place = find_workplace()
-    log = Log({"recipe": recipe, "run": str(flow_run.name), "started": datetime.now(UTC).isoformat(timespec="seconds")})
+    log = Log(
+        {
+            "recipe": recipe,
+            "command": describe_command(place, recipe, overrides),
+            "run": str(flow_run.name),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+    )
     started = time.perf_counter()
     try:
         walk(place, load_recipe(place.path(Path(recipe)), overrides), log)
@@ -94,6 +102,14 @@ def recompress(recipe: str, overrides: dict[str, Any] | None = None) -> dict[str
     return log.facts
 
 
+def describe_command(place: Workplace, recipe: str, overrides: dict[str, Any] | None) -> str:
+    """Return the command line that does the same again, with a path relative to the project where it can be."""
+    path = place.path(Path(recipe))
+    shown = path.relative_to(place.root) if path.is_relative_to(place.root) else path
+    options = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in (overrides or {}).items())
+    return f"python -m flows.recompress {shown}{options}"
+
+
 def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
     """The road, top to bottom; every stage is stored and reused by content."""
     log.facts["name"] = recipe.name
@@ -101,7 +117,7 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
     base = fetch_base_model(place, recipe.model)
     log.facts["base"] = base["path"]
     log.stage("base model", base["seconds"], base["reused"], f"{recipe.model.label} at {base['revision']}")
-    job = Job(place, recipe, base, str(flow_run.name))
+    job = Job(place, recipe, base, str(flow_run.name), log.facts["command"])
 
     versions, tables = read_tables(place, recipe)
     log.product("tables", tables)
@@ -118,12 +134,13 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
         candidate = log.product("quantize", quantize(job, merged))
     log.facts["candidate"] = str(candidate.folder / MODEL_FOLDER)
 
-    measured = candidate.facts | {"path": log.facts["candidate"]}
+    measured = {**candidate.facts, "path": log.facts["candidate"]}
     before = log.product("evaluate base", evaluate(job, "base", base, versions, tables))
     after = log.product("evaluate candidate", evaluate(job, "candidate", measured, versions, tables))
+    speeds = log.product("compare speed", compare_speeds(job, measured))
     gate = log.product("gate", decide_gate(job, before, after))
     log.facts["verdict"] = gate.facts["verdict"]
-    evidence = Evidence(tables, calibration, scores, planned, candidate, before, after, gate)
+    evidence = Evidence(tables, calibration, scores, planned, candidate, before, after, speeds, gate)
     page = log.product("report", report(job, evidence, {n: s["seconds"] for n, s in log.facts["stages"].items()}))
     log.facts["report"] = str(page.folder / "report.html")
     log.facts["checks"] = str(guard.build_docs(place.checks))
@@ -145,7 +162,7 @@ def write_last_run(place: Workplace, facts: dict[str, Any]) -> None:
     place.work.mkdir(parents=True, exist_ok=True)
     partial = place.last_run.with_name(f".{place.last_run.name}.{os.getpid()}")
     partial.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, place.last_run)
+    partial.replace(place.last_run)
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
@@ -184,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"recompress: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"\nrecompress: interrupted; finished stages are kept, resume with the same command", file=sys.stderr)
+        print("\nrecompress: interrupted; finished stages are kept, resume with the same command", file=sys.stderr)
         return 130
     return 0
 

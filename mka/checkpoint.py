@@ -26,7 +26,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Left behind when a folder is derived from another: weights, what describes them, and code.
 _NOT_COPIED = re.compile(
-    r"(.*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|py|index\.json)|config\.json|README\.md|" + SUMS_NAME + r"|\..*)"
+    r"(.*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|py|index\.json)|config\.json|README\.md|"
+    + SUMS_NAME
+    + r"|\..*)"
 )
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -246,7 +248,7 @@ def publish(output: str | Path, *, needed_bytes: int = 0) -> Iterator[Path]:
                 f"disk full: {output} needs {needed_bytes / 1e6:,.0f} MB, {output.parent} has {free / 1e6:,.0f} MB free"
             )
         yield partial
-        os.replace(partial, output)
+        partial.replace(output)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"disk full while writing {output}; free some space and run again") from None

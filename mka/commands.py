@@ -1,21 +1,18 @@
 """The stages as commands, one each: what one writes, the next reads."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mka.console import Outcome, align, check_free, quiet_libraries, reports, write_file
+from mka.console import Outcome, align, check_free, examples, quiet_libraries, reports, write_file
 from mka.errors import PlanError, RecipeError
 from mka.options import (
     CALIBRATION,
     FILE,
     build_section,
     combine,
-    evaluation_options,
-    evaluation_values,
     given,
     loading_options,
     observation_options,
@@ -26,16 +23,21 @@ from mka.options import (
 )
 
 model_argument = click.argument("model")
-output_folder = click.option("--output", type=FILE, required=True, metavar="DIR", help="Folder to write; must not exist.")
+output_folder = click.option(
+    "--output", type=FILE, required=True, metavar="DIR", help="Folder to write; must not exist."
+)
 
 
-@click.command(epilog="Example: mka methods --json")
+@click.command(epilog=examples("mka methods", "mka methods --json"))
 @reports
 def methods() -> Outcome:
-    """List the methods that can plan a compression, what they look at, and with --json their settings."""
+    """List the methods that can plan a compression.
+
+    With --json, their settings too: name, default, description.
+    """
     from mka.methods import get_method, method_names
 
-    entries = []
+    entries: list[dict[str, Any]] = []
     for method in map(get_method, method_names()):
         settings = [
             {"name": name, "default": field.default, "type": str(field.annotation), "description": field.description}
@@ -48,7 +50,7 @@ def methods() -> Outcome:
     return Outcome({"methods": entries}, align(rows, ["method", "what it does", "looks at"]))
 
 
-@click.command()
+@click.command(epilog=examples("mka observe ./smollm2 --calibration texts.jsonl --output states.safetensors"))
 @model_argument
 @click.option("--calibration", type=FILE, default=CALIBRATION, show_default=True, help="Texts the model reads.")
 @combine(
@@ -61,14 +63,10 @@ def methods() -> Outcome:
 def observe(
     model: str, calibration: Path, output: Path, dtype: str | None, trust_remote_code: bool, **options: Any
 ) -> Outcome:
-    """Run MODEL once over calibration texts and keep one vector per layer and text.
+    """Run MODEL over calibration texts, keep hidden states.
 
-    MODEL is a folder, a hub id org/name[@revision], or package:NAME==VERSION. The calibration file holds JSON lines
+    One forward pass gives one vector per layer and text.     MODEL is a folder, a hub id org/name[@revision], or package:NAME==VERSION. The calibration file holds JSON lines
     with a `text` field, or paragraphs if its name ends in .txt; at least 50 texts, better 200.
-
-    \b
-    Example:
-      mka observe ./SmolLM2-135M-Instruct --calibration data/prepared/calibration.jsonl --output states.safetensors
     """
     from mka import stages
     from mka.calibration import load_calibration
@@ -95,7 +93,9 @@ def observe(
     return Outcome(facts, f"{said}\n{output}: next, mka score {model} --states {output} --output scores.json")
 
 
-@click.command()
+@click.command(
+    epilog=examples("mka score ./smollm2 --states states.safetensors --set coordinates=3 --output scores.json")
+)
 @model_argument
 @click.option("--states", type=FILE, required=True, metavar="FILE", help="What `mka observe` wrote.")
 @click.option("--method", default="mka", show_default=True, help="Who scores; `mka methods` lists them.")
@@ -103,11 +103,9 @@ def observe(
 @click.option("--output", type=FILE, required=True, metavar="FILE", help="Scores, JSON; must not exist.")
 @reports
 def score(model: str, states: Path, method: str, settings: dict[str, Any], output: Path) -> Outcome:
-    """Score the layers of MODEL: how similar pairs of layers are, or how important each layer is.
+    """Score how similar or important MODEL's layers are.
 
-    \b
-    Example:
-      mka score ./SmolLM2-135M-Instruct --states states.safetensors --set coordinates=3 --output scores.json
+    What a high score means is printed with the scores; which kind it is depends on the method.
     """
     from mka import stages
     from mka.methods import method_settings
@@ -132,7 +130,7 @@ def score(model: str, states: Path, method: str, settings: dict[str, Any], outpu
     return Outcome(document, f"{scores.meaning}\n\n{table}\n\n{output}")
 
 
-@click.command()
+@click.command(epilog=examples("mka plan ./smollm2 --scores scores.json --layers 24 --output plan.json"))
 @model_argument
 @click.option("--scores", type=FILE, metavar="FILE", help="What `mka score` wrote; its method plans.")
 @click.option("--method", help="Who plans without scores, e.g. reference_code.")
@@ -153,14 +151,10 @@ def plan(
     trust_remote_code: bool,
     **options: Any,
 ) -> Outcome:
-    """Decide which layers of MODEL become one, and say it in words.
+    """Decide which layers of MODEL become one.
 
     Give one target: --layers, --layer-ratio or --size-ratio. With --set selection=iterative or weights=line-search
     the model is looked at again while planning, which needs --calibration.
-
-    \b
-    Example:
-      mka plan ./SmolLM2-135M-Instruct --scores scores.json --layers 24 --output plan.json
     """
     from mka import stages
     from mka.calibration import load_calibration
@@ -195,20 +189,16 @@ def plan(
     return Outcome(json.loads(made.to_json()) | {"output": str(output)}, "\n".join([head, *steps, str(output)]))
 
 
-@click.command()
+@click.command(epilog=examples("mka merge ./smollm2 --plan plan.json --quantize int8 --output ./smollm2-24"))
 @model_argument
 @click.option("--plan", "plan_file", type=FILE, required=True, metavar="FILE", help="What `mka plan` wrote.")
 @quantize_options
 @output_folder
 @reports
 def merge(model: str, plan_file: Path, quantize: str | None, group_size: int | None, output: Path) -> Outcome:
-    """Write the model that a plan makes of MODEL, as a stock folder that transformers loads.
+    """Write the model that a plan makes of MODEL.
 
-    It is written aside, loaded as a stranger would load it, and renamed into place only if that went well.
-
-    \b
-    Example:
-      mka merge ./SmolLM2-135M-Instruct --plan plan.json --quantize int8 --output ./smollm2-24
+    It becomes a stock folder that transformers loads. It is written aside, loaded as a stranger would load it, and renamed into place only if that went well.
     """
     from mka.checkpoint import open_checkpoint, publish
     from mka.compress import write_candidate
@@ -230,68 +220,3 @@ def merge(model: str, plan_file: Path, quantize: str | None, group_size: int | N
     facts = checkpoint_facts(open_checkpoint(output, verify=False)) | {"parameters": found["parameters"]}
     said = f"{facts['layers']} layers, {facts['parameters'] / 1e6:,.1f} M parameters, {facts['bytes'] / 1e6:,.1f} MB"
     return Outcome(facts | {"output": str(output), "loaded": found}, f"{said}\n{output}")
-
-
-@click.command()
-@model_argument
-@combine(
-    evaluation_options,
-    click.option("--batch-size", type=int, metavar="N", help="Sequences per forward pass.  [default: 8]"),
-    click.option("--seed", type=int, default=0, show_default=True, help="Draws the items of a benchmark."),
-    loading_options,
-)
-@click.option("--output", type=FILE, metavar="FILE", help="Keep the report, JSON; must not exist.")
-@reports
-def evaluate(
-    model: str,
-    text: Path | None,
-    tasks: dict[str, int | None],
-    tasks_folder: str | None,
-    context: int | None,
-    tokens: int | None,
-    batch_size: int | None,
-    seed: int,
-    dtype: str | None,
-    trust_remote_code: bool,
-    output: Path | None,
-) -> Outcome:
-    """Measure MODEL from disk: perplexity on held-out text, benchmarks, speed, a sample of its text.
-
-    Every figure comes with its n and, as ±, one standard error.
-
-    \b
-    Example:
-      mka evaluate ./smollm2-24 --text data/prepared/heldout.jsonl --tasks hellaswag=40 --output candidate.json
-    """
-    from mka.job import check_evaluation, checkpoint_facts
-    from mka.recipe import EvaluationSettings
-    from mka.report import result_table
-
-    if output is not None:
-        check_free(output)
-    values = {"text": None} | evaluation_values(text, tasks, tasks_folder, context, tokens)
-    settings = build_section(EvaluationSettings, values | given({"batch_size": batch_size}))
-    if settings.text is None and not settings.tasks:
-        raise RecipeError("nothing to evaluate on; give --text FILE, --tasks TASK=ITEMS, or both")
-    heldout = check_evaluation(settings)
-    checkpoint, source = open_model(model, dtype, trust_remote_code)
-    from mka.compress import measure_checkpoint
-
-    with quiet_libraries():
-        report = measure_checkpoint(
-            checkpoint, checkpoint_facts(checkpoint), settings, source, heldout, seed=seed, command=typed()
-        )
-    if output is not None:
-        write_file(output, lambda path: path.write_text(report.to_json(), encoding="utf-8"))
-    rows = [[row["quantity"], row["candidate"]] for row in result_table(None, report)]
-    document = json.loads(report.to_json()) | {"output": str(output) if output else None}
-    return Outcome(document, align(rows, ["quantity", "value"], "lr") + (f"\n\n{output}" if output else ""))
-
-
-def typed() -> str:
-    """Return the command as it was typed, for the record."""
-    import shlex
-
-    context = click.get_current_context()
-    arguments = context.find_root().meta.get("arguments", sys.argv[1:])
-    return shlex.join(["mka", *arguments])

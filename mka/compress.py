@@ -18,7 +18,7 @@ from mka.job import COMPANIONS_NBYTES, EVIDENCE, Job, candidate_nbytes, checkpoi
 from mka.measurements import EvalReport
 from mka.plan import MergePlan
 from mka.progress import is_shown
-from mka.recipe import QuantizeSettings, Recipe
+from mka.recipe import EvaluationSettings, ModelSource, QuantizeSettings
 from mka.report import ReportData, write_card, write_report
 from mka.states import LayerScores
 
@@ -110,11 +110,13 @@ def _measure_both(
     if not job.measured:
         bare = EvalReport(before, (), (), {}, {}, {})
         return bare, replace(bare, checkpoint=facts), None
+    recipe = job.recipe
+    alike: Any = (recipe.evaluation, recipe.model, job.heldout)
     with clock.stage("evaluate base"):
-        base = measure(job.base, before, job.recipe, job.heldout, command)
+        base = measure_checkpoint(job.base, before, *alike, seed=recipe.seed, command=command)
     with clock.stage("evaluate candidate"):
-        candidate = measure(made, facts, job.recipe, job.heldout, command)
-    return base, candidate, decide(base, candidate, job.recipe.gate, seed=job.recipe.seed)
+        candidate = measure_checkpoint(made, facts, *alike, seed=recipe.seed, command=command)
+    return base, candidate, decide(base, candidate, recipe.gate, seed=recipe.seed)
 
 
 def _write_evidence(job: Job, result: Compression, scores: LayerScores | None, folder: Path, command: str) -> None:
@@ -190,10 +192,26 @@ def write_candidate(plan: MergePlan, base: Checkpoint, settings: QuantizeSetting
     return facts
 
 
-def measure(
-    checkpoint: Checkpoint, facts: Mapping[str, Any], recipe: Recipe, heldout: Mapping[str, Sequence[str]], command: str
+def measure_checkpoint(
+    checkpoint: Checkpoint,
+    facts: Mapping[str, Any],
+    settings: EvaluationSettings,
+    source: ModelSource,
+    heldout: Mapping[str, Sequence[str]],
+    *,
+    seed: int,
+    command: str,
 ) -> EvalReport:
-    """Measure one checkpoint from disk under the recipe's conditions.
+    """Measure one checkpoint from disk.
+
+    Args:
+        checkpoint: what to measure.
+        facts: of `mka.job.checkpoint_facts`, for the report.
+        settings: tasks, windows, prompts.
+        source: precision, and whether the model's own code may run.
+        heldout: source -> texts for perplexity.
+        seed: draws the items of tasks.
+        command: what was typed, for the record.
 
     Raises:
         CheckpointError: if it does not load whole.
@@ -203,10 +221,10 @@ def measure(
 
     return evaluate_checkpoint(
         checkpoint.path,
-        recipe.evaluation,
-        dtype=recipe.model.dtype,
-        seed=recipe.seed,
-        trust_remote_code=recipe.model.trust_remote_code,
+        settings,
+        dtype=source.dtype,
+        seed=seed,
+        trust_remote_code=source.trust_remote_code,
         heldout=heldout,
         checkpoint_facts=facts,
         command=command,

@@ -15,6 +15,8 @@ import click
 
 from mka.errors import MkaError, OutputError
 
+ARGUMENTS = "mka.arguments"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -29,6 +31,11 @@ class Outcome:
     document: Any
     text: str
     refusal: MkaError | None = None
+
+
+def examples(*lines: str) -> str:
+    """Lay out command lines as the end of a help page."""
+    return "\n".join(["\b", "Example:" if len(lines) == 1 else "Examples:", *(f"  {line}".rstrip() for line in lines)])
 
 
 def say(line: str) -> None:
@@ -54,6 +61,14 @@ def reports(command: Callable[..., Outcome]) -> Callable[..., None]:
             raise outcome.refusal
 
     return run
+
+
+def typed() -> str:
+    """Return the command as it was typed, for the record."""
+    import shlex
+
+    arguments = click.get_current_context().find_root().meta.get(ARGUMENTS, ())
+    return shlex.join(["mka", *arguments])
 
 
 @contextlib.contextmanager

@@ -3,13 +3,12 @@
 import importlib.metadata
 import os
 import platform
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mka.errors import GuardError
 from mka.measurements import EvalReport, Score
+from mka.speed import compare_speed, greedy_options
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
     from mka.recipe import EvaluationSettings
 
 LONGEST_PROMPT = 2048
-REPEATS = 3
-PREFILL_TOKENS = 256
 _LIBRARIES = ("torch", "transformers", "lm-eval", "compressed-tensors", "datasets")
 
 
@@ -33,6 +30,7 @@ def evaluate_checkpoint(
     checkpoint_facts: Mapping[str, Any],
     command: str = "",
     progress: bool = True,
+    speed: bool = True,
 ) -> EvalReport:
     """Measure a model folder as it would be used: loaded from disk, nothing carried over in memory.
 
@@ -46,6 +44,8 @@ def evaluate_checkpoint(
         checkpoint_facts: path, digest, layers, parameters, bytes; copied into the report.
         command: the command that asked for this, for the record.
         progress: show bars with rates.
+        speed: time prefill and decoding too. Two models are compared by `mka.speed.compare_speed` instead, which
+            takes turns.
 
     Raises:
         RecipeError: on unknown tasks, missing tables or too little text.
@@ -87,7 +87,7 @@ def evaluate_checkpoint(
         checkpoint=dict(checkpoint_facts),
         text=text,
         tasks=tasks,
-        speed=measure_speed(model, new_tokens=settings.new_tokens, seed=seed),
+        speed=compare_speed({"": model}, new_tokens=settings.new_tokens, seed=seed)[""] if speed else {},
         generations=generate_text(model, tokenizer, settings.prompts, settings.new_tokens),
         conditions=_conditions(model, settings, dtype=dtype, seed=seed, max_length=max_length, command=command),
     )
@@ -102,61 +102,9 @@ def generate_text(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
         inputs.pop("token_type_ids", None)
         with torch.inference_mode():
-            output = model.generate(**inputs, **_greedy(model, new_tokens))
+            output = model.generate(**inputs, **greedy_options(model, new_tokens))
         generations[prompt] = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return generations
-
-
-def measure_speed(model: Any, *, new_tokens: int, seed: int, repeats: int = REPEATS) -> dict[str, float]:
-    """Time one sequence on random tokens: median of ``repeats``, after one warm-up.
-
-    Returns:
-        "prefill_tokens_per_second": one forward pass over 256 tokens (or all the model's positions, if fewer);
-        "decode_tokens_per_second": cached greedy decoding of ``new_tokens`` tokens after one token of prompt.
-    """
-    import torch
-
-    positions = getattr(model.config, "max_position_embeddings", None) or PREFILL_TOKENS
-    length = min(PREFILL_TOKENS, positions)
-    steps = max(1, min(new_tokens, positions - 1))
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(model.config.get_text_config().vocab_size, (1, length), generator=generator).to(model.device)
-    decoding = {**_greedy(model, steps), "min_new_tokens": steps}
-
-    def rate(tokens: int, call: Any) -> float:
-        call()
-        seconds = []
-        for _ in range(repeats):
-            _synchronize(model)
-            start = time.perf_counter()
-            call()
-            _synchronize(model)
-            seconds.append(time.perf_counter() - start)
-        return tokens / statistics.median(seconds)
-
-    with torch.inference_mode():
-        return {
-            "prefill_tokens_per_second": rate(length, lambda: model(input_ids=ids, use_cache=False)),
-            "decode_tokens_per_second": rate(
-                steps, lambda: model.generate(ids[:, :1], attention_mask=torch.ones_like(ids[:, :1]), **decoding)
-            ),
-        }
-
-
-def _greedy(model: Any, new_tokens: int) -> dict[str, Any]:
-    config = model.generation_config
-    end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-    pad = config.pad_token_id if config.pad_token_id is not None else end
-    # A model's own sampling settings are switched off by name, or they would be warned about.
-    sampling = {"temperature": None, "top_p": None, "top_k": None}
-    return {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": pad, **sampling}
-
-
-def _synchronize(model: Any) -> None:
-    import torch
-
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _conditions(

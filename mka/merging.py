@@ -35,7 +35,9 @@ def check_plan_fits(plan: MergePlan, source: Checkpoint) -> None:
         raise PlanError(f"plan is for {plan.layers_in} layers, {source.path} has {source.layers}")
     planned = plan.base.get("digest")
     if planned and planned != source.digest:
-        raise PlanError(f"plan was made for digest {planned[:12]}…, {source.path} has {source.digest[:12]}…; plan again")
+        raise PlanError(
+            f"plan was made for digest {planned[:12]}…, {source.path} has {source.digest[:12]}…; plan again"
+        )
     for layer in plan.merged:
         if len({source.kinds[i] for i in layer.sources}) > 1:
             kinds = ", ".join(f"{i}: {'/'.join(map(str, source.kinds[i]))}" for i in layer.sources)

@@ -22,7 +22,6 @@ FILE = click.Path(path_type=Path)
 CALIBRATION = Path("data/prepared/calibration.jsonl")
 HELDOUT = Path("data/prepared/heldout.jsonl")
 TASKS_FOLDER = Path("data/prepared/evaluation")
-MODEL_HELP = "MODEL is a folder, a hub id org/name[@revision], or package:NAME==VERSION."
 
 
 def read_settings(context: click.Context, option: click.Parameter, values: Sequence[str]) -> dict[str, Any]:
@@ -67,7 +66,9 @@ _DTYPES = click.Choice(["float32", "bfloat16", "float16"])
 loading_options = combine(
     click.option("--dtype", type=_DTYPES, help="Precision of forward passes.  [default: float32]"),
     click.option(
-        "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model. Only for models you trust."
+        "--trust-remote-code",
+        is_flag=True,
+        help="Run Python code that comes with the model. Only for models you trust.",
     ),
 )
 observation_options = combine(
@@ -83,10 +84,16 @@ target_options = combine(
     click.option("--layers", type=int, metavar="N", help="Target: layers that remain."),
     click.option("--layer-ratio", type=float, metavar="R", help="Target: share of the layers to remove, 0 to 1."),
     click.option(
-        "--size-ratio", type=float, metavar="R", help="Target: share of the bytes to remove before quantization, 0 to 1."
+        "--size-ratio",
+        type=float,
+        metavar="R",
+        help="Target: share of the bytes to remove before quantization, 0 to 1.",
     ),
     click.option("--protect-first", type=int, metavar="N", help="First layers never touched.  [default: 2]"),
     click.option("--protect-last", type=int, metavar="N", help="Last layers never touched.  [default: 1]"),
+)
+recipe_option = click.option(
+    "--recipe", "recipe_file", type=FILE, metavar="FILE", help="A recipe, YAML; recipes/ has one."
 )
 set_option = click.option(
     "--set",
@@ -126,9 +133,7 @@ evaluation_options = combine(
         help=f"Tables of the benchmarks, or `hub` to download them by name.  [default: {TASKS_FOLDER}]",
     ),
     click.option("--context", type=int, metavar="N", help="Tokens per perplexity window.  [default: 512]"),
-    click.option(
-        "--tokens", type=int, metavar="N", help="Most held-out tokens predicted per source.  [default: 4096]"
-    ),
+    click.option("--tokens", type=int, metavar="N", help="Most held-out tokens predicted per source.  [default: 4096]"),
 )
 
 
@@ -138,7 +143,11 @@ def given(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def evaluation_values(
-    text: Path | None, tasks: Mapping[str, int | None], tasks_folder: str | None, context: int | None, tokens: int | None
+    text: Path | None,
+    tasks: Mapping[str, int | None],
+    tasks_folder: str | None,
+    context: int | None,
+    tokens: int | None,
 ) -> dict[str, Any]:
     """Name the evaluation options as the recipe does."""
     values = given({"text": text, "tasks": tasks, "context": context, "text_tokens": tokens})

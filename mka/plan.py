@@ -99,9 +99,7 @@ class MergePlan:
     @property
     def removed(self) -> tuple[int, ...]:
         """Source layers of which nothing is left in the output."""
-        kept = {
-            s for layer in self.layers for s, w in zip(layer.sources, layer.weights) if w != 0.0
-        }
+        kept = {s for layer in self.layers for s, w in zip(layer.sources, layer.weights) if w != 0.0}
         return tuple(i for i in range(self.layers_in) if i not in kept)
 
     @property

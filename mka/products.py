@@ -129,5 +129,6 @@ def _read(folder: Path, key: str) -> tuple[Product | None, str]:
             return None, f"stored file {name} has changed"
     basis = {n: e["sha256"] for n, e in body["files"].items()} or body["facts"]
     digest = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
-    why = f"same inputs and settings; {len(body['files'])} files intact"
+    count = len(body["files"])
+    why = "same inputs and settings" + (f"; {count} file{'s' if count > 1 else ''} intact" if count else "")
     return Product(body["stage"], key, folder, digest, body["facts"], body["seconds"], True, why), why

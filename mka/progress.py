@@ -25,7 +25,9 @@ def showing(shown: bool) -> Iterator[None]:
 
 
 @contextmanager
-def show_progress(description: str, total: int | None, unit: str, *, scale: bool = False) -> Iterator[Callable[[int], Any]]:
+def show_progress(
+    description: str, total: int | None, unit: str, *, scale: bool = False
+) -> Iterator[Callable[[int], Any]]:
     """Yield ``advance(n)`` that moves a bar with rate and remaining time.
 
     Args:

@@ -107,7 +107,8 @@ class EvaluationSettings(Section):
         Path("data/prepared/evaluation"), description="Tables of the tasks; null downloads them from the hub by name"
     )
     overlap_index: Path | None = Field(
-        Path("data/prepared/evaluation_texts.jsonl"), description="Texts no calibration set may contain; null: only `text`"
+        Path("data/prepared/evaluation_texts.jsonl"),
+        description="Texts no calibration set may contain; null: only `text`",
     )
     shots: int = Field(0, ge=0, description="Few-shot examples per item")
     batch_size: int = Field(8, ge=1)

@@ -133,7 +133,9 @@ def plan_layers(
             texts = calibration.texts
 
             def reobserve(layers: Sequence[LayerRecipe]) -> HiddenStates:
-                return _observe(build_candidate(model, layers), tokenizer, texts, settings, f"observe {len(layers)} layers")
+                return _observe(
+                    build_candidate(model, layers), tokenizer, texts, settings, f"observe {len(layers)} layers"
+                )
 
     with show_progress("plan merges", checkpoint.layers - aim.layers_out, "merge") as advance:
         evidence = Evidence(

@@ -126,7 +126,12 @@ class LayerScores:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON in the documented format (docs/formats.md)."""
-        body = {"format": SCORES_FORMAT, "kind": self.kind, "method": self.method, "meaning": self.meaning}
+        body: dict[str, Any] = {
+            "format": SCORES_FORMAT,
+            "kind": self.kind,
+            "method": self.method,
+            "meaning": self.meaning,
+        }
         body |= {"settings": dict(self.settings), "values": self.values.tolist()}
         Path(path).write_text(json.dumps(body) + "\n", encoding="utf-8")
 

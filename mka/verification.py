@@ -45,9 +45,7 @@ def inspect_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -
         facts["generation_mismatches"] = _count_generation_mismatches(model)
     # Counted after the first forward pass, when packed weights have been unpacked.
     facts["parameters"] = sum(p.numel() for n, p in model.named_parameters() if n.endswith((".weight", ".bias")))
-    facts["nonfinite_tensors"] = sum(
-        not bool(p.isfinite().all()) for p in model.parameters() if p.is_floating_point()
-    )
+    facts["nonfinite_tensors"] = sum(not bool(p.isfinite().all()) for p in model.parameters() if p.is_floating_point())
     return facts
 
 
@@ -81,6 +79,8 @@ def require_sound(facts: dict[str, Any], where: str | Path) -> None:
     """
     for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "nonfinite_tensors", "generation_mismatches"):
         if facts[name]:
-            raise CheckpointError(f"{where}: {facts[name]} {name.replace('_', ' ')} after writing; nothing was published")
+            raise CheckpointError(
+                f"{where}: {facts[name]} {name.replace('_', ' ')} after writing; nothing was published"
+            )
     if facts["layers"] != facts["config_layers"]:
         raise CheckpointError(f"{where}: loads {facts['layers']} layers, config.json says {facts['config_layers']}")

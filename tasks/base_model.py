@@ -25,7 +25,13 @@ def is_worth_retrying(task: Any, run: Any, state: Any) -> bool:
     return False
 
 
-@task(task_run_name="fetch {source.label}", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5, retry_condition_fn=is_worth_retrying)
+@task(
+    task_run_name="fetch {source.label}",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=5,
+    retry_condition_fn=is_worth_retrying,
+)
 def fetch_base_model(place: Workplace, source: ModelSource) -> dict[str, Any]:
     """Bring the base model here as a stock folder and check it.
 

@@ -36,7 +36,9 @@ def read_tables(place: Workplace, recipe: Recipe) -> tuple[dict[str, Version], P
 
 
 @task(task_run_name="calibration set of {recipe.calibration.samples} texts", cache_policy=NO_CACHE)
-def select_calibration(place: Workplace, recipe: Recipe, versions: Mapping[str, Version], copies: Product, run: str) -> Product:
+def select_calibration(
+    place: Workplace, recipe: Recipe, versions: Mapping[str, Version], copies: Product, run: str
+) -> Product:
     """Take the calibration texts, after the guards of all tables.
 
     Raises:

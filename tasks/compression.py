@@ -32,12 +32,14 @@ class Job:
         recipe: what to do.
         base: facts of the base model, as `tasks.base_model.fetch_base_model` returned them.
         run: name of the flow run, under which checks are filed.
+        command: the command line that does the same again.
     """
 
     place: Workplace
     recipe: Recipe
     base: Mapping[str, Any]
     run: str
+    command: str
 
     def open_base(self) -> Checkpoint:
         """Open the base; its files were compared with their sums when it was fetched."""
@@ -45,9 +47,7 @@ class Job:
 
     def produce(self, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str], make: Any) -> Product:
         """Store or reuse one stage's result."""
-        return produce(
-            self.place.stages, stage, version=VERSIONS[stage], settings=settings, inputs=inputs, make=make
-        )
+        return produce(self.place.stages, stage, version=VERSIONS[stage], settings=settings, inputs=inputs, make=make)
 
     def guard(self, name: str, table: Any, expectations: list[Any]) -> None:
         """Hold a table against its suite; a failure stops the run here."""
@@ -91,9 +91,7 @@ def score(job: Job, states: Product) -> Product:
         scores = stages.score_layers(job.recipe.method, job.open_base(), loaded)
         if scores is None:
             return {"kind": None}
-        job.guard(
-            "scores", tables.scores_table(scores.values, scores.kind), suites.scores(scores.kind, scores.layers)
-        )
+        job.guard("scores", tables.scores_table(scores.values, scores.kind), suites.scores(scores.kind, scores.layers))
         scores.save(folder / SCORES_FILE)
         return {"kind": scores.kind, "meaning": scores.meaning}
 

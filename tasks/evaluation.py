@@ -1,6 +1,7 @@
 """Base and candidate measured from disk under equal conditions; then the gate."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def evaluate(
             trust_remote_code=recipe.model.trust_remote_code,
             heldout=read_heldout(copies.folder / table_name(text)) if text else {},
             checkpoint_facts=facts,
-            command=f"python -m flows.recompress recipes/{recipe.name}.yaml",
+            command=job.command,
+            speed=False,
         )
         (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
         return {"scores": {f"{s.name} {s.metric}": s.value for s in (*report.text, *report.tasks)}}
@@ -64,6 +66,30 @@ def evaluate(
     keyed = settings.model_dump(mode="json", exclude={"text", "tasks_folder", "overlap_index"})
     keyed |= {"seed": recipe.seed, "dtype": recipe.model.dtype}
     return produce(job.place.stages, "evaluate", version=VERSION, settings=keyed, inputs=inputs, make=make)
+
+
+@task(task_run_name="compare speed", cache_policy=NO_CACHE)
+def compare_speeds(job: Job, candidate: Mapping[str, Any]) -> Product:
+    """Time base and candidate in turns on this machine.
+
+    Raises:
+        CheckpointError: if one does not load whole.
+    """
+    from mka.speed import compare_checkpoint_speed
+
+    recipe = job.recipe
+    settings: dict[str, Any] = {
+        "dtype": recipe.model.dtype,
+        "new_tokens": recipe.evaluation.new_tokens,
+        "seed": recipe.seed,
+    }
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        folders = {"base": job.base["path"], "candidate": candidate["path"]}
+        return compare_checkpoint_speed(folders, trust_remote_code=recipe.model.trust_remote_code, **settings)
+
+    inputs = {"base": job.base["digest"], "candidate": candidate["digest"]}
+    return produce(job.place.stages, "speed", version=VERSION, settings=settings, inputs=inputs, make=make)
 
 
 @task(task_run_name="gate", cache_policy=NO_CACHE)
@@ -85,6 +111,7 @@ def decide_gate(job: Job, base: Product, candidate: Product) -> Product:
     return produce(job.place.stages, "gate", version=VERSION, settings=keyed, inputs=inputs, make=make)
 
 
-def open_report(product: Product) -> EvalReport:
-    """Read an evaluation stage's result."""
-    return EvalReport.load(product.folder / REPORT_FILE)
+def open_report(product: Product, speeds: Product | None = None, role: str = "") -> EvalReport:
+    """Read an evaluation stage's result, with the speed that was measured in turns with the other model's."""
+    report = EvalReport.load(product.folder / REPORT_FILE)
+    return report if speeds is None else replace(report, speed=speeds.facts[role])

@@ -1,16 +1,22 @@
 """What a run shows at its end: artifacts on its Prefect page, and a summary on the terminal."""
 
 import base64
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
 from tabulate import tabulate
 
 from mka.products import Product
 from mka.report import result_table
 from tasks.compression import Job
-from tasks.evaluation import open_report
 from tasks.registry import CANDIDATE
 from tasks.reporting import Evidence, registered_address
 
@@ -18,7 +24,7 @@ from tasks.reporting import Evidence, registered_address
 def publish_artifacts(job: Job, evidence: Evidence, page: Product) -> None:
     """Put the result table, the gate's numbers, the similarity picture and a link to the report on the run's page."""
     key = job.recipe.name.replace("_", "-").replace(".", "-")
-    rows = result_table(open_report(evidence.base_report), open_report(evidence.candidate_report))
+    rows = result_table(*evidence.open_reports())
     create_table_artifact(rows, key=f"{key}-results", description=f"{job.recipe.name}: base and candidate")
     lines = "\n".join(evidence.gate.facts["lines"])
     create_markdown_artifact(f"```\n{lines}\n```", key=f"{key}-gate", description="Gate")
@@ -35,10 +41,15 @@ def publish_artifacts(job: Job, evidence: Evidence, page: Product) -> None:
 
 def print_summary(job: Job, evidence: Evidence, facts: Mapping[str, Any]) -> None:
     """Print base and candidate side by side, the verdict, and where everything is."""
-    rows = result_table(open_report(evidence.base_report), open_report(evidence.candidate_report))
+    rows = result_table(*evidence.open_reports())
     print()
-    print(tabulate(rows, headers="keys", tablefmt="simple", colalign=("left", "right", "right", "right"), disable_numparse=True))
-    print("± is one standard error; a seeded subset of each task, sized for a small machine, unless n says otherwise.")
+    print(
+        tabulate(
+            rows, headers="keys", tablefmt="simple", colalign=("left", "right", "right", "right"), disable_numparse=True
+        )
+    )
+    subset = " Tasks are seeded subsets of n items." if any(job.recipe.evaluation.tasks.values()) else ""
+    print(f"± is one standard error.{subset}")
     print()
     print("\n".join(evidence.gate.facts["lines"]))
     print()
@@ -49,7 +60,6 @@ def print_summary(job: Job, evidence: Evidence, facts: Mapping[str, Any]) -> Non
         where += " (already there)" if registration["reused"] else ""
     else:
         where = "not registered: the gate refused it"
-    work = job.place.work
     print(
         tabulate(
             [
@@ -58,10 +68,19 @@ def print_summary(job: Job, evidence: Evidence, facts: Mapping[str, Any]) -> Non
                 ("plan", facts["plan"]),
                 ("registered", where),
                 ("load it", f"mlflow.pyfunc.load_model('{registered_address(job.recipe, CANDIDATE)}')"),
-                ("MLflow pages", f"mlflow server --backend-store-uri {registration['tracking_uri']} --host 127.0.0.1 --port 5000"),
-                ("Prefect pages", f"PREFECT_HOME={work / 'prefect'} prefect server start --host 127.0.0.1"),
-                ("data checks", f"python -m webbrowser {facts['checks']}"),
+                (
+                    "MLflow pages",
+                    f"{_command('mlflow')} server --backend-store-uri {registration['tracking_uri']} -w 1",
+                ),
+                ("Prefect pages", f"PREFECT_HOME={job.place.work / 'prefect'} {_command('prefect')} server start"),
+                ("data checks", f"{_command('python')} -m webbrowser {facts['checks']}"),
             ],
             tablefmt="plain",
         )
     )
+
+
+def _command(name: str) -> str:
+    """Name a program of this environment so that it can be typed as printed."""
+    program = Path(sys.prefix) / "bin" / name
+    return str(program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program)

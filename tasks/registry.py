@@ -21,7 +21,6 @@ from mka.products import Product, stage_key
 from mka.recipe import Recipe
 from tasks.base_model import is_worth_retrying
 from tasks.compression import MODEL_FOLDER, Job, open_scores
-from tasks.evaluation import open_report
 from tasks.reporting import Evidence, calibration_revision, read_code_commit
 from tasks.workplace import Workplace
 
@@ -151,7 +150,9 @@ def _find_refused(client: Any, key: str) -> str | None:
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
         return None
-    runs = client.search_runs([experiment.experiment_id], f"tags.`mka.key` = '{key}' and attributes.status = 'FINISHED'")
+    runs = client.search_runs(
+        [experiment.experiment_id], f"tags.`mka.key` = '{key}' and attributes.status = 'FINISHED'"
+    )
     return str(runs[0].info.run_id) if runs else None
 
 
@@ -200,8 +201,7 @@ def _log_evidence(job: Job, evidence: Evidence, report: Product) -> None:
     mlflow.log_params(flatten(job.recipe.model_dump(mode="json")))
     mlflow.set_tags(_tags(job, evidence))
     metrics: dict[str, float] = {}
-    for role, product in (("base", evidence.base_report), ("candidate", evidence.candidate_report)):
-        measured = open_report(product)
+    for role, measured in zip(("base", "candidate"), evidence.open_reports()):
         for score in (*measured.text, *measured.tasks):
             metrics[f"{role}/{score.name}/{score.metric}"] = score.value
             metrics[f"{role}/{score.name}/{score.metric}_stderr"] = score.stderr
@@ -269,7 +269,9 @@ def _require_whole(client: Any, name: str, version: str, candidate: Product) -> 
     held: set[str] = set()
     pending = [""]
     while pending:
-        for entry in mlflow.artifacts.list_artifacts(artifact_uri=f"models:/{name}/{version}/{pending.pop()}".rstrip("/")):
+        for entry in mlflow.artifacts.list_artifacts(
+            artifact_uri=f"models:/{name}/{version}/{pending.pop()}".rstrip("/")
+        ):
             if entry.is_dir:
                 pending.append(entry.path)
             else:

@@ -10,6 +10,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from mka.measurements import EvalReport
 from mka.pictures import draw_plan, draw_similarity
 from mka.products import Product, produce
 from mka.recipe import Recipe
@@ -31,7 +32,15 @@ class Evidence:
     candidate: Product
     base_report: Product
     candidate_report: Product
+    speeds: Product
     gate: Product
+
+    def open_reports(self) -> tuple[EvalReport, EvalReport]:
+        """Measurements of base and candidate, with their speeds."""
+        return (
+            open_report(self.base_report, self.speeds, "base"),
+            open_report(self.candidate_report, self.speeds, "candidate"),
+        )
 
 
 def read_code_commit(root: Path) -> str:
@@ -57,12 +66,13 @@ def report(job: Job, evidence: Evidence, seconds: Mapping[str, float]) -> Produc
 
     def make(folder: Path) -> Mapping[str, Any]:
         plan, scores = open_plan(evidence.plan), open_scores(evidence.scores)
+        base, candidate = evidence.open_reports()
         data = ReportData(
             recipe=job.recipe.model_dump(mode="json"),
             plan=plan,
             scores=scores,
-            base=open_report(evidence.base_report),
-            candidate=open_report(evidence.candidate_report),
+            base=base,
+            candidate=candidate,
             gate={key: value for key, value in evidence.gate.facts.items() if key != "lines"},
             provenance={
                 "base_model": job.recipe.model.label,
@@ -73,16 +83,20 @@ def report(job: Job, evidence: Evidence, seconds: Mapping[str, float]) -> Produc
                 "calibration_rev": calibration_revision(job, evidence.tables),
                 "code_commit": read_code_commit(job.place.root),
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "command": f"python -m flows.recompress recipes/{job.recipe.name}.yaml",
+                "command": job.command,
             },
             stages=seconds,
-            registered=None if evidence.gate.facts["verdict"] == "fail" else registered_address(job.recipe, "candidate"),
+            registered=None
+            if evidence.gate.facts["verdict"] == "fail"
+            else registered_address(job.recipe, "candidate"),
         )
         write_report(data, folder)
         write_card(data, folder)
         (folder / "plan.png").write_bytes(draw_plan(plan))
         if scores is not None:
-            (folder / "similarity.png").write_bytes(draw_similarity(scores.values, plan, job.recipe.name, scores.meaning))
+            (folder / "similarity.png").write_bytes(
+                draw_similarity(scores.values, plan, job.recipe.name, scores.meaning)
+            )
         return {"verdict": evidence.gate.facts["verdict"]}
 
     inputs = {name: product.digest for name, product in vars(evidence).items() if product is not None}

@@ -108,8 +108,8 @@ def _open(place: Workplace, rev: str) -> _Tracked:
         return _Tracked(DVCFileSystem(str(place.root), rev=commit), commit)
     except Exception as error:
         raise CalibrationError(
-            f"DVC revision {rev!r} cannot be read in {place.root}: {' '.join(str(error).split())}; give an existing Git "
-            "revision as calibration.rev, or null for the working copy"
+            f"DVC revision {rev!r} cannot be read: {' '.join(str(error).split())}; give an existing Git revision "
+            "as calibration.rev, or null for the working copy"
         ) from None
 
 

@@ -28,13 +28,15 @@ class Settings(Section):
     coordinates: int = Field(2, ge=1, le=3, description="Diffusion coordinates K; k-NN information saturates above 3")
     neighbours: int = Field(5, ge=1, description="k of the nearest-neighbour estimators")
     normalisation: Literal["self", "paper"] = Field(
-        "self", description="'self': I(X;Y)/sqrt(I(X;X) I(Y;Y)); 'paper': by differential entropies, refused out of range"
+        "self",
+        description="'self': I(X;Y)/sqrt(I(X;X) I(Y;Y)); 'paper': by differential entropies, refused out of range",
     )
     selection: Literal["one-shot", "iterative"] = Field(
         "one-shot", description="'iterative' observes the model again after every merge"
     )
     weights: Literal["similarity", "fixed", "line-search"] = Field(
-        "similarity", description="Share of the earlier layer: its similarity (the paper), a constant, or searched on KL"
+        "similarity",
+        description="Share of the earlier layer: its similarity (the paper), a constant, or searched on KL",
     )
     weight: float | None = Field(None, ge=0, le=1, description="The constant, with weights: fixed")
     grid: tuple[float, ...] | None = Field(None, description="Weights tried, with weights: line-search; has 0 and 1")

@@ -56,7 +56,9 @@ def test_folding_all_gains_changes_no_logit(family_model):
         both = LayerRecipe((0, 1), (0.25, 0.75))
         for name in [n for n in state if n.startswith(f"model.layers.{index}.")]:
             suffix = name.removeprefix(f"model.layers.{index}.")
-            folded[name] = combine_layers(both, suffix, family, lambda i, s, index=index: state[f"model.layers.{index}.{s}"])
+            folded[name] = combine_layers(
+                both, suffix, family, lambda i, s, index=index: state[f"model.layers.{index}.{s}"]
+            )
     changed = [n for n in folded if not torch.equal(folded[n], state[n])]
     assert any("norm" in n for n in changed) and any("proj" in n for n in changed)
     copy = type(model)(model.config).double().eval()
@@ -80,7 +82,9 @@ def test_merged_folder_is_stock_and_equals_the_model_in_memory(family_model, tmp
     layers = (*identity_layers(1), LayerRecipe((1, 2), (0.6, 0.4)), *keep_layers([4, 5]))
     if family_model.config.model_type == "gemma2":
         layers = (*identity_layers(2), LayerRecipe((2, 4), (0.6, 0.4)), *keep_layers([5]))
-    facts = merge_checkpoint(plan_of(layers), source, tmp_path / "out", verify=inspect_checkpoint, max_shard_bytes=40_000)
+    facts = merge_checkpoint(
+        plan_of(layers), source, tmp_path / "out", verify=inspect_checkpoint, max_shard_bytes=40_000
+    )
     require_sound(facts, "out")
     assert (tmp_path / "out/model.safetensors.index.json").exists()
     assert facts["layers"] == facts["config_layers"] == len(layers)
@@ -90,7 +94,9 @@ def test_merged_folder_is_stock_and_equals_the_model_in_memory(family_model, tmp
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert [layer.self_attn.layer_idx for layer in loaded.model.layers] == list(range(len(layers)))
     torch.testing.assert_close(logits(loaded), logits(build_candidate(family_model, layers)))
-    assert not torch.allclose(logits(loaded), logits(build_candidate(family_model, keep_layers([0, 1, 4, 5]))), atol=1e-3)
+    assert not torch.allclose(
+        logits(loaded), logits(build_candidate(family_model, keep_layers([0, 1, 4, 5]))), atol=1e-3
+    )
     written = json.loads((tmp_path / "out/config.json").read_text())
     kinds = written.get("layer_types")
     assert kinds is None or len(kinds) == len(layers)
@@ -143,7 +149,9 @@ def test_observation_is_independent_of_padding_and_batching(family_model, tokeni
     alone = observe(family_model, tokenizer, texts, max_tokens=32, batch_size=1)
     assert together.pooled.shape == (LAYERS + 1, 9, 32)
     torch.testing.assert_close(torch.tensor(together.pooled), torch.tensor(alone.pooled), atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(torch.tensor(together.block_influence), torch.tensor(alone.block_influence), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(together.block_influence), torch.tensor(alone.block_influence), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_observed_last_layer_is_raw_not_normed(family_model, tokenizer):

@@ -7,11 +7,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mka.errors import CheckpointError, GuardError, RecipeError
-from mka.evaluate import evaluate_checkpoint, generate_text, measure_speed, report_to_rows
+from mka.evaluate import evaluate_checkpoint, generate_text, report_to_rows
 from mka.loading import load_model
 from mka.measurements import EvalReport, Score
 from mka.perplexity import measure_perplexity
 from mka.recipe import EvaluationSettings, QuantizeSettings
+from mka.speed import compare_speed
 
 HELDOUT = {"prose": ["A short piece of prose, long enough for some windows."] * 4, "code": ["x = f(y) + 1\n"] * 12}
 PROMPTS = ("The capital", "Tea:")
@@ -124,7 +125,7 @@ def test_speed_is_measured_even_where_the_model_would_stop(folder):
     assert all(len(text) <= 1 for text in generate_text(model, tokenizer, PROMPTS, 5).values())
     counted = []
     model.register_forward_hook(lambda *_: counted.append(1))
-    speed = measure_speed(model, new_tokens=4, seed=0, repeats=2)
+    speed = compare_speed({"one": model}, new_tokens=4, seed=0, repeats=2)["one"]
     assert set(speed) == {"prefill_tokens_per_second", "decode_tokens_per_second"}
     assert all(math.isfinite(rate) and rate > 0 for rate in speed.values())
     assert len(counted) == 3 * (1 + 4)  # warm-up and two repeats of one prefill and four decoding steps
