@@ -20,7 +20,7 @@ if __name__ == "__main__":
     # Before Prefect sets up its loggers: its own log belongs on the run's page, the terminal shows stages and refusals.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 
 from mka.errors import GateRefused, MkaError
@@ -49,6 +49,7 @@ class Log:
         self.facts.setdefault("stages", {})[name] = {"seconds": seconds, "reused": reused, "why": why}
         took = "reused" if reused else f"{seconds:6.1f} s"
         print(f"{name:<20} {took:>9}  {why}", file=sys.stderr, flush=True)
+        get_run_logger().info("%s: %s, %s", name, took.strip(), why)
 
     def product(self, name: str, product: Product) -> Product:
         """Note one stage's result."""
@@ -78,6 +79,7 @@ def recompress(recipe: str, overrides: dict[str, Any] | None = None) -> dict[str
         GateRefused: if the candidate was measured and does not keep enough of its base.
     """
     place = find_workplace()
+    place.prepare()
     log = Log(
         {
             "recipe": recipe,
@@ -114,14 +116,15 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
     """The road, top to bottom; every stage is stored and reused by content."""
     log.facts["name"] = recipe.name
     reach_registry(place, recipe)
-    base = fetch_base_model(place, recipe.model)
+    base = fetch_base_model(place, recipe)
     log.facts["base"] = base["path"]
     log.stage("base model", base["seconds"], base["reused"], f"{recipe.model.label} at {base['revision']}")
-    job = Job(place, recipe, base, str(flow_run.name), log.facts["command"])
-
     versions, tables = read_tables(place, recipe)
     log.product("tables", tables)
-    calibration = log.product("calibration", select_calibration(place, recipe, versions, tables, job.run))
+    run = str(flow_run.name)
+    calibration = log.product("calibration", select_calibration(place, recipe, versions, tables, run))
+    job = Job(place, recipe, base, run, log.facts["command"], versions, tables)
+
     scores = None
     if needs_hidden_states(recipe.method):
         states = log.product("observe", observe(job, calibration))
@@ -135,12 +138,12 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
     log.facts["candidate"] = str(candidate.folder / MODEL_FOLDER)
 
     measured = {**candidate.facts, "path": log.facts["candidate"]}
-    before = log.product("evaluate base", evaluate(job, "base", base, versions, tables))
-    after = log.product("evaluate candidate", evaluate(job, "candidate", measured, versions, tables))
+    before = log.product("evaluate base", evaluate(job, "base", base))
+    after = log.product("evaluate candidate", evaluate(job, "candidate", measured))
     speeds = log.product("compare speed", compare_speeds(job, measured))
     gate = log.product("gate", decide_gate(job, before, after))
     log.facts["verdict"] = gate.facts["verdict"]
-    evidence = Evidence(tables, calibration, scores, planned, candidate, before, after, speeds, gate)
+    evidence = Evidence(calibration, scores, planned, candidate, before, after, speeds, gate)
     page = log.product("report", report(job, evidence, {n: s["seconds"] for n, s in log.facts["stages"].items()}))
     log.facts["report"] = str(page.folder / "report.html")
     log.facts["checks"] = str(guard.build_docs(place.checks))
@@ -159,7 +162,6 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
 
 def write_last_run(place: Workplace, facts: dict[str, Any]) -> None:
     """Replace last_run.json in one step, so that a reader never sees half of it."""
-    place.work.mkdir(parents=True, exist_ok=True)
     partial = place.last_run.with_name(f".{place.last_run.name}.{os.getpid()}")
     partial.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     partial.replace(place.last_run)
@@ -196,10 +198,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = Path(given).resolve()
     try:
         load_recipe(recipe, overrides)
+        find_workplace().prepare()
         recompress(str(recipe), overrides)
     except MkaError as error:
         print(f"recompress: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"recompress: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nrecompress: interrupted; finished stages are kept, resume with the same command", file=sys.stderr)
         return 130

@@ -94,8 +94,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Libraries read these when they are imported; what a user set is kept.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Bars of libraries that offer no switch; this project's own bars say themselves whether they are shown.
-    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         code = cli.main(None if arguments is None else list(arguments), prog_name="mka", standalone_mode=False)
         return code if isinstance(code, int) else 0

@@ -65,8 +65,9 @@ def observe(
 ) -> Outcome:
     """Run MODEL over calibration texts, keep hidden states.
 
-    One forward pass gives one vector per layer and text.     MODEL is a folder, a hub id org/name[@revision], or package:NAME==VERSION. The calibration file holds JSON lines
-    with a `text` field, or paragraphs if its name ends in .txt; at least 50 texts, better 200.
+    One forward pass gives one vector per layer and text. MODEL is a folder, a hub id org/name[@revision], or
+    package:NAME==VERSION. The calibration file holds JSON lines with a `text` field, or paragraphs if its name ends in
+    .txt; at least 50 texts, better 200.
     """
     from mka import stages
     from mka.calibration import load_calibration
@@ -198,7 +199,8 @@ def plan(
 def merge(model: str, plan_file: Path, quantize: str | None, group_size: int | None, output: Path) -> Outcome:
     """Write the model that a plan makes of MODEL.
 
-    It becomes a stock folder that transformers loads. It is written aside, loaded as a stranger would load it, and renamed into place only if that went well.
+    It becomes a stock folder that transformers loads: written aside, loaded as a stranger would load it, and renamed
+    into place only if that went well.
     """
     from mka.checkpoint import open_checkpoint, publish
     from mka.compress import write_candidate
@@ -215,7 +217,7 @@ def merge(model: str, plan_file: Path, quantize: str | None, group_size: int | N
     check_plan_fits(made, base)
     if settings.scheme != "off":
         check_group_size(base, settings.group_size)
-    with quiet_libraries(), publish(output) as partial:
+    with quiet_libraries(settings.scheme != "off"), publish(output) as partial:
         found = write_candidate(made, base, settings, partial)
     facts = checkpoint_facts(open_checkpoint(output, verify=False)) | {"parameters": found["parameters"]}
     said = f"{facts['layers']} layers, {facts['parameters'] / 1e6:,.1f} M parameters, {facts['bytes'] / 1e6:,.1f} MB"

@@ -20,6 +20,7 @@ from mka.plan import MergePlan
 from mka.progress import is_shown
 from mka.recipe import EvaluationSettings, ModelSource, QuantizeSettings
 from mka.report import ReportData, write_card, write_report
+from mka.speed import compare_checkpoint_speed
 from mka.states import LayerScores
 
 
@@ -113,9 +114,18 @@ def _measure_both(
     recipe = job.recipe
     alike: Any = (recipe.evaluation, recipe.model, job.heldout)
     with clock.stage("evaluate base"):
-        base = measure_checkpoint(job.base, before, *alike, seed=recipe.seed, command=command)
+        base = measure_checkpoint(job.base, before, *alike, seed=recipe.seed, command=command, speed=False)
     with clock.stage("evaluate candidate"):
-        candidate = measure_checkpoint(made, facts, *alike, seed=recipe.seed, command=command)
+        candidate = measure_checkpoint(made, facts, *alike, seed=recipe.seed, command=command, speed=False)
+    with clock.stage("compare speed"):
+        speeds = compare_checkpoint_speed(
+            {"base": job.base.path, "candidate": made.path},
+            dtype=recipe.model.dtype,
+            new_tokens=recipe.evaluation.new_tokens,
+            seed=recipe.seed,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+    base, candidate = replace(base, speed=speeds["base"]), replace(candidate, speed=speeds["candidate"])
     return base, candidate, decide(base, candidate, recipe.gate, seed=recipe.seed)
 
 
@@ -201,6 +211,7 @@ def measure_checkpoint(
     *,
     seed: int,
     command: str,
+    speed: bool = True,
 ) -> EvalReport:
     """Measure one checkpoint from disk.
 
@@ -212,6 +223,7 @@ def measure_checkpoint(
         heldout: source -> texts for perplexity.
         seed: draws the items of tasks.
         command: what was typed, for the record.
+        speed: time it too; two models are better timed in turns.
 
     Raises:
         CheckpointError: if it does not load whole.
@@ -229,4 +241,5 @@ def measure_checkpoint(
         checkpoint_facts=facts,
         command=command,
         progress=is_shown(),
+        speed=speed,
     )

@@ -72,7 +72,7 @@ def compress(
     evaluated = not no_evaluate
     if evaluated and recipe.evaluation.text is None and not recipe.evaluation.tasks:
         click.echo(f"note: nothing will be measured: no {HELDOUT}, no --text, no --tasks", err=True)
-    with quiet_libraries():
+    with quiet_libraries(recipe.quantize.scheme != "off"):
         job = prepare(recipe, find_work(), evaluate=evaluated)
         if dry_run:
             facts = foresee(job, output)
@@ -112,7 +112,7 @@ def resolve_recipe(model: str | None, output: Path, recipe_file: Path | None, op
     if recipe_file is not None:
         return load_recipe(recipe_file, overrides)
     name = re.sub(r"[^a-z0-9._-]+", "-", output.name.lower()).lstrip("._-") or "model"
-    raw: dict[str, Any] = {"name": name}
+    raw: dict[str, Any] = {"name": name, "target": {}}
     if not HELDOUT.is_file():
         overrides.setdefault("evaluation.text", None)
     for dotted, value in overrides.items():

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 
@@ -72,8 +74,12 @@ def typed() -> str:
 
 
 @contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keep the model libraries' own bars, reports and advice off the terminal; what matters is raised or measured."""
+def quiet_libraries(quantized: bool = False) -> Iterator[None]:
+    """Keep the model libraries' own bars, reports and advice off the terminal; what matters is raised or measured.
+
+    Args:
+        quantized: whether a quantized folder will be loaded.
+    """
     import logging
 
     from transformers.utils import logging as hf_logging
@@ -86,7 +92,12 @@ def quiet_libraries() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            # Stock loading of quantized folders draws these bars and offers no switch.
+            for name in ("quantization.lifecycle.apply", "offload.dispatch") if quantized else ():
+                module = importlib.import_module(f"compressed_tensors.{name}")
+                stack.enter_context(mock.patch.object(module, "tqdm", lambda items, **_: items))
+            yield
     finally:
         hf_logging.set_verbosity(verbosity)
         for logger, level in zip(loggers, levels):

@@ -65,7 +65,7 @@ def evaluate(
         raise RecipeError("nothing to evaluate on; give --text FILE, --tasks TASK=ITEMS, or both")
     heldout = check_evaluation(settings)
     checkpoint, source = open_model(model, dtype, trust_remote_code)
-    with quiet_libraries():
+    with quiet_libraries(checkpoint.is_quantized):
         report = measure_checkpoint(
             checkpoint, checkpoint_facts(checkpoint), settings, source, heldout, seed=seed, command=typed()
         )

@@ -77,6 +77,8 @@ class MergePlan:
             if not layer.sources or len(layer.sources) != len(layer.weights):
                 raise PlanError(f"plan layer {position}: {len(layer.sources)} sources, {len(layer.weights)} weights")
             for source in layer.sources:
+                if type(source) is not int:
+                    raise PlanError(f"plan layer {position}: source {source!r}; sources are whole numbers")
                 if not last < source < self.layers_in:
                     raise PlanError(
                         f"plan layer {position}: source {source} after {last}; sources must rise and stay below "

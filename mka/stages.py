@@ -7,14 +7,14 @@ from typing import Any
 
 from mka.calibration import CalibrationSet
 from mka.checkpoint import Checkpoint
-from mka.errors import PlanError
+from mka.errors import CheckpointError, PlanError
 from mka.merging import merge_checkpoint, plan_tensors
 from mka.methods import DIVERGENCE, HIDDEN_STATES, REOBSERVE, Aim, Evidence, Method, get_method, method_settings
 from mka.plan import LayerRecipe, MergePlan
 from mka.planning import resolve_target
 from mka.progress import show_progress
-from mka.quantize import quantize_checkpoint
-from mka.recipe import CalibrationSettings, MethodChoice, ModelSource, QuantizeSettings, Target
+from mka.quantize import check_group_size, quantize_checkpoint
+from mka.recipe import CalibrationSettings, MethodChoice, ModelSource, QuantizeSettings, Recipe, Target
 from mka.states import HiddenStates, LayerScores
 from mka.verification import inspect_checkpoint, require_sound
 
@@ -96,6 +96,23 @@ def resolve_aim(target: Target, checkpoint: Checkpoint) -> Aim:
         size_ratio=target.size_ratio,
     )
     return Aim(layers_out, target.protect_first, target.protect_last)
+
+
+def refuse_impossible(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Refuse what cannot work with this checkpoint before anything expensive starts.
+
+    Raises:
+        RecipeError: if the target, the group size or a task cannot be had.
+        CheckpointError: if the checkpoint is quantized already.
+    """
+    from mka.benchmarks import check_tasks
+
+    resolve_aim(recipe.target, checkpoint)
+    if checkpoint.is_quantized:
+        raise CheckpointError(f"{checkpoint.path}: weights are already quantized; name the original model instead")
+    if recipe.quantize.scheme != "off":
+        check_group_size(checkpoint, recipe.quantize.group_size)
+    check_tasks(recipe.evaluation.tasks)
 
 
 def plan_layers(

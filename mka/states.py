@@ -5,13 +5,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
 from mka.errors import NumericsError
 
 SCORES_FORMAT = "mka-scores/1"
+ScoreKind = Literal["pairwise-similarity", "layer-importance"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class LayerScores:
         settings: with which settings.
     """
 
-    kind: Literal["pairwise-similarity", "layer-importance"]
+    kind: ScoreKind
     values: np.ndarray
     meaning: str
     method: str
@@ -144,6 +145,8 @@ class LayerScores:
         """
         try:
             body = json.loads(Path(path).read_text(encoding="utf-8"))
+            if body["format"] != SCORES_FORMAT or body["kind"] not in get_args(ScoreKind):
+                raise ValueError(f"format {body['format']!r}, kind {body['kind']!r}; expected {SCORES_FORMAT!r}")
             values = np.asarray(body["values"], dtype=np.float64)
             return cls(body["kind"], values, body["meaning"], body["method"], body["settings"])
         except (OSError, ValueError, KeyError, TypeError) as error:

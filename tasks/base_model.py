@@ -9,7 +9,8 @@ from prefect.cache_policies import NO_CACHE
 
 from mka.checkpoint import Checkpoint, open_checkpoint
 from mka.errors import MkaError
-from mka.recipe import ModelSource
+from mka.recipe import Recipe
+from mka.stages import refuse_impossible
 from mka.sums import SUMS_NAME
 from tasks.workplace import Workplace
 
@@ -26,29 +27,32 @@ def is_worth_retrying(task: Any, run: Any, state: Any) -> bool:
 
 
 @task(
-    task_run_name="fetch {source.label}",
+    task_run_name="fetch {recipe.model.label}",
     cache_policy=NO_CACHE,
     retries=2,
     retry_delay_seconds=5,
     retry_condition_fn=is_worth_retrying,
 )
-def fetch_base_model(place: Workplace, source: ModelSource) -> dict[str, Any]:
-    """Bring the base model here as a stock folder and check it.
+def fetch_base_model(place: Workplace, recipe: Recipe) -> dict[str, Any]:
+    """Bring the base model here as a stock folder and check it, and that the recipe can be carried out on it.
 
     Returns:
         path, digest, revision, model_type, layers, parameters, bytes, dtype, seconds, reused.
 
     Raises:
         CheckpointError: if it cannot be had, is damaged, inconsistent or unsupported.
+        RecipeError: if the recipe asks for something this model cannot give.
     """
     from mka.sources import materialize, resolve_revision
 
     started = time.perf_counter()
+    source = recipe.model
     before = _built_folders(place)
     resolved = source.model_copy(update={"folder": place.path(source.folder)}) if source.folder else source
     folder = materialize(resolved, place.work)
     # The files were compared with their sums a moment ago; once is enough.
     base = replace(open_checkpoint(folder, verify=False), verified=(folder / SUMS_NAME).exists())
+    refuse_impossible(recipe, base)
     return describe_checkpoint(base) | {
         "revision": resolve_revision(resolved, folder),
         "seconds": round(time.perf_counter() - started, 3),

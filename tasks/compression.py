@@ -17,6 +17,7 @@ from mka.states import HiddenStates, LayerScores
 from tasks import guard, suites, tables
 from tasks.base_model import describe_checkpoint
 from tasks.calibration import open_calibration
+from tasks.versioned import Version
 from tasks.workplace import Workplace
 
 VERSIONS = {"observe": 1, "score": 1, "plan": 1, "merge": 1, "quantize": 1}
@@ -33,6 +34,8 @@ class Job:
         base: facts of the base model, as `tasks.base_model.fetch_base_model` returned them.
         run: name of the flow run, under which checks are filed.
         command: the command line that does the same again.
+        versions: what each of the recipe's tables holds at its revision.
+        tables: private copies of them.
     """
 
     place: Workplace
@@ -40,6 +43,8 @@ class Job:
     base: Mapping[str, Any]
     run: str
     command: str
+    versions: Mapping[str, Version]
+    tables: Product
 
     def open_base(self) -> Checkpoint:
         """Open the base; its files were compared with their sums when it was fetched."""

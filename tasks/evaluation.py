@@ -14,24 +14,20 @@ from mka.measurements import EvalReport
 from mka.products import Product, produce
 from tasks import suites, tables
 from tasks.compression import Job
-from tasks.versioned import Version, table_name
+from tasks.versioned import table_name
 
 VERSION = 1
 REPORT_FILE = "evaluation.json"
 
 
 @task(task_run_name="evaluate {role}", cache_policy=NO_CACHE)
-def evaluate(
-    job: Job, role: str, facts: Mapping[str, Any], versions: Mapping[str, Version], copies: Product
-) -> Product:
+def evaluate(job: Job, role: str, facts: Mapping[str, Any]) -> Product:
     """Measure one checkpoint from disk.
 
     Args:
         job: the run.
         role: "base" or "candidate".
         facts: path, digest, layers, parameters, bytes of the checkpoint.
-        versions: versions of the recipe's tables.
-        copies: the copied tables.
 
     Raises:
         CheckpointError: if it does not load whole.
@@ -48,12 +44,12 @@ def evaluate(
         report = evaluate_checkpoint(
             facts["path"],
             settings.model_copy(
-                update={"tasks_folder": copies.folder / table_name(tasks_folder) if tasks_folder else None}
+                update={"tasks_folder": job.tables.folder / table_name(tasks_folder) if tasks_folder else None}
             ),
             dtype=recipe.model.dtype,
             seed=recipe.seed,
             trust_remote_code=recipe.model.trust_remote_code,
-            heldout=read_heldout(copies.folder / table_name(text)) if text else {},
+            heldout=read_heldout(job.tables.folder / table_name(text)) if text else {},
             checkpoint_facts=facts,
             command=job.command,
             speed=False,
@@ -62,7 +58,7 @@ def evaluate(
         return {"scores": {f"{s.name} {s.metric}": s.value for s in (*report.text, *report.tasks)}}
 
     used = [p for p in (settings.text, settings.tasks_folder if settings.tasks else None) if p is not None]
-    inputs = {table_name(p): versions[str(p)].digest for p in used} | {"checkpoint": facts["digest"]}
+    inputs = {table_name(p): job.versions[str(p)].digest for p in used} | {"checkpoint": facts["digest"]}
     keyed = settings.model_dump(mode="json", exclude={"text", "tasks_folder", "overlap_index"})
     keyed |= {"seed": recipe.seed, "dtype": recipe.model.dtype}
     return produce(job.place.stages, "evaluate", version=VERSION, settings=keyed, inputs=inputs, make=make)

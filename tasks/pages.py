@@ -68,10 +68,7 @@ def print_summary(job: Job, evidence: Evidence, facts: Mapping[str, Any]) -> Non
                 ("plan", facts["plan"]),
                 ("registered", where),
                 ("load it", f"mlflow.pyfunc.load_model('{registered_address(job.recipe, CANDIDATE)}')"),
-                (
-                    "MLflow pages",
-                    f"{_command('mlflow')} server --backend-store-uri {registration['tracking_uri']} -w 1",
-                ),
+                ("MLflow pages", _mlflow_command(registration["tracking_uri"])),
                 ("Prefect pages", f"PREFECT_HOME={job.place.work / 'prefect'} {_command('prefect')} server start"),
                 ("data checks", f"{_command('python')} -m webbrowser {facts['checks']}"),
             ],
@@ -84,3 +81,13 @@ def _command(name: str) -> str:
     """Name a program of this environment so that it can be typed as printed."""
     program = Path(sys.prefix) / "bin" / name
     return str(program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program)
+
+
+def _mlflow_command(tracking_uri: str) -> str:
+    """Say how to look at a store: start a server on a database, open the address of one that runs."""
+    if tracking_uri.startswith("http"):
+        return tracking_uri
+    # MLflow's background jobs cost eight more processes and nothing here uses them.
+    return (
+        f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {_command('mlflow')} server --backend-store-uri {tracking_uri} -w 1"
+    )

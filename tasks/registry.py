@@ -186,7 +186,7 @@ def _tags(job: Job, evidence: Evidence) -> dict[str, str]:
         "base_digest": job.base["digest"],
         "candidate_digest": evidence.candidate.facts["digest"],
         "calibration_digest": evidence.calibration.facts["digest"],
-        "calibration_rev": calibration_revision(job, evidence.tables),
+        "calibration_rev": calibration_revision(job),
         "code_commit": read_code_commit(job.place.root),
         "recipe": job.recipe.name,
         "method": job.recipe.method.name,
@@ -212,16 +212,19 @@ def _log_evidence(job: Job, evidence: Evidence, report: Product) -> None:
     metrics["layer_ratio"] = evidence.plan.facts["layer_ratio"]
     metrics["size_ratio"] = 1.0 - metrics["candidate/bytes"] / metrics["base/bytes"]
     mlflow.log_metrics({name: float(value) for name, value in metrics.items() if value == value})
-    versions = evidence.tables.facts["tables"]
     contexts = {str(job.recipe.calibration.path): "calibration"}
     if job.recipe.evaluation.text is not None:
         contexts[str(job.recipe.evaluation.text)] = "evaluation"
     for path, context in contexts.items():
-        table = pd.read_json(evidence.tables.folder / Path(path).name, lines=True, dtype=False)
+        table = pd.read_json(job.tables.folder / Path(path).name, lines=True, dtype=False)
         dataset = mlflow.data.from_pandas(
-            table, source=path, name=Path(path).stem, digest=versions[path]["digest"][:36]
+            table, source=path, name=Path(path).stem, digest=job.versions[path].digest[:36]
         )
-        tags = {"dvc_rev": versions[path]["rev"] or "working copy", "dvc_path": path, "hash": versions[path]["digest"]}
+        tags = {
+            "dvc_rev": job.versions[path].rev or "working copy",
+            "dvc_path": path,
+            "hash": job.versions[path].digest,
+        }
         mlflow.log_input(dataset, context=context, tags=tags)
     mlflow.log_dict(job.recipe.model_dump(mode="json"), "recipe.yaml")
     mlflow.log_artifacts(str(report.folder), "report")

@@ -25,7 +25,6 @@ VERSION = 1
 class Evidence:
     """Everything the report shows: the results of the stages before it."""
 
-    tables: Product
     calibration: Product
     scores: Product | None
     plan: Product
@@ -80,7 +79,7 @@ def report(job: Job, evidence: Evidence, seconds: Mapping[str, float]) -> Produc
                 "digest": job.base["digest"],
                 "candidate_digest": evidence.candidate.facts["digest"],
                 "calibration_digest": evidence.calibration.facts["digest"],
-                "calibration_rev": calibration_revision(job, evidence.tables),
+                "calibration_rev": calibration_revision(job),
                 "code_commit": read_code_commit(job.place.root),
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "command": job.command,
@@ -112,6 +111,6 @@ def registered_address(recipe: Recipe, alias: str) -> str:
     return f"models:/{recipe.registered_name}@{alias}"
 
 
-def calibration_revision(job: Job, tables: Product) -> str:
+def calibration_revision(job: Job) -> str:
     """Commit the calibration table was read at, or "working copy"."""
-    return tables.facts["tables"][str(job.recipe.calibration.path)]["rev"] or "working copy"
+    return job.versions[str(job.recipe.calibration.path)].rev or "working copy"

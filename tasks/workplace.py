@@ -1,8 +1,11 @@
 """Where a run keeps its things: one folder, ignored by git and DVC."""
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from mka.errors import OutputError
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,21 @@ class Workplace:
     def model_artifacts(self) -> str:
         """Where the default MLflow store keeps files."""
         return (self.work / "mlartifacts").as_uri()
+
+    def prepare(self) -> None:
+        """Make the work folder.
+
+        Raises:
+            OutputError: if it cannot be made or written.
+        """
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.work):
+                pass
+        except OSError as error:
+            raise OutputError(
+                f"work folder {self.work} cannot be written: {error.strerror}; set MKA_WORK to one that can"
+            ) from None
 
     def path(self, path: Path) -> Path:
         """Resolve a recipe's path against the root."""

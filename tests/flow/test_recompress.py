@@ -1,0 +1,140 @@
+"""The whole flow on a tiny model: what it leaves, what it reuses, and what it refuses."""
+
+import shutil
+
+import pytest
+from conftest import make_texts
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
+
+
+def run(project, **changes):
+    """Run the command line's main in this process; return its exit code."""
+    from flows.recompress import main
+
+    return main([str(project.write_recipe(**changes))])
+
+
+def client(project):
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{project.work / 'mlflow.db'}")
+
+
+def versions(project):
+    return client(project).search_model_versions("name = 'tiny'")
+
+
+def one_line(capsys):
+    """The last line on stderr; every line before it must be a stage's."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert lines[-1].startswith("recompress: ")
+    assert not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+def test_a_run_leaves_a_stock_folder_evidence_and_a_version_that_mlflow_loads(project, capsys):
+    assert run(project) == 0
+    facts = project.last_run
+    assert facts["status"] == "completed" and facts["verdict"] == "pass"
+    assert set(facts["stages"]) >= {"base model", "observe", "score", "plan", "merge", "quantize", "gate", "register"}
+    assert all(set(stage) == {"seconds", "reused", "why"} for stage in facts["stages"].values())
+    output = capsys.readouterr().out
+    assert "gate: pass" in output and facts["report"] in output and "mlflow server" in output
+
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(facts["candidate"], output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.num_hidden_layers == 5
+
+    (version,) = versions(project)
+    assert set(client(project).get_model_version("tiny", version.version).aliases) == {"candidate", "champion"}
+    assert version.tags["base_digest"] and version.tags["calibration_digest"] and version.tags["code_commit"]
+    recorded = client(project).get_run(facts["mlflow_run_id"])
+    assert recorded.data.params["target.layers"] == "5"
+    assert recorded.data.metrics["candidate/layers"] == 5
+    contexts = {tag.value for item in recorded.inputs.dataset_inputs for tag in item.tags if "context" in tag.key}
+    assert contexts == {"calibration", "evaluation"}
+    held = {item.path for item in client(project).list_artifacts(facts["mlflow_run_id"])}
+    assert {"recipe.yaml", "report", "plan", "scores", "evaluation", "checks"} <= held
+
+    import mlflow
+
+    mlflow.set_tracking_uri(f"sqlite:///{project.work / 'mlflow.db'}")
+    served = mlflow.pyfunc.load_model("models:/tiny@champion")
+    (text,) = served.predict(["w5 w6 w7"], params={"max_new_tokens": 3})
+    assert isinstance(text, str)
+
+    # Again: everything is reused, nothing registered twice.
+    assert run(project) == 0
+    assert all(stage["reused"] for stage in project.last_run["stages"].values())
+    assert len(versions(project)) == 1
+    assert project.last_run["mlflow_run_id"] == facts["mlflow_run_id"]
+
+    # A deleted result is made again, and only what depends on nothing else.
+    shutil.rmtree(facts["candidate"])
+    assert run(project) == 0
+    stages = project.last_run["stages"]
+    assert not stages["quantize"]["reused"] and "gone" in stages["quantize"]["why"]
+    assert stages["merge"]["reused"] and stages["evaluate base"]["reused"]
+    assert load_file(f"{facts['candidate']}/model.safetensors")
+    assert len(versions(project)) == 1
+
+
+def test_shortgpt_and_the_reference_code_run_through_the_same_flow(project):
+    for method in ("shortgpt", "reference_code"):
+        assert run(project, method__name=method, quantize__scheme="off") == 0
+        assert project.last_run["verdict"] == "pass"
+        assert "quantize" not in project.last_run["stages"]
+    assert len(versions(project)) == 2
+
+
+def test_a_refusing_gate_registers_nothing_and_keeps_the_evidence(project, capsys):
+    assert run(project, gate__perplexity_recovery=1.0, target__layers=3, method__name="reference_code") == 1
+    assert "gate refused tiny" in one_line(capsys)
+    facts = project.last_run
+    assert facts["status"] == "refused" and facts["verdict"] == "fail"
+    assert facts["registered_version"] is None and versions(project) == []
+    assert client(project).get_run(facts["mlflow_run_id"]).data.tags["verdict"] == "fail"
+
+
+def test_calibration_that_evaluation_uses_stops_at_the_guard(project, capsys):
+    shared = make_texts(60, seed=1)
+    project.write_rows(project.heldout, [*make_texts(58, seed=2), *shared[:2]], "words")
+    assert run(project) == 2
+    line = one_line(capsys)
+    assert "guard 'calibration'" in line and "found_in_evaluation" in line and shared[0][:20] in line
+    assert "observe" not in project.last_run["stages"]
+    assert versions(project) == []
+
+
+def test_an_unreachable_registry_is_found_before_any_work(project, capsys):
+    assert run(project, registry__tracking_uri="http://127.0.0.1:9") == 2
+    assert "registry http://127.0.0.1:9 cannot be used" in one_line(capsys)
+    assert project.last_run.get("stages") is None
+    assert not (project.work / "stages").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target__layers": 99}, "allowed: 1 to 6"),
+        ({"target__layers": 0}, "allowed: 1 to 6"),
+        ({"quantize__group_size": 24}, "does not divide"),
+        ({"calibration__samples": 61}, "has 60 distinct texts"),
+        ({"calibration__rev": "no-such-revision", "calibration__path": "data/prepared/calibration.jsonl"}, "revision"),
+    ],
+)
+def test_refusals_are_one_line_and_register_nothing(project, capsys, changes, message):
+    assert run(project, **changes) == 2
+    assert message in one_line(capsys)
+    assert versions(project) == []
+    assert project.last_run["status"] == "failed"
+
+
+def test_a_broken_recipe_is_refused_before_anything_starts(project, capsys):
+    assert run(project, targett={"layers": 5}) == 2
+    assert "did you mean 'target'" in one_line(capsys)
+    assert not project.work.exists()
