@@ -177,7 +177,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _weight_files(path: Path) -> list[str]:
     if (path / INDEX).exists():
         weight_map = _read_json(path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        if not isinstance(weight_map, dict) or {type(file) for file in weight_map.values()} != {str}:
             raise CheckpointError(f"{path / INDEX}: has no weight_map")
         files = sorted(set(weight_map.values()))
     else:
@@ -217,10 +217,9 @@ def _kinds(
             f"{f' (0 to {max(found)})' if found else ''}; the two must agree"
         )
     try:
-        config = AutoConfig.from_pretrained(path)
+        return layer_kinds(AutoConfig.from_pretrained(path), family)
     except Exception as error:
         raise CheckpointError(f"{path}: config.json is refused: {' '.join(str(error).split())[:300]}") from None
-    return layer_kinds(config, family)
 
 
 @contextmanager
@@ -303,6 +302,9 @@ def write_tensors(
     stream = iter(tensors)
     for name, shard in zip(names, shards):
         _write_shard(folder / name, shard, stream)
+    # Asked for one more, a generator also finishes what it does after its last tensor.
+    if next(stream, None) is not None:
+        raise CheckpointError(f"{folder}: more tensors than the {len(specs)} planned")
     if count > 1:
         index = {
             "metadata": {"total_size": sum(s.nbytes for s in specs)},

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mka.console import Outcome, align, check_free, examples, quiet_libraries, reports, write_file
+from mka.console import Outcome, align, check_free, examples, reports, write_file
 from mka.errors import PlanError, RecipeError
 from mka.options import (
     CALIBRATION,
@@ -21,6 +21,7 @@ from mka.options import (
     set_option,
     target_options,
 )
+from mka.quiet import quiet_libraries
 
 model_argument = click.argument("model")
 output_folder = click.option(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mka.console import Outcome, check_free, examples, quiet_libraries, reports, say, typed
+from mka.console import Outcome, check_free, examples, reports, say, typed
 from mka.measuring import show_results
 from mka.options import (
     FILE,
@@ -23,6 +23,7 @@ from mka.options import (
     set_option,
     target_options,
 )
+from mka.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from mka.compress import Compression

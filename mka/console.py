@@ -2,16 +2,14 @@
 
 import contextlib
 import functools
-import importlib
 import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import click
 
@@ -71,39 +69,6 @@ def typed() -> str:
 
     arguments = click.get_current_context().find_root().meta.get(ARGUMENTS, ())
     return shlex.join(["mka", *arguments])
-
-
-@contextlib.contextmanager
-def quiet_libraries(quantized: bool = False) -> Iterator[None]:
-    """Keep the model libraries' own bars, reports and advice off the terminal; what matters is raised or measured.
-
-    Args:
-        quantized: whether a quantized folder will be loaded.
-    """
-    import logging
-
-    from transformers.utils import logging as hf_logging
-
-    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    loggers = [logging.getLogger(name) for name in ("compressed_tensors", "lm_eval", "datasets", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.ExitStack() as stack:
-            # Stock loading of quantized folders draws these bars and offers no switch.
-            for name in ("quantization.lifecycle.apply", "offload.dispatch") if quantized else ():
-                module = importlib.import_module(f"compressed_tensors.{name}")
-                stack.enter_context(mock.patch.object(module, "tqdm", lambda items, **_: items))
-            yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
-        if bars:
-            hf_logging.enable_progress_bar()
 
 
 def check_free(output: Path) -> None:

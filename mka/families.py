@@ -64,7 +64,7 @@ def get_family(model_type: str | None, where: str) -> Family:
     Raises:
         CheckpointError: if it is not supported; the message lists the ones that are.
     """
-    if model_type in FAMILIES:
+    if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     raise CheckpointError(
         f"{where}: architecture {model_type!r} is not supported{nearest(str(model_type), FAMILIES)}; "
@@ -80,6 +80,13 @@ def layer_kinds(config: Any, family: Family) -> tuple[tuple[Any, ...], ...]:
     Args:
         config: a transformers config (it resolves per-layer lists that config.json leaves implicit).
         family: the config's family.
+
+    Raises:
+        CheckpointError: if a per-layer list has another length than the model.
     """
+    count = config.num_hidden_layers
     lists = [getattr(config, name, None) for name in family.per_layer_config]
-    return tuple(tuple(values[i] if values else None for values in lists) for i in range(config.num_hidden_layers))
+    for name, values in zip(family.per_layer_config, lists):
+        if values and len(values) != count:
+            raise CheckpointError(f"{name} has {len(values)} entries for {count} layers; the two must agree")
+    return tuple(tuple(values[i] if values else None for values in lists) for i in range(count))

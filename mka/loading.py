@@ -1,13 +1,11 @@
 """A model from disk: whole or refused. Nothing is filled with random weights, nothing is left over."""
 
-import contextlib
-import functools
-import logging
-from collections.abc import Iterator
+import json
 from pathlib import Path
 from typing import Any
 
 from mka.errors import CheckpointError
+from mka.quiet import quiet_libraries
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -35,7 +33,7 @@ def load_model(folder: str | Path, dtype: str, trust_remote_code: bool = False) 
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: config.json is missing; is this a model folder?")
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    with quiet():
+    with quiet_libraries(_is_quantized(folder)):
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **options
@@ -53,30 +51,13 @@ def load_model(folder: str | Path, dtype: str, trust_remote_code: bool = False) 
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     if getattr(model.config, "quantization_config", None) is not None:
         # Packed weights are unpacked by the first forward pass; now, so that no measurement pays for it.
-        with quiet(), torch.inference_mode():
+        with quiet_libraries(quantized=True), torch.inference_mode():
             model(torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)
     return model, tokenizer
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep libraries' own bars and reports off the terminal; what matters is raised."""
-    from tqdm import tqdm
-    from transformers.utils import logging as hf_logging
-
-    verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    loud = logging.getLogger("compressed_tensors")
-    level, start_bar = loud.level, tqdm.__init__
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    loud.setLevel(logging.ERROR)
-    # compressed-tensors draws a bar per step and has no switch for them.
-    tqdm.__init__ = functools.partialmethod(start_bar, disable=True)  # type: ignore[method-assign,assignment]
+def _is_quantized(folder: Path) -> bool:
     try:
-        yield
-    finally:
-        tqdm.__init__ = start_bar  # type: ignore[method-assign]
-        hf_logging.set_verbosity(verbosity)
-        loud.setLevel(level)
-        if bar:
-            hf_logging.enable_progress_bar()
+        return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mka.console import Outcome, align, check_free, examples, quiet_libraries, reports, typed, write_file
+from mka.console import Outcome, align, check_free, examples, reports, typed, write_file
 from mka.errors import RecipeError
 from mka.options import (
     FILE,
@@ -20,6 +20,7 @@ from mka.options import (
     open_model,
     recipe_option,
 )
+from mka.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from mka.measurements import EvalReport

@@ -90,6 +90,8 @@ def produce(
         if stored is not None:
             return stored
         shutil.rmtree(folder, ignore_errors=True)
+        for left in store.glob(f".{folder.name}.partial-*"):  # by a killed process; its lock is ours now
+            shutil.rmtree(left, ignore_errors=True)
         started = time.perf_counter()
         with publish(folder) as partial:
             facts = dict(make(partial))
@@ -119,7 +121,7 @@ def _read(folder: Path, key: str) -> tuple[Product | None, str]:
         return None, "no result for these inputs and settings yet"
     except (OSError, ValueError):
         return None, "the stored result's manifest cannot be read"
-    if body.get("format") != FORMAT or body.get("key") != key:
+    if not isinstance(body, dict) or body.get("format") != FORMAT or body.get("key") != key:
         return None, "the stored result is of another format or key"
     for name, entry in body["files"].items():
         file = folder / name

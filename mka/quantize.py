@@ -11,7 +11,7 @@ from typing import Any
 
 from mka.checkpoint import Checkpoint, copy_companions, publish
 from mka.errors import CheckpointError, RecipeError
-from mka.loading import quiet
+from mka.quiet import quiet_libraries
 from mka.recipe import QuantizeSettings
 from mka.sums import write_sums
 
@@ -65,7 +65,7 @@ def quantize_checkpoint(
         raise CheckpointError(f"{source.path}: weights are already quantized")
     check_group_size(source, settings.group_size)
     with publish(output, needed_bytes=source.nbytes) as partial:
-        with quiet(), torch.inference_mode():
+        with quiet_libraries(quantized=True), torch.inference_mode():
             model = AutoModelForCausalLM.from_pretrained(source.path, dtype="auto")
             compressor = _round_weights(model, settings, on_module)
             model.save_pretrained(partial, max_shard_size="5GB")

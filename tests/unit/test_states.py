@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mka.errors import NumericsError
-from mka.states import LayerScores, HiddenStates
+from mka.states import HiddenStates, LayerScores
 
 LAYERS, TEXTS, WIDTH = 3, 4, 5
 
@@ -98,9 +98,7 @@ def test_nan_on_disk_is_named_when_read_back(tmp_path):
     states = make_states()
     pooled = states.pooled.copy()
     pooled[2, 0, 0] = np.nan
-    save_file(
-        {"pooled": pooled, "block_influence": states.block_influence, "tokens": states.tokens}, tmp_path / "s"
-    )
+    save_file({"pooled": pooled, "block_influence": states.block_influence, "tokens": states.tokens}, tmp_path / "s")
     with pytest.raises(NumericsError, match="of layer 1 hold"):
         HiddenStates.load(tmp_path / "s")
 

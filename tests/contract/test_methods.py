@@ -1,0 +1,176 @@
+"""The same questions to every method, on every family."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILY_NAMES, LAYERS, make_texts, make_tiny_model, make_tokenizer, save_model
+from numpy.testing import assert_allclose
+from safetensors.torch import load_file, save_file
+
+from mka import stages
+from mka.calibration import CalibrationSet, digest_texts
+from mka.candidate import Divergence, build_candidate
+from mka.checkpoint import open_checkpoint
+from mka.errors import CheckpointError, NumericsError, PlanError, RecipeError
+from mka.families import get_family, layer_kinds
+from mka.merging import merge_checkpoint
+from mka.methods import DIVERGENCE, HIDDEN_STATES, REOBSERVE, Aim, Evidence, get_method, method_names, method_settings
+from mka.methods.mka import embed_layers
+from mka.observe import observe
+from mka.plan import LayerRecipe, MergePlan, identity_layers, keep_layers
+from mka.progress import showing
+from mka.recipe import CalibrationSettings, MethodChoice, ModelSource, QuantizeSettings, Target
+from mka.states import HiddenStates
+from mka.verification import inspect_checkpoint, require_sound
+
+from evidence import *
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {family: make_tiny_model(family) for family in FAMILY_NAMES}
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return make_texts(40, seed=1)
+
+
+@every_family
+@every_method
+def test_a_plan_reaches_its_target_and_keeps_the_rules(name, settings, family, models, texts, tmp_path):
+    model = models[family]
+    kinds = layer_kinds(model.config, get_family(family, "test"))
+    aim = Aim(4, protect_first=1, protect_last=0)
+    if name == "mka" and family == "gemma2":  # its kinds alternate: no two neighbours are alike
+        with pytest.raises(PlanError, match="no mergeable pair is left at 6 layers"):
+            score_and_plan(model, name, settings, aim, texts)
+        return
+    _, plan = score_and_plan(model, name, settings, aim, texts)
+    assert plan.method == name and plan.label == get_method(name).label
+    assert (plan.layers_in, plan.layers_out) == (LAYERS, 4)
+    assert len(plan.steps) == 2
+    assert MergePlan.from_json(plan.to_json()) == plan
+    for layer in plan.layers:
+        assert len({kinds[i] for i in layer.sources}) == 1
+        assert all(0.0 <= weight <= 1.0 for weight in layer.weights)
+    # Settings in the plan make the same plan again.
+    assert method_settings(name, plan.settings) == method_settings(name, settings)
+
+    source = open_checkpoint(save_model(model, tmp_path / "base"))
+    facts = merge_checkpoint(plan, source, tmp_path / "out", verify=inspect_checkpoint)
+    require_sound(facts, "out")
+    assert facts["layers"] == facts["config_layers"] == 4
+
+
+@pytest.mark.parametrize("family", ["llama", "smollm3", "gemma3_text"])
+@every_method
+def test_protected_layers_are_untouched(name, settings, family, models, texts):
+    _, plan = score_and_plan(models[family], name, settings, Aim(5, protect_first=1, protect_last=1), texts)
+    copies = {layer.sources[0] for layer in plan.layers if layer.is_copy}
+    if name == "reference_code":
+        assert plan.layers == keep_layers(range(5))  # it knows no protection
+        return
+    assert {0, LAYERS - 1} <= copies
+    assert {i for step in plan.steps for i in (*step.left, *step.right)} <= set(range(1, LAYERS - 1))
+
+
+@every_method
+def test_full_protection_is_refused(name, settings, models, texts):
+    if name == "reference_code":
+        pytest.skip("protection does not apply to it")
+    with pytest.raises(PlanError, match=r"cannot be reached: .* first 3 and last 3 protected") as caught:
+        score_and_plan(models["llama"], name, settings, Aim(5, protect_first=3, protect_last=3), texts)
+    assert "\n" not in str(caught.value)
+
+
+@every_method
+def test_the_same_evidence_gives_the_same_plan(name, settings, models, texts):
+    plans = [score_and_plan(models["qwen3"], name, settings, Aim(3, 1, 1), texts)[1].to_json() for _ in range(2)]
+    assert plans[0] == plans[1]
+
+
+@every_method
+def test_a_target_of_all_layers_changes_nothing(name, settings, models, texts):
+    _, plan = score_and_plan(models["llama"], name, settings, Aim(LAYERS), texts)
+    assert plan.is_identity and plan.layers == identity_layers(LAYERS) and plan.steps == ()
+
+
+@every_method
+def test_a_method_gets_by_with_what_it_asked_for(name, settings, models, texts):
+    """``gather`` gives nothing else, so only the names have to be checked; scores are of the documented kind."""
+    method, options = get_method(name), method_settings(name, settings)
+    needs = method.needs(options)
+    assert needs <= {HIDDEN_STATES, REOBSERVE, DIVERGENCE}
+    assert (HIDDEN_STATES in needs) == (method.score is not None)
+    assert method.plan_settings <= set(method.settings.model_fields)
+    scores, _ = score_and_plan(models["llama"], name, settings, Aim(5), texts)
+    if scores is None:
+        return
+    assert scores.layers == LAYERS and scores.method == name
+    assert scores.values.dtype == np.float64
+    if scores.kind == "pairwise-similarity":
+        assert_allclose(scores.values, scores.values.T)
+        assert np.array_equal(np.diag(scores.values), np.ones(LAYERS))
+        assert scores.values.min() >= 0.0 and scores.values.max() <= 1.0
+    else:
+        assert scores.values.min() >= 0.0 and scores.values.max() <= 2.0
+
+
+def test_settings_that_only_planning_uses_do_not_change_scores(models, texts):
+    reference = score_and_plan(models["llama"], "mka", {}, Aim(LAYERS), texts)[0].values
+    for settings in ROADS["mka"]:
+        assert set(settings) <= get_method("mka").plan_settings
+        assert np.array_equal(score_and_plan(models["llama"], "mka", settings, Aim(LAYERS), texts)[0].values, reference)
+    other = score_and_plan(models["llama"], "mka", {"neighbours": 3}, Aim(LAYERS), texts)[0].values
+    assert not np.allclose(other, reference)
+
+
+def test_an_unknown_method_is_refused_with_the_nearest():
+    with pytest.raises(RecipeError, match=r"unknown method 'mak' \(did you mean 'mka'\?\); methods: mka, reference_"):
+        get_method("mak")
+
+
+def test_the_reference_code_deletes_the_tail_whatever_the_model(models, texts):
+    for family in ("llama", "gemma2"):
+        scores, plan = score_and_plan(models[family], "reference_code", {}, Aim(4, 2, 2), texts)
+        assert scores is None
+        assert plan.layers == keep_layers([0, 1, 2, 3]) and plan.removed == (4, 5) and not plan.merged
+        assert [step.left for step in plan.steps] == [(5,), (4,)]
+        assert "tail deletion" in plan.label
+
+
+def fold(state, layer, gemma):
+    """One layer in float64 with its norm gains moved into the linear layers that read them, by hand."""
+    prefix = f"model.layers.{layer}."
+    tensors = {n.removeprefix(prefix): t.double() for n, t in state.items() if n.startswith(prefix)}
+    before_mlp = "pre_feedforward_layernorm" if gemma else "post_attention_layernorm"
+    offset = 1.0 if gemma else 0.0
+    for norm, words in (("input_layernorm", ("q_proj", "k_proj", "v_proj", "qkv_proj")), (before_mlp, ("gate", "up_"))):
+        gain = tensors[f"{norm}.weight"] + offset
+        for name in tensors:
+            module = name.split(".")[1]
+            if name.endswith("proj.weight") and module.startswith(words):
+                tensors[name] = tensors[name] * gain
+        tensors[f"{norm}.weight"] = torch.full_like(gain, 1.0 - offset)
+    return tensors
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILY_NAMES if name != "gemma2"])
+def test_half_and_half_is_the_mean_of_the_folded_layers_and_is_on_disk(family, models, tmp_path):
+    """Weights assigned into ``state_dict()`` would have changed nothing."""
+    model = models[family]
+    source = open_checkpoint(save_model(model, tmp_path / "base"))
+    layers = (*identity_layers(1), LayerRecipe((1, 2), (0.5, 0.5)), *keep_layers([3, 4, 5]))
+    merge_checkpoint(MergePlan("test", "", LAYERS, layers), source, tmp_path / "out")
+    before, after = load_file(tmp_path / "base/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    left, right = (fold(before, layer, gemma="gemma" in family) for layer in (1, 2))
+    for suffix, value in left.items():
+        written = after[f"model.layers.1.{suffix}"]
+        mean = (value + right[suffix]) / 2
+        assert_allclose(written, mean, atol=4 * torch.finfo(torch.float32).eps * float(mean.abs().max()), rtol=0)
+        for parent in (1, 2):
+            assert not torch.equal(written, before[f"model.layers.{parent}.{suffix}"])
+    assert torch.equal(after["model.layers.2.mlp.down_proj.weight"], before["model.layers.3.mlp.down_proj.weight"])

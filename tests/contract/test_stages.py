@@ -1,0 +1,159 @@
+"""The same methods through the stages, on disk: plan, merge, quantize, and what is refused on the way."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILY_NAMES, LAYERS, make_texts, make_tiny_model, make_tokenizer, save_model
+from numpy.testing import assert_allclose
+from safetensors.torch import load_file, save_file
+
+from mka import stages
+from mka.calibration import CalibrationSet, digest_texts
+from mka.candidate import Divergence, build_candidate
+from mka.checkpoint import open_checkpoint
+from mka.errors import CheckpointError, NumericsError, PlanError, RecipeError
+from mka.families import get_family, layer_kinds
+from mka.merging import merge_checkpoint
+from mka.methods import DIVERGENCE, HIDDEN_STATES, REOBSERVE, Aim, Evidence, get_method, method_names, method_settings
+from mka.methods.mka import embed_layers
+from mka.observe import observe
+from mka.plan import LayerRecipe, MergePlan, identity_layers, keep_layers
+from mka.progress import showing
+from mka.recipe import CalibrationSettings, MethodChoice, ModelSource, QuantizeSettings, Target
+from mka.states import HiddenStates
+from mka.verification import inspect_checkpoint, require_sound
+
+from evidence import *
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {family: make_tiny_model(family) for family in FAMILY_NAMES}
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return make_texts(40, seed=1)
+
+
+@pytest.fixture(scope="module")
+def calibration(texts):
+    return CalibrationSet(tuple(texts), ("test",) * len(texts), digest_texts(texts), "texts.jsonl")
+
+
+@pytest.fixture(scope="module")
+def on_disk(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stages")
+    return {family: save_model(models[family], folder / family) for family in ("llama", "gemma3_text")}
+
+
+LOOKING = CalibrationSettings(samples=40, max_tokens=24, search_tokens=200)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@every_method
+def test_stages_plan_what_the_method_plans_and_write_it(
+    name, settings, family, on_disk, models, texts, calibration, tmp_path
+):
+    choice, source = MethodChoice(name=name, settings=settings), ModelSource(folder=on_disk[family])
+    checkpoint = open_checkpoint(on_disk[family])
+    target = Target(layers=5, protect_first=1, protect_last=1)
+    with showing(False):
+        states = None
+        if stages.needs_hidden_states(choice):
+            states = stages.observe_checkpoint(checkpoint, calibration, LOOKING, source)
+        scores = stages.score_layers(choice, checkpoint, states)
+        plan = stages.plan_layers(choice, target, checkpoint, scores, calibration, LOOKING, source)
+        facts = stages.write_merged(plan, checkpoint, tmp_path / "out")
+    assert plan.base == {"model": str(on_disk[family]), "digest": checkpoint.digest, "model_type": family}
+    _, expected = score_and_plan(models[family], name, settings, Aim(5, 1, 1), texts)
+    assert [layer.sources for layer in plan.layers] == [layer.sources for layer in expected.layers]
+    assert facts["layers"] == 5
+
+    with showing(False):
+        quantized = stages.write_quantized(
+            open_checkpoint(tmp_path / "out"), QuantizeSettings(scheme="int8", group_size=16), tmp_path / "int8"
+        )
+    assert quantized["parameters"] == facts["parameters"] and quantized["bytes"] < facts["bytes"]
+
+
+def test_a_plan_is_bound_to_the_checkpoint_it_was_made_for(on_disk, calibration, tmp_path):
+    checkpoint = open_checkpoint(on_disk["llama"])
+    source, choice = ModelSource(folder=on_disk["llama"]), MethodChoice(name="reference_code")
+    with showing(False):
+        plan = stages.plan_layers(choice, Target(layers=4), checkpoint, None, None, LOOKING, source)
+    other = open_checkpoint(save_model(make_tiny_model("llama", seed=1), tmp_path / "other"))
+    with pytest.raises(PlanError, match=r"plan was made for digest .* has .*; plan again"):
+        merge_checkpoint(plan, other, tmp_path / "out")
+    shorter = open_checkpoint(save_model(make_tiny_model("llama", num_hidden_layers=5), tmp_path / "shorter"))
+    with pytest.raises(PlanError, match=r"plan is for 6 layers, .* has 5"):
+        merge_checkpoint(plan, shorter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_stage_lacks_is_refused_in_one_line(on_disk, planted_states):
+    checkpoint, source = open_checkpoint(on_disk["llama"]), ModelSource(folder=on_disk["llama"])
+    with pytest.raises(PlanError, match="'mka' needs hidden states of 6 layers, got none"):
+        stages.score_layers(MethodChoice(), checkpoint, None)
+    shorter = HiddenStates(planted_states.pooled[:-1], planted_states.block_influence[:-1], planted_states.tokens)
+    with pytest.raises(PlanError, match="'shortgpt' needs hidden states of 6 layers, got 5 layers"):
+        stages.score_layers(MethodChoice(name="shortgpt"), checkpoint, shorter)
+    scores = stages.score_layers(MethodChoice(), checkpoint, planted_states)
+    for settings in ({"weights": "line-search"}, {"selection": "iterative"}):
+        with pytest.raises(PlanError, match="needs a calibration set; give one"):
+            stages.plan_layers(
+                MethodChoice(settings=settings), Target(layers=5), checkpoint, scores, None, LOOKING, source
+            )
+
+
+@pytest.mark.parametrize(
+    ("target", "layers_out"),
+    [({"layers": 6}, 6), ({"layer_ratio": 0.5}, 3), ({"size_ratio": 0.29}, 4), ({"size_ratio": 0.3}, 3)],
+)
+def test_targets_are_resolved_with_the_bytes_on_disk(target, layers_out, on_disk):
+    """A layer of the tiny model holds 9,280 of its 61,920 parameters (embedding and head 3,104 each): 14.987 %."""
+    aim = stages.resolve_aim(Target(**target, protect_first=1, protect_last=2), open_checkpoint(on_disk["llama"]))
+    assert aim == Aim(layers_out, 1, 2)
+
+
+@pytest.mark.parametrize("target", [{"layers": 0}, {"layers": 7}, {"layers": -3}, {"size_ratio": 0.8}])
+def test_targets_out_of_reach_are_refused(target, on_disk):
+    with pytest.raises(RecipeError, match="target"):
+        stages.resolve_aim(Target(**target), open_checkpoint(on_disk["llama"]))
+
+
+def test_hidden_states_that_overflow_are_refused_with_the_layer(tmp_path, calibration):
+    model = make_tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.fill_(float("inf"))
+    checkpoint = open_checkpoint(save_model(model, tmp_path / "m"))
+    with (
+        pytest.raises(NumericsError, match="hidden states of layer 2 hold NaN or infinity in 40 of 40 texts"),
+        showing(False),
+    ):
+        stages.observe_checkpoint(checkpoint, calibration, LOOKING, ModelSource(folder=tmp_path / "m"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_written(value, tmp_path):
+    model = make_tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[4].mlp.up_proj.weight[3, 5] = value
+    checkpoint = open_checkpoint(save_model(model, tmp_path / "m"))
+    plan = MergePlan("test", "", LAYERS, (*keep_layers([0, 1, 2]), LayerRecipe((3, 4), (0.5, 0.5))))
+    with pytest.raises(NumericsError, match=r"model\.layers\.3\.mlp\.up_proj\.weight: NaN or infinite weights"):
+        merge_checkpoint(plan, checkpoint, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_folder_that_lost_a_tensor_is_refused_by_the_strangers_look(tmp_path):
+    folder = save_model(make_tiny_model("llama"), tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    facts = inspect_checkpoint(folder)
+    assert facts["missing_keys"] == 1
+    with pytest.raises(CheckpointError, match="1 missing keys after writing; nothing was published"):
+        require_sound(facts, folder)

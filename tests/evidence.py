@@ -1,0 +1,81 @@
+"""Tiny models asked by a method: what several test files share."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILY_NAMES, LAYERS, make_texts, make_tiny_model, make_tokenizer, save_model
+from numpy.testing import assert_allclose
+from safetensors.torch import load_file, save_file
+
+from mka import stages
+from mka.calibration import CalibrationSet, digest_texts
+from mka.candidate import Divergence, build_candidate
+from mka.checkpoint import open_checkpoint
+from mka.errors import CheckpointError, NumericsError, PlanError, RecipeError
+from mka.families import get_family, layer_kinds
+from mka.merging import merge_checkpoint
+from mka.methods import DIVERGENCE, HIDDEN_STATES, REOBSERVE, Aim, Evidence, get_method, method_names, method_settings
+from mka.methods.mka import embed_layers
+from mka.observe import observe
+from mka.plan import LayerRecipe, MergePlan, identity_layers, keep_layers
+from mka.progress import showing
+from mka.recipe import CalibrationSettings, MethodChoice, ModelSource, QuantizeSettings, Target
+from mka.states import HiddenStates
+from mka.verification import inspect_checkpoint, require_sound
+
+TOKENIZER = make_tokenizer()
+IDS = (torch.arange(1, 25) * 31 % 97).reshape(2, 12)
+# Settings under which a method takes another road; a method not named here has one.
+ROADS = {
+    "mka": (
+        {},
+        {"weights": "fixed", "weight": 0.5},
+        {"weights": "line-search", "grid": [0, 0.5, 1]},
+        {"selection": "iterative"},
+    )
+}
+METHODS = [(name, settings) for name in method_names() for settings in ROADS.get(name, ({},))]
+METHOD_IDS = ["-".join([name, *map(str, settings.values())]) for name, settings in METHODS]
+every_method = pytest.mark.parametrize(("name", "settings"), METHODS, ids=METHOD_IDS)
+every_family = pytest.mark.parametrize("family", FAMILY_NAMES)
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(IDS, use_cache=False).logits
+
+
+def look(model, texts, **options):
+    return observe(model, TOKENIZER, texts, max_tokens=24, **options)
+
+
+def gather(model, needs, texts):
+    """What the method asked for, and nothing else."""
+    kinds = layer_kinds(model.config, get_family(model.config.model_type, "test"))
+    evidence = Evidence(model.config.num_hidden_layers, kinds)
+    if HIDDEN_STATES in needs:
+        evidence = dataclasses.replace(evidence, states=look(model, texts))
+    if REOBSERVE in needs:
+        evidence = dataclasses.replace(evidence, reobserve=lambda layers: look(build_candidate(model, layers), texts))
+    if DIVERGENCE in needs:
+        divergence = Divergence(model, TOKENIZER, texts, max_tokens=24, tokens=200)
+        evidence = dataclasses.replace(evidence, divergence=divergence)
+    return evidence
+
+
+def score_and_plan(model, name, settings, aim, texts):
+    method, options = get_method(name), method_settings(name, settings)
+    evidence = gather(model, method.needs(options), texts)
+    scores = method.score(evidence, options) if method.score else None
+    return scores, method.plan(evidence, scores, aim, options)
+
+
+def neutralise(model, layer):
+    """Make one layer add nothing to the residual stream: its output is its input, bit for bit."""
+    with torch.no_grad():
+        for name, parameter in model.model.layers[layer].named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                parameter.zero_()
+    return model
