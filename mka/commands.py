@@ -203,13 +203,13 @@ def merge(model: str, plan_file: Path, quantize: str | None, group_size: int | N
     It becomes a stock folder that transformers loads: written aside, loaded as a stranger would load it, and renamed
     into place only if that went well.
     """
-    from mka.checkpoint import open_checkpoint, publish
+    from mka.checkpoint import describe_checkpoint, open_checkpoint
     from mka.compress import write_candidate
-    from mka.job import checkpoint_facts
     from mka.merging import check_plan_fits
     from mka.plan import MergePlan
     from mka.quantize import check_group_size
     from mka.recipe import QuantizeSettings
+    from mka.writing import publish
 
     check_free(output)
     settings = build_section(QuantizeSettings, given({"scheme": quantize, "group_size": group_size}))
@@ -220,6 +220,6 @@ def merge(model: str, plan_file: Path, quantize: str | None, group_size: int | N
         check_group_size(base, settings.group_size)
     with quiet_libraries(settings.scheme != "off"), publish(output) as partial:
         found = write_candidate(made, base, settings, partial)
-    facts = checkpoint_facts(open_checkpoint(output, verify=False)) | {"parameters": found["parameters"]}
+    facts = describe_checkpoint(open_checkpoint(output, verify=False)) | {"parameters": found["parameters"]}
     said = f"{facts['layers']} layers, {facts['parameters'] / 1e6:,.1f} M parameters, {facts['bytes'] / 1e6:,.1f} MB"
     return Outcome(facts | {"output": str(output), "loaded": found}, f"{said}\n{output}")

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mka import stages
-from mka.checkpoint import Checkpoint, open_checkpoint, publish
+from mka.checkpoint import Checkpoint, describe_checkpoint, open_checkpoint
 from mka.errors import GateRefused
 from mka.gate import GateDecision, decide
-from mka.job import COMPANIONS_NBYTES, EVIDENCE, Job, candidate_nbytes, checkpoint_facts
+from mka.job import COMPANIONS_NBYTES, EVIDENCE, Job, candidate_nbytes
 from mka.measurements import EvalReport
 from mka.plan import MergePlan
 from mka.progress import is_shown
@@ -22,6 +22,7 @@ from mka.recipe import EvaluationSettings, ModelSource, QuantizeSettings
 from mka.report import ReportData, write_card, write_report
 from mka.speed import compare_checkpoint_speed
 from mka.states import LayerScores
+from mka.writing import publish
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def compress(job: Job, output: Path, *, command: str, say: Callable[[str], Any])
         with clock.stage("merge and quantize" if recipe.quantize.scheme != "off" else "merge"):
             found = write_candidate(plan, job.base, recipe.quantize, partial)
         made = open_checkpoint(partial, verify=False)
-        facts = checkpoint_facts(made) | {"path": str(output), "parameters": found["parameters"]}
+        facts = describe_checkpoint(made) | {"path": str(output), "parameters": found["parameters"]}
         base, candidate, decision = _measure_both(job, made, facts, command, clock)
         result = Compression(output, plan, base, candidate, decision, clock.seconds)
         _write_evidence(job, result, scores, partial, command)
@@ -107,7 +108,7 @@ def _decide_plan(job: Job, clock: Clock) -> tuple[MergePlan, LayerScores | None]
 def _measure_both(
     job: Job, made: Checkpoint, facts: Mapping[str, Any], command: str, clock: Clock
 ) -> tuple[EvalReport, EvalReport, GateDecision | None]:
-    before = checkpoint_facts(job.base)
+    before = describe_checkpoint(job.base)
     if not job.measured:
         bare = EvalReport(before, (), (), {}, {}, {})
         return bare, replace(bare, checkpoint=facts), None
@@ -217,7 +218,7 @@ def measure_checkpoint(
 
     Args:
         checkpoint: what to measure.
-        facts: of `mka.job.checkpoint_facts`, for the report.
+        facts: of `mka.checkpoint.describe_checkpoint`, for the report.
         settings: tasks, windows, prompts.
         source: precision, and whether the model's own code may run.
         heldout: source -> texts for perplexity.

@@ -8,10 +8,10 @@ from typing import Any
 
 from mka import stages
 from mka.calibration import CalibrationSet, load_calibration, read_heldout, read_texts, refuse_overlap
-from mka.checkpoint import Checkpoint, open_checkpoint
-from mka.errors import CheckpointError, RecipeError
+from mka.checkpoint import Checkpoint, describe_checkpoint, open_checkpoint
+from mka.errors import RecipeError
 from mka.methods import REOBSERVE, Aim, get_method, method_settings
-from mka.quantize import BITS, check_group_size
+from mka.quantize import BITS
 from mka.recipe import EvaluationSettings, ModelSource, Recipe
 from mka.sources import materialize, resolve_revision
 
@@ -72,11 +72,7 @@ def prepare(recipe: Recipe, work: Path, *, evaluate: bool = True) -> Job:
     if calibration is not None and evaluate:
         refuse_overlap(calibration.texts, [*(t for texts in heldout.values() for t in texts), *_task_texts(recipe)])
     base, revision = fetch_base(recipe.model, work)
-    if base.is_quantized:
-        raise CheckpointError(f"{base.path}: weights are already quantized; compress the original checkpoint instead")
-    aim = stages.resolve_aim(recipe.target, base)
-    if recipe.quantize.scheme != "off":
-        check_group_size(base, recipe.quantize.group_size)
+    aim = stages.check_feasible(recipe, base)
     positions = base.config.get("max_position_embeddings")
     if heldout and isinstance(positions, int) and recipe.evaluation.context > positions:
         raise RecipeError(
@@ -140,7 +136,7 @@ def foresee(job: Job, output: Path) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(base.path, local_files_only=True)
         lengths = [len(ids) for ids in tokenize(tokenizer, texts, recipe.calibration.max_tokens)]
     total, merged = base.nbytes, _merged_nbytes(job)
-    facts = checkpoint_facts(base)
+    facts = describe_checkpoint(base)
     share = sum(base.layer_nbytes) / total
     layers_gone = 1 - job.aim.layers_out / base.layers
     return {
@@ -199,29 +195,3 @@ def _file_names(job: Job) -> list[str]:
     if job.measured:
         names += [f"{EVIDENCE}/{name}.json" for name in ("base", "candidate", "gate")]
     return [*names, f"{EVIDENCE}/report.html"]
-
-
-def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return path, digest, model_type, layers, parameters (as unpacked), bytes and dtype of a checkpoint."""
-    parameters = sum(t.parameters for t in checkpoint.tensors.values())
-    if checkpoint.is_quantized:
-        parameters = _count_unpacked(checkpoint)
-    return {
-        "path": str(checkpoint.path),
-        "digest": checkpoint.digest,
-        "model_type": checkpoint.family.model_type,
-        "layers": checkpoint.layers,
-        "parameters": parameters,
-        "bytes": checkpoint.nbytes,
-        "dtype": checkpoint.dtype,
-    }
-
-
-def _count_unpacked(checkpoint: Checkpoint) -> int:
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(checkpoint.path)
-    del config.quantization_config
-    with init_empty_weights():
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())

@@ -53,8 +53,9 @@ def evaluate(
 
     Also its speed and a sample of its text. Every figure comes with its n and, as ±, one standard error.
     """
+    from mka.checkpoint import describe_checkpoint
     from mka.compress import measure_checkpoint
-    from mka.job import check_evaluation, checkpoint_facts
+    from mka.job import check_evaluation
     from mka.recipe import EvaluationSettings
     from mka.report import result_table
 
@@ -68,7 +69,7 @@ def evaluate(
     checkpoint, source = open_model(model, dtype, trust_remote_code)
     with quiet_libraries(checkpoint.is_quantized):
         report = measure_checkpoint(
-            checkpoint, checkpoint_facts(checkpoint), settings, source, heldout, seed=seed, command=typed()
+            checkpoint, describe_checkpoint(checkpoint), settings, source, heldout, seed=seed, command=typed()
         )
     if output is not None:
         write_file(output, lambda path: path.write_text(report.to_json(), encoding="utf-8"))
@@ -93,13 +94,13 @@ def report(
     The gate compares the lower 95 % bound of recovery with its threshold: pass, fail (exit code 1) or undecided.
     Thresholds are those of the recipe, or the defaults.
     """
-    from mka.checkpoint import publish
     from mka.compress import refuse_failed
     from mka.gate import decide
     from mka.plan import MergePlan
     from mka.recipe import GateSettings, load_recipe
     from mka.report import ReportData, result_table, write_card, write_report
     from mka.states import LayerScores
+    from mka.writing import publish
 
     check_free(output)
     recipe = load_recipe(recipe_file) if recipe_file else None

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mka.checkpoint import MAX_SHARD_BYTES, Checkpoint, TensorInfo, copy_companions, publish, write_tensors
+from mka.checkpoint import Checkpoint, TensorInfo
 from mka.errors import CheckpointError, NumericsError, PlanError
 from mka.families import LAYER_KEY, Family
 from mka.plan import LayerRecipe, MergePlan
 from mka.sums import write_sums
+from mka.writing import MAX_SHARD_BYTES, copy_companions, publish, write_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mka.checkpoint import publish
 from mka.sums import file_sha256
+from mka.writing import publish
 
 MANIFEST = "stage.json"
 FORMAT = "mka-stage/1"

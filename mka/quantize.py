@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mka.checkpoint import Checkpoint, copy_companions, publish
+from mka.checkpoint import Checkpoint
 from mka.errors import CheckpointError, RecipeError
 from mka.quiet import quiet_libraries
 from mka.recipe import QuantizeSettings
 from mka.sums import write_sums
+from mka.writing import copy_companions, publish
 
 BITS = {"int8": 8, "int4": 4}
 

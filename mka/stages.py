@@ -98,8 +98,8 @@ def resolve_aim(target: Target, checkpoint: Checkpoint) -> Aim:
     return Aim(layers_out, target.protect_first, target.protect_last)
 
 
-def refuse_impossible(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """Refuse what cannot work with this checkpoint before anything expensive starts.
+def check_feasible(recipe: Recipe, checkpoint: Checkpoint) -> Aim:
+    """Refuse what cannot work with this checkpoint before anything expensive starts; returns the target in layers.
 
     Raises:
         RecipeError: if the target, the group size or a task cannot be had.
@@ -107,12 +107,13 @@ def refuse_impossible(recipe: Recipe, checkpoint: Checkpoint) -> None:
     """
     from mka.benchmarks import check_tasks
 
-    resolve_aim(recipe.target, checkpoint)
+    aim = resolve_aim(recipe.target, checkpoint)
     if checkpoint.is_quantized:
         raise CheckpointError(f"{checkpoint.path}: weights are already quantized; name the original model instead")
     if recipe.quantize.scheme != "off":
         check_group_size(checkpoint, recipe.quantize.group_size)
     check_tasks(recipe.evaluation.tasks)
+    return aim
 
 
 def plan_layers(

@@ -7,10 +7,10 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from mka.checkpoint import Checkpoint, open_checkpoint
+from mka.checkpoint import describe_checkpoint, open_checkpoint
 from mka.errors import MkaError
 from mka.recipe import Recipe
-from mka.stages import refuse_impossible
+from mka.stages import check_feasible
 from mka.sums import SUMS_NAME
 from tasks.workplace import Workplace
 
@@ -52,7 +52,7 @@ def fetch_base_model(place: Workplace, recipe: Recipe) -> dict[str, Any]:
     folder = materialize(resolved, place.work)
     # The files were compared with their sums a moment ago; once is enough.
     base = replace(open_checkpoint(folder, verify=False), verified=(folder / SUMS_NAME).exists())
-    refuse_impossible(recipe, base)
+    check_feasible(recipe, base)
     return describe_checkpoint(base) | {
         "revision": resolve_revision(resolved, folder),
         "seconds": round(time.perf_counter() - started, 3),
@@ -62,16 +62,3 @@ def fetch_base_model(place: Workplace, recipe: Recipe) -> dict[str, Any]:
 
 def _built_folders(place: Workplace) -> dict[str, int]:
     return {folder.name: folder.stat().st_ino for folder in (place.work / "models").glob("[!.]*")}
-
-
-def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Facts of a checkpoint for reports: path, digest, model_type, layers, parameters, bytes, dtype."""
-    return {
-        "path": str(checkpoint.path),
-        "digest": checkpoint.digest,
-        "model_type": checkpoint.family.model_type,
-        "layers": checkpoint.layers,
-        "parameters": sum(t.parameters for t in checkpoint.tensors.values()),
-        "bytes": checkpoint.nbytes,
-        "dtype": checkpoint.dtype,
-    }

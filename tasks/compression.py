@@ -9,13 +9,12 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from mka import stages
-from mka.checkpoint import Checkpoint, open_checkpoint
+from mka.checkpoint import Checkpoint, describe_checkpoint, open_checkpoint
 from mka.plan import MergePlan
 from mka.products import Product, produce
 from mka.recipe import Recipe
 from mka.states import HiddenStates, LayerScores
 from tasks import guard, suites, tables
-from tasks.base_model import describe_checkpoint
 from tasks.calibration import open_calibration
 from tasks.versioned import Version
 from tasks.workplace import Workplace

@@ -1,32 +1,28 @@
 """Planted truths that a method has to find, and definitions it has to meet."""
 
 from itertools import pairwise
-import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILY_NAMES, LAYERS, make_texts, make_tiny_model, make_tokenizer, save_model
+from conftest import FAMILY_NAMES, LAYERS, make_texts, make_tiny_model
+from evidence import (
+    TOKENIZER,
+    every_family,
+    gather,
+    logits,
+    look,
+    neutralise,
+    score_and_plan,
+)
 from numpy.testing import assert_allclose
-from safetensors.torch import load_file, save_file
 
-from mka import stages
-from mka.calibration import CalibrationSet, digest_texts
 from mka.candidate import Divergence, build_candidate
-from mka.checkpoint import open_checkpoint
-from mka.errors import CheckpointError, NumericsError, PlanError, RecipeError
-from mka.families import get_family, layer_kinds
-from mka.merging import merge_checkpoint
-from mka.methods import DIVERGENCE, HIDDEN_STATES, REOBSERVE, Aim, Evidence, get_method, method_names, method_settings
+from mka.errors import NumericsError
+from mka.methods import HIDDEN_STATES, Aim, Evidence, get_method, method_settings
 from mka.methods.mka import embed_layers
-from mka.observe import observe
-from mka.plan import LayerRecipe, MergePlan, identity_layers, keep_layers
-from mka.progress import showing
-from mka.recipe import CalibrationSettings, MethodChoice, ModelSource, QuantizeSettings, Target
+from mka.plan import LayerRecipe, identity_layers, keep_layers
 from mka.states import HiddenStates
-from mka.verification import inspect_checkpoint, require_sound
-
-from evidence import *
 
 
 @pytest.fixture(scope="module")

@@ -1,31 +1,22 @@
 """The same methods through the stages, on disk: plan, merge, quantize, and what is refused on the way."""
 
-import dataclasses
-
-import numpy as np
 import pytest
 import torch
-from conftest import FAMILY_NAMES, LAYERS, make_texts, make_tiny_model, make_tokenizer, save_model
-from numpy.testing import assert_allclose
+from conftest import FAMILY_NAMES, LAYERS, make_texts, make_tiny_model, save_model
+from evidence import every_method, look, score_and_plan
 from safetensors.torch import load_file, save_file
 
 from mka import stages
 from mka.calibration import CalibrationSet, digest_texts
-from mka.candidate import Divergence, build_candidate
 from mka.checkpoint import open_checkpoint
 from mka.errors import CheckpointError, NumericsError, PlanError, RecipeError
-from mka.families import get_family, layer_kinds
 from mka.merging import merge_checkpoint
-from mka.methods import DIVERGENCE, HIDDEN_STATES, REOBSERVE, Aim, Evidence, get_method, method_names, method_settings
-from mka.methods.mka import embed_layers
-from mka.observe import observe
-from mka.plan import LayerRecipe, MergePlan, identity_layers, keep_layers
+from mka.methods import Aim
+from mka.plan import LayerRecipe, MergePlan, keep_layers
 from mka.progress import showing
 from mka.recipe import CalibrationSettings, MethodChoice, ModelSource, QuantizeSettings, Target
 from mka.states import HiddenStates
 from mka.verification import inspect_checkpoint, require_sound
-
-from evidence import *
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +84,15 @@ def test_a_plan_is_bound_to_the_checkpoint_it_was_made_for(on_disk, calibration,
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_stage_lacks_is_refused_in_one_line(on_disk, planted_states):
+def test_what_a_stage_lacks_is_refused_in_one_line(on_disk, models, texts):
+    states = look(models["llama"], texts)
     checkpoint, source = open_checkpoint(on_disk["llama"]), ModelSource(folder=on_disk["llama"])
     with pytest.raises(PlanError, match="'mka' needs hidden states of 6 layers, got none"):
         stages.score_layers(MethodChoice(), checkpoint, None)
-    shorter = HiddenStates(planted_states.pooled[:-1], planted_states.block_influence[:-1], planted_states.tokens)
+    shorter = HiddenStates(states.pooled[:-1], states.block_influence[:-1], states.tokens)
     with pytest.raises(PlanError, match="'shortgpt' needs hidden states of 6 layers, got 5 layers"):
         stages.score_layers(MethodChoice(name="shortgpt"), checkpoint, shorter)
-    scores = stages.score_layers(MethodChoice(), checkpoint, planted_states)
+    scores = stages.score_layers(MethodChoice(), checkpoint, states)
     for settings in ({"weights": "line-search"}, {"selection": "iterative"}):
         with pytest.raises(PlanError, match="needs a calibration set; give one"):
             stages.plan_layers(

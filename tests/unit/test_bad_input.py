@@ -11,9 +11,9 @@ import torch
 from conftest import LAYERS, make_texts, make_tiny_model, save_model
 from safetensors.torch import load_file, save_file
 
-import mka.checkpoint
 import mka.loading
 import mka.stages
+import mka.writing
 from mka.cli import main
 from mka.families import FAMILIES
 from mka.sums import write_sums
@@ -285,7 +285,7 @@ def test_disk_that_fills_up_while_writing(refuse, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(mka.checkpoint, "_write_shard", write)
+    monkeypatch.setattr(mka.writing, "_write_shard", write)
     assert "disk full while writing" in refuse()
 
 

@@ -190,12 +190,17 @@ TEN = {"layers_in": 10, "layer_bytes": [60] * 10, "total_bytes": 1000}
         ({"layer_ratio": 0.99}, 1),  # 0.1 would be no model
         ({"size_ratio": 0.06}, 9),  # exactly one layer
         ({"size_ratio": 0.061}, 8),  # a little more than one
-        ({"size_ratio": 0.18}, 7),  # exactly three, in spite of 0.18 * 1000 / 60 = 3.0000000000000004
+        ({"size_ratio": 0.18}, 7),  # exactly three
         ({"size_ratio": 0.54}, 1),  # nine of ten
     ],
 )
 def test_targets_resolve_to_a_number_of_layers(target, layers_out):
     assert resolve_target(**TEN, **target) == layers_out
+
+
+def test_rounding_errors_cost_no_layer():
+    # One layer is exactly the 7 % asked for, but 0.07 * 100 is 7.000000000000001.
+    assert resolve_target(10, [7] * 10, 100, size_ratio=0.07) == 9
 
 
 def test_a_size_ratio_counts_the_average_layer():

@@ -132,6 +132,16 @@ def test_a_result_without_a_sound_manifest_is_made_again(tmp_path, manifest, why
     assert make(tmp_path, maker).reused
 
 
+def test_a_result_under_another_key_is_not_taken_for_this_one(tmp_path):
+    """Folders carry only the first 16 digits of the key."""
+    maker = Maker()
+    path = make(tmp_path, maker).folder / MANIFEST
+    body = json.loads(path.read_text())
+    path.write_text(json.dumps(body | {"key": body["key"][:16] + "0" * 48}))
+    again = make(tmp_path, maker)
+    assert not again.reused and "another format or key" in again.why and maker.calls == 2
+
+
 def test_the_manifest_says_what_was_made_from_what(tmp_path):
     product = make(tmp_path, Maker())
     body = json.loads((product.folder / MANIFEST).read_text())
