@@ -146,7 +146,7 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
     evidence = Evidence(calibration, scores, planned, candidate, before, after, speeds, gate)
     page = log.product("report", report(job, evidence, {n: s["seconds"] for n, s in log.facts["stages"].items()}))
     log.facts["report"] = str(page.folder / "report.html")
-    log.facts["checks"] = str(guard.build_docs(place.checks))
+    log.facts["checks"] = str(open_checks(place, log))
 
     clock = time.perf_counter()
     registration = register(job, evidence, page)
@@ -158,6 +158,14 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
     print_summary(job, evidence, log.facts)
     if gate.facts["verdict"] == "fail":
         raise GateRefused(f"gate refused {recipe.name}; nothing was registered. Evidence: {log.facts['report']}")
+
+
+def open_checks(place: Workplace, log: Log) -> Path:
+    """Return the page of data checks, rebuilt if anything was checked in this run."""
+    page = place.checks / guard.PAGE
+    if page.exists() and all(stage["reused"] for stage in log.facts["stages"].values()):
+        return page
+    return guard.build_docs(place.checks)
 
 
 def write_last_run(place: Workplace, facts: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = 5  # offending values named per expectation
 EXAMPLE_CHARACTERS = 100
+PAGE = "index.html"
 KEPT_RUNS = 5  # validation results kept per suite; Data Docs render all of them at every build
 DATA_DOCS = "gx/uncommitted/data_docs/local_site"
 COLUMN_KEYS = ("column", "column_A", "column_B", "column_list")
@@ -227,7 +228,7 @@ def _write_page(checks_folder: Path, validations: list[dict[str, Any]]) -> Path:
         validation["newest"] = validation["name"] not in newest
         newest.add(validation["name"])
     template = jinja2.Environment(autoescape=True).from_string(_PAGE)
-    page, aside = checks_folder / "index.html", checks_folder / ".index.html.partial"
+    page, aside = checks_folder / PAGE, checks_folder / ".index.html.partial"
     aside.write_text(template.render(validations=validations, data_docs=DATA_DOCS), encoding="utf-8")
     aside.replace(page)
     return page

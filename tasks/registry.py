@@ -7,7 +7,7 @@ store: a version with the same key is found there and never made twice.
 import io
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from prefect.cache_policies import NO_CACHE
 from mka.errors import MkaError, RegistryError
 from mka.products import Product, stage_key
 from mka.recipe import Recipe
+from tasks import guard
 from tasks.base_model import is_worth_retrying
 from tasks.compression import MODEL_FOLDER, Job, open_scores
 from tasks.reporting import Evidence, calibration_revision, read_code_commit
@@ -198,7 +199,7 @@ def _log_evidence(job: Job, evidence: Evidence, report: Product) -> None:
     import mlflow
     import pandas as pd
 
-    mlflow.log_params(flatten(job.recipe.model_dump(mode="json")))
+    mlflow.log_params(pd.json_normalize(job.recipe.model_dump(mode="json")).iloc[0].to_dict())
     mlflow.set_tags(_tags(job, evidence))
     metrics: dict[str, float] = {}
     for role, measured in zip(("base", "candidate"), evidence.open_reports()):
@@ -233,7 +234,7 @@ def _log_evidence(job: Job, evidence: Evidence, report: Product) -> None:
         mlflow.log_artifacts(str(product.folder), f"evaluation/{role}")
     if evidence.scores is not None and open_scores(evidence.scores) is not None:
         mlflow.log_artifacts(str(evidence.scores.folder), "scores")
-    checks = job.place.checks / "index.html"
+    checks = job.place.checks / guard.PAGE
     if checks.exists():
         mlflow.log_artifact(str(checks), "checks")
 
@@ -282,17 +283,6 @@ def _require_whole(client: Any, name: str, version: str, candidate: Product) -> 
     if missing := sorted(wanted - held):
         client.delete_model_version(name, version)
         raise RegistryError(f"registry lacks {missing[0]} of {name} version {version}; the version was removed again")
-
-
-def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested settings to dotted names, as MLflow's parameters want them."""
-    flat: dict[str, Any] = {}
-    for name, value in mapping.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def as_facts(registration: Registration) -> dict[str, Any]:
