@@ -204,16 +204,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the flow on this machine; refusals are one line on stderr and a non-zero exit."""
     given, overrides = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     recipe = Path(given).resolve()
+    hint = ""
     try:
         load_recipe(recipe, overrides)
         find_workplace().prepare()
+        hint = " (finished stages are kept: the same command resumes)"
         recompress(str(recipe), overrides)
-    except MkaError as error:
+    except GateRefused as error:
         print(f"recompress: {error}", file=sys.stderr)
         return error.exit_code
-    except OSError as error:
-        print(f"recompress: {error}", file=sys.stderr)
-        return 2
+    except (MkaError, OSError) as error:
+        print(f"recompress: {error}{hint}", file=sys.stderr)
+        return MkaError.exit_code
     except KeyboardInterrupt:
         print("\nrecompress: interrupted; finished stages are kept, resume with the same command", file=sys.stderr)
         return 130
