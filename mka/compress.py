@@ -13,7 +13,7 @@ from typing import Any
 from mka import stages
 from mka.checkpoint import Checkpoint, describe_checkpoint, open_checkpoint
 from mka.errors import GateRefused
-from mka.gate import GateDecision, decide
+from mka.gate import GateDecision, decide, recover_tasks
 from mka.job import COMPANIONS_NBYTES, EVIDENCE, Job, candidate_nbytes
 from mka.measurements import EvalReport
 from mka.plan import MergePlan
@@ -152,6 +152,7 @@ def _write_evidence(job: Job, result: Compression, scores: LayerScores | None, f
         base=result.base,
         candidate=result.candidate,
         gate=result.decision.to_dict() if result.decision else None,
+        recoveries=recover_tasks(result.base, result.candidate, seed=job.recipe.seed) if result.decision else (),
         provenance={
             "base_model": job.recipe.model.label,
             "revision": job.revision,

@@ -122,6 +122,26 @@ def decide(
     return GateDecision(combine_verdicts([c.verdict for c in checks]), tuple(checks), CONFIDENCE, resamples, seed)
 
 
+def recover_tasks(
+    base: EvalReport, candidate: EvalReport, *, seed: int, resamples: int = 2000
+) -> tuple[dict[str, Any], ...]:
+    """Recovery of each task alone with the bounds of `decide`, to be looked at; nothing is judged by it.
+
+    Returns:
+        name, recovery, lower, upper (None where the data give no bound) and n per task. A task of which the base
+        solves no item has no recovery and is left out.
+    """
+    rows = []
+    for before, after in pair_scores(base, candidate):
+        if before.metric == "perplexity" or before.n < 2 or not any(before.items):
+            continue
+        recovery, draws = _task_recovery([(before, after)], resamples, seed)
+        lower, upper = _bounds(draws, before.n)
+        found = {"recovery": recovery, "lower": lower, "upper": upper if np.isfinite(upper) else None}
+        rows.append({"name": before.name, **found, "n": before.n})
+    return tuple(rows)
+
+
 def judge(lower: float, upper: float, threshold: float) -> Verdict:
     """Judge one check by its bounds."""
     if lower >= threshold:
@@ -148,11 +168,14 @@ def _check(
 ) -> GateCheck:
     if not np.isfinite(recovery):
         raise NumericsError(f"{name}: recovery is {recovery}; the base's or the candidate's score is not usable")
-    low, high = bound_levels(smallest)
-    # method: an observed draw, never an interpolation, because draws may be infinite.
-    lower = float(np.quantile(draws, low, method="lower"))
-    upper = float(np.quantile(draws, high, method="higher"))
+    lower, upper = _bounds(draws, smallest)
     return GateCheck(name, recovery, lower, upper, threshold, judge(lower, upper, threshold), n)
+
+
+def _bounds(draws: NDArray[np.float64], n: int) -> tuple[float, float]:
+    low, high = bound_levels(n)
+    # method: an observed draw, never an interpolation, because draws may be infinite.
+    return float(np.quantile(draws, low, method="lower")), float(np.quantile(draws, high, method="higher"))
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:

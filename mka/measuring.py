@@ -95,7 +95,7 @@ def report(
     Thresholds are those of the recipe, or the defaults.
     """
     from mka.compress import refuse_failed
-    from mka.gate import decide
+    from mka.gate import decide, recover_tasks
     from mka.plan import MergePlan
     from mka.recipe import GateSettings, load_recipe
     from mka.report import ReportData, result_table, write_card, write_report
@@ -114,6 +114,7 @@ def report(
         base=before,
         candidate=after,
         gate=decision.to_dict(),
+        recoveries=recover_tasks(before, after, seed=decision.seed),
         provenance={"base_model": before.checkpoint.get("path"), "command": typed()},
     )
     with publish(output) as partial:

@@ -10,6 +10,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from mka.gate import recover_tasks
 from mka.measurements import EvalReport
 from mka.pictures import draw_plan, draw_similarity
 from mka.products import Product, produce
@@ -72,6 +73,7 @@ def report(job: Job, evidence: Evidence, seconds: Mapping[str, float]) -> Produc
             scores=scores,
             base=base,
             candidate=candidate,
+            recoveries=recover_tasks(base, candidate, seed=job.recipe.seed),
             gate={key: value for key, value in evidence.gate.facts.items() if key != "lines"},
             provenance={
                 "base_model": job.recipe.model.label,

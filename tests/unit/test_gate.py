@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mka.errors import GuardError, NumericsError
-from mka.gate import bound_levels, combine_verdicts, decide, judge
+from mka.gate import bound_levels, combine_verdicts, decide, judge, recover_tasks
 from mka.measurements import EvalReport, Score
 from mka.recipe import GateSettings
 
@@ -195,3 +195,22 @@ def test_description_is_aligned_and_carries_the_numbers():
         "perplexity a longer name",
         "tasks",
     ]
+
+
+def test_a_task_alone_recovers_as_the_gate_says_when_it_is_the_only_one():
+    rng = np.random.default_rng(5)
+    base, candidate = (report([], [task(list(rng.integers(0, 2, 40)))]) for _ in range(2))
+    (check,) = decide(base, candidate, gate(), seed=3).checks
+    (row,) = recover_tasks(base, candidate, seed=3)
+    assert row == {
+        "name": "piqa",
+        "recovery": check.recovery,
+        "lower": check.lower,
+        "upper": check.upper,
+        "n": 40,
+    }
+
+
+def test_a_task_the_base_cannot_solve_has_no_recovery():
+    base = report([text([300.0] * 4)], [task([0, 0, 0]), task([1, 0, 1], name="boolq")])
+    assert [row["name"] for row in recover_tasks(base, base, seed=0)] == ["boolq"]
