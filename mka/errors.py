@@ -18,6 +18,10 @@ class CheckpointError(MkaError):
     """A model folder that is missing, damaged, inconsistent or of an unsupported architecture."""
 
 
+class UnreachableError(CheckpointError):
+    """A model hub that did not answer; trying again may help."""
+
+
 class CalibrationError(MkaError):
     """A calibration set that is empty, unreadable, too small or overlaps the evaluation sets."""
 

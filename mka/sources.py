@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mka.errors import CheckpointError, OutputError
+from mka.errors import CheckpointError, OutputError, UnreachableError
 from mka.packages import extract, fetch_package, split_requirement
 from mka.quiet import quiet_libraries
 from mka.recipe import ModelSource
@@ -136,7 +136,7 @@ def _check_folder(folder: Path, label: str) -> Path:
 def _fetch_snapshot(source: ModelSource, cache_dir: Path | None) -> Path:
     import httpx2
     from huggingface_hub import errors as hub_errors
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import is_offline_mode, snapshot_download
 
     model = f"{source.hub}@{source.revision}" if source.revision else str(source.hub)
     try:
@@ -155,10 +155,14 @@ def _fetch_snapshot(source: ModelSource, cache_dir: Path | None) -> Path:
         reason = f"it has no revision {source.revision!r}; give a branch, a tag or a commit"
     except hub_errors.LocalEntryNotFoundError:
         reason = "the hub cannot be reached and the cache lacks it; go online, or name an existing folder"
+        if not is_offline_mode():
+            raise UnreachableError(f"model {model} cannot be fetched: {reason}") from None
     except hub_errors.HFValidationError as error:
         reason = f"not a hub id ({error})"
     except (OSError, httpx2.HTTPError) as error:
         reason = " ".join(str(error).split())[:300]
+        if isinstance(error, httpx2.HTTPError):
+            raise UnreachableError(f"model {model} cannot be fetched: {reason}") from None
     else:
         return Path(folder)
     raise CheckpointError(f"model {model} cannot be fetched: {reason}")

@@ -8,7 +8,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from mka.checkpoint import describe_checkpoint, open_checkpoint
-from mka.errors import MkaError
+from mka.errors import MkaError, RegistryError, UnreachableError
 from mka.recipe import Recipe
 from mka.stages import check_feasible
 from mka.sums import SUMS_NAME
@@ -19,6 +19,8 @@ def is_worth_retrying(task: Any, run: Any, state: Any) -> bool:
     """Retry what the network may have broken; a refusal stays a refusal."""
     try:
         state.result()
+    except (UnreachableError, RegistryError):
+        return True
     except MkaError:
         return False
     except Exception:

@@ -67,7 +67,7 @@ def print_summary(job: Job, evidence: Evidence, facts: Mapping[str, Any]) -> Non
                 ("report", facts["report"]),
                 ("plan", facts["plan"]),
                 ("registered", where),
-                ("load it", f"mlflow.pyfunc.load_model('{registered_address(job.recipe, CANDIDATE)}')"),
+                ("load it", _load_command(job, registration)),
                 ("MLflow pages", _mlflow_command(registration["tracking_uri"])),
                 ("Prefect pages", f"PREFECT_HOME={job.place.work / 'prefect'} {_command('prefect')} server start"),
                 ("data checks", f"{_command('python')} -m webbrowser {facts['checks']}"),
@@ -91,3 +91,12 @@ def _mlflow_command(tracking_uri: str) -> str:
     return (
         f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {_command('mlflow')} server --backend-store-uri {tracking_uri} -w 1"
     )
+
+
+def _load_command(job: Job, registration: Mapping[str, Any]) -> str:
+    """Say how the registered version is loaded, or the folder if the gate refused it."""
+    if not registration["name"]:
+        return "AutoModelForCausalLM.from_pretrained(the candidate folder above)"
+    address = registered_address(job.recipe, CANDIDATE)
+    code = f"import mlflow; print(mlflow.pyfunc.load_model('{address}').predict(['The capital of France is']))"
+    return f'MLFLOW_TRACKING_URI={registration["tracking_uri"]} {_command("python")} -c "{code}"'

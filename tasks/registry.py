@@ -16,7 +16,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from mka.errors import MkaError, RegistryError
+from mka.errors import RegistryError
 from mka.products import Product, stage_key
 from mka.recipe import Recipe
 from tasks import guard
@@ -68,6 +68,7 @@ def _connected(place: Workplace, recipe: Recipe) -> Iterator[Any]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
+    from sqlalchemy.exc import SQLAlchemyError
 
     for logger in ("mlflow", "alembic"):
         logging.getLogger(logger).setLevel(logging.ERROR)
@@ -75,9 +76,7 @@ def _connected(place: Workplace, recipe: Recipe) -> Iterator[Any]:
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
         yield mlflow.MlflowClient(uri)
-    except MkaError:
-        raise
-    except Exception as error:
+    except (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RegistryError(
             f"registry {uri} cannot be used: {reason}; nothing was registered. Start it, or set registry.tracking_uri"
