@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -131,6 +132,14 @@ class RegistrySettings(Section):
     name: str | None = Field(None, description="Registered model name; default: the recipe's name")
     tracking_uri: str | None = Field(None, description="MLflow tracking server; default: SQLite in the work folder")
 
+    @field_validator("tracking_uri")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        # Recipes are logged, printed and published.
+        if value is not None and urlsplit(value).password is not None:
+            raise ValueError("holds a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead")
+        return value
+
 
 class Recipe(Section):
     """Everything one recompression needs to know."""
@@ -165,7 +174,8 @@ def explain_validation(error: ValidationError, model: type[BaseModel], where: st
         elif item["type"] == "missing":
             parts.append(f"missing key '{key}'")
         else:
-            given = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"
+            silent = isinstance(item["input"], dict) or "holds a password" in item["msg"]
+            given = "" if silent else f", got {item['input']!r}"
             parts.append(f"'{key}': {item['msg'].removeprefix('Value error, ')}{given}")
     return f"{where}: " + "; ".join(parts)
 

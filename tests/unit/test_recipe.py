@@ -251,3 +251,10 @@ def test_dumping_and_reading_back_gives_the_same_recipe(tmp_path):
     )
     path = write(tmp_path, yaml.safe_dump(recipe.model_dump(mode="json")))
     assert load_recipe(path) == recipe == Recipe.model_validate(recipe.model_dump())
+
+
+def test_a_password_is_refused_and_not_repeated():
+    with pytest.raises(RecipeError, match=r"registry\.tracking_uri.*MLFLOW_TRACKING_PASSWORD") as refusal:
+        validate_recipe(recipe_with(registry__tracking_uri="http://me:hunter2@registry.example"))
+    assert "hunter2" not in str(refusal.value)
+    assert validate_recipe(recipe_with(registry__tracking_uri="http://registry.example"))
