@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILY_NAMES, LAYERS, make_texts, make_tiny_model, save_model
+from conftest import FAMILY_NAMES, LAYERS, save_model
 from evidence import ROADS, every_family, every_method, score_and_plan
 from numpy.testing import assert_allclose
 from safetensors.torch import load_file
@@ -15,16 +15,6 @@ from mka.merging import merge_checkpoint
 from mka.methods import DIVERGENCE, HIDDEN_STATES, REOBSERVE, Aim, get_method, method_settings
 from mka.plan import LayerRecipe, MergePlan, identity_layers, keep_layers
 from mka.verification import inspect_checkpoint, require_sound
-
-
-@pytest.fixture(scope="module")
-def models():
-    return {family: make_tiny_model(family) for family in FAMILY_NAMES}
-
-
-@pytest.fixture(scope="module")
-def texts():
-    return make_texts(40, seed=1)
 
 
 @every_family

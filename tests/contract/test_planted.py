@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILY_NAMES, LAYERS, make_texts, make_tiny_model
+from conftest import LAYERS, make_texts, make_tiny_model
 from evidence import (
     TOKENIZER,
     every_family,
@@ -23,17 +23,6 @@ from mka.methods import HIDDEN_STATES, Aim, Evidence, get_method, method_setting
 from mka.methods.mka import embed_layers
 from mka.plan import LayerRecipe, identity_layers, keep_layers
 from mka.states import HiddenStates
-
-
-@pytest.fixture(scope="module")
-def models():
-    return {family: make_tiny_model(family) for family in FAMILY_NAMES}
-
-
-@pytest.fixture(scope="module")
-def texts():
-    return make_texts(40, seed=1)
-
 
 NEUTRAL = 3  # layer 3 repeats the output of layer 2
 

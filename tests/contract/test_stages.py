@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILY_NAMES, LAYERS, make_texts, make_tiny_model, save_model
+from conftest import LAYERS, make_tiny_model, save_model
 from evidence import every_method, look, score_and_plan
 from safetensors.torch import load_file, save_file
 
@@ -17,16 +17,6 @@ from mka.progress import showing
 from mka.recipe import CalibrationSettings, MethodChoice, ModelSource, QuantizeSettings, Target
 from mka.states import HiddenStates
 from mka.verification import inspect_checkpoint, require_sound
-
-
-@pytest.fixture(scope="module")
-def models():
-    return {family: make_tiny_model(family) for family in FAMILY_NAMES}
-
-
-@pytest.fixture(scope="module")
-def texts():
-    return make_texts(40, seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,14 @@
+"""A tiny model of every family and some texts, made once per module."""
+
+import pytest
+from conftest import FAMILY_NAMES, make_texts, make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {family: make_tiny_model(family) for family in FAMILY_NAMES}
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return make_texts(40, seed=1)
