@@ -1,4 +1,4 @@
-"""A planned model in memory, sharing every unchanged tensor with its base, and how far it is from it."""
+"""A planned model in memory, sharing every unchanged tensor with its base, and what it does to calibration text."""
 
 import copy
 from collections.abc import Sequence
@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 
-from mka.errors import NumericsError
+from mka.errors import CalibrationError, NumericsError
 from mka.families import LAYER_KEY, get_family, layer_kinds
 from mka.merging import combine_layers, cut_config
 from mka.observe import pad, tokenize
-from mka.plan import LayerRecipe
+from mka.plan import LayerRecipe, identity_layers
+
+# Positions whose logits are in memory at a time.
+ROWS = 256
 
 
 def build_candidate(model: Any, layers: Sequence[LayerRecipe]) -> Any:
@@ -46,18 +49,16 @@ def build_candidate(model: Any, layers: Sequence[LayerRecipe]) -> Any:
     return candidate.eval()
 
 
-class Divergence:
-    """KL divergence of planned models from their base on calibration tokens.
+class Oracle:
+    """Runs planned models on calibration tokens, all in one padded batch.
 
-    ``KL(base || candidate)`` in nats per token, averaged over all real positions. The base's logits are computed once
-    and kept (tokens x vocabulary x 4 bytes). Layers that the plan leaves untouched at the start are run once and
-    their output is reused while only later layers change, which is what a line search does.
+    The input of every layer of the last model run is kept (layers x tokens x hidden size), and a model that begins with
+    the same output layers goes on from there. A search saves most when it tries changes from the deepest layer up.
     """
 
     def __init__(self, model: Any, tokenizer: Any, texts: Sequence[str], *, max_tokens: int, tokens: int) -> None:
         """Take texts in order until ``tokens`` tokens are there, each cut to ``max_tokens``."""
         self.model = model
-        self.batches: list[tuple[torch.Tensor, torch.Tensor]] = []
         sequences: list[list[int]] = []
         taken = 0
         for ids in tokenize(tokenizer, texts, max_tokens):
@@ -67,59 +68,115 @@ class Divergence:
             taken += len(ids)
         self.tokens = taken
         self.ids, self.mask = pad(sequences, model.device)
-        self._base: torch.Tensor | None = None
-        self._prefix: tuple[int, torch.Tensor] | None = None
+        self._layers: tuple[LayerRecipe, ...] = ()
+        self._inputs: list[torch.Tensor] = []
+
+    @property
+    def base_layers(self) -> tuple[LayerRecipe, ...]:
+        """Output layers that make the base."""
+        return identity_layers(len(self.model.model.layers))
 
     @torch.inference_mode()
-    def _logits(self, model: Any, embedded: torch.Tensor | None) -> torch.Tensor:
-        inputs = {"input_ids": self.ids} if embedded is None else {"inputs_embeds": embedded}
-        hidden = model.model(**inputs, attention_mask=self.mask, use_cache=False).last_hidden_state
-        logits = model.lm_head(hidden[self.mask.bool()]).float()
-        cap = getattr(model.config, "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+    def run(self, layers: Sequence[LayerRecipe]) -> torch.Tensor:
+        """Return the final-normed hidden states, (S, T, D), of the model these output layers make."""
+        layers = tuple(layers)
+        shared, limit = 0, min(len(layers), len(self._inputs)) - 1
+        while shared < limit and layers[shared] == self._layers[shared]:
+            shared += 1
+        start = {"inputs_embeds": self._inputs[shared]} if shared else {"input_ids": self.ids}
+        candidate = build_candidate(self.model, layers[shared:])
+        caught: list[torch.Tensor] = []
 
-    @torch.inference_mode()
-    def _hidden_before(self, depth: int) -> torch.Tensor:
-        """Return the base's hidden states at the input of layer ``depth``, (S, T, D)."""
-        if self._prefix is None or self._prefix[0] != depth:
-            caught: list[torch.Tensor] = []
+        def catch(module: Any, args: Any, kwargs: Any) -> None:
+            caught.append(args[0] if args else kwargs["hidden_states"])
 
-            def stop(module: Any, args: Any, kwargs: Any) -> None:
-                caught.append(args[0] if args else kwargs["hidden_states"])
-                raise _Caught
+        for layer in candidate.model.layers:
+            layer.register_forward_pre_hook(catch, with_kwargs=True)
+        hidden = candidate.model(**start, attention_mask=self.mask, use_cache=False).last_hidden_state
+        self._layers, self._inputs = layers, self._inputs[:shared] + caught
+        if not bool(hidden[self.mask.bool()].isfinite().all()):
+            raise NumericsError("the candidate's hidden states are NaN or infinite; the merge destroyed the model")
+        return hidden
 
-            handle = self.model.model.layers[depth].register_forward_pre_hook(stop, with_kwargs=True)
-            try:
-                self.model.model(input_ids=self.ids, attention_mask=self.mask, use_cache=False)
-            except _Caught:
-                pass
-            finally:
-                handle.remove()
-            self._prefix = (depth, caught[0])
-        return self._prefix[1]
+    def __call__(self, layers: Sequence[LayerRecipe]) -> float:
+        """Measure the model these output layers make."""
+        raise NotImplementedError
+
+    def read_out(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the log-probabilities, (R, V) float32, of R final-normed hidden states, (R, D)."""
+        logits = self.model.lm_head(hidden).float()
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        if not bool(logits.sum().isfinite()):  # NaN and infinity survive a sum
+            raise NumericsError("the candidate's logits are NaN or infinite; the merge destroyed the model")
+        return torch.log_softmax(logits, dim=-1)
+
+
+class Divergence(Oracle):
+    """KL divergence of planned models from their base on calibration tokens.
+
+    ``KL(base || candidate)`` in nats per token, averaged over all real positions. The base's logits are computed once
+    and kept (tokens x vocabulary x 4 bytes).
+    """
+
+    _base: torch.Tensor | None = None
 
     @torch.inference_mode()
     def __call__(self, layers: Sequence[LayerRecipe]) -> float:
         """Return nats per token for the model these output layers make.
 
         Raises:
-            NumericsError: if the candidate's logits are not finite.
+            NumericsError: if the candidate's hidden states or logits are not finite.
         """
+        real = self.mask.bool()
         if self._base is None:
-            self._base = torch.log_softmax(self._logits(self.model, None), dim=-1)
-        depth = 0
-        while depth < len(layers) - 1 and layers[depth] == LayerRecipe((depth,), (1.0,)):
-            depth += 1
-        embedded = self._hidden_before(depth) if depth else None
-        logits = self._logits(build_candidate(self.model, layers[depth:]), embedded)
-        if not bool(logits.isfinite().all()):
-            raise NumericsError("the candidate's logits are NaN or infinite; the merge destroyed the model")
-        candidate = torch.log_softmax(logits, dim=-1)
+            self._base = self.read_out(self.run(self.base_layers)[real])
         total = 0.0
-        for base, other in zip(self._base.split(256), candidate.split(256)):
-            total += float((base.exp() * (base - other)).sum(dtype=torch.float64))
+        for base, hidden in zip(self._base.split(ROWS), self.run(layers)[real].split(ROWS)):
+            total += float((base.exp() * (base - self.read_out(hidden))).sum(dtype=torch.float64))
         return total / self._base.shape[0]
 
 
-class _Caught(Exception):
-    """Ends a forward pass once the wanted hidden states are in hand."""
+class Loss(Oracle):
+    """Mean negative log-likelihood of calibration tokens under planned models, each given those before it."""
+
+    @torch.inference_mode()
+    def __call__(self, layers: Sequence[LayerRecipe]) -> float:
+        """Return nats per predicted token (the first token of a text is given) for the model these layers make.
+
+        Raises:
+            CalibrationError: if no text has a second token.
+            NumericsError: if the candidate's hidden states or logits are not finite.
+        """
+        predicted = self.mask[:, 1:].bool()
+        targets = self.ids[:, 1:][predicted]
+        if not len(targets):
+            raise CalibrationError("every calibration text has one token only; a loss needs two, give longer texts")
+        total = 0.0
+        for hidden, target in zip(self.run(layers)[:, :-1][predicted].split(ROWS), targets.split(ROWS)):
+            total -= float(self.read_out(hidden).gather(1, target[:, None]).sum(dtype=torch.float64))
+        return total / len(targets)
+
+
+class OutputSimilarity(Oracle):
+    """Mean cosine, over texts, of the base's and planned models' final hidden states at the last real token.
+
+    Final means after the final norm: what the language-model head reads.
+    """
+
+    _base: torch.Tensor | None = None
+
+    @torch.inference_mode()
+    def __call__(self, layers: Sequence[LayerRecipe]) -> float:
+        """Return the mean cosine, -1 to 1, for the model these output layers make.
+
+        Raises:
+            NumericsError: if the candidate's hidden states are not finite.
+        """
+        if self._base is None:
+            self._base = self._last(self.base_layers)
+        return float(torch.nn.functional.cosine_similarity(self._base, self._last(layers), dim=-1).mean())
+
+    def _last(self, layers: Sequence[LayerRecipe]) -> torch.Tensor:
+        rows = torch.arange(len(self.mask), device=self.mask.device)
+        return self.run(layers)[rows, self.mask.sum(dim=1) - 1].double()

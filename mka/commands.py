@@ -125,7 +125,7 @@ def score(model: str, states: Path, method: str, settings: dict[str, Any], outpu
     write_file(output, scores.save)
     if scores.values.ndim == 2:
         rows = [[f"{i} - {i + 1}", f"{scores.values[i, i + 1]:.4f}"] for i in range(scores.layers - 1)]
-        table = align(rows, ["layers", "similarity"], "lr")
+        table = align(rows, ["layers", scores.kind.rpartition("-")[2]], "lr")
     else:
         table = align([[i, f"{value:.4f}"] for i, value in enumerate(scores.values)], ["layer", "importance"], "rr")
     document = json.loads(output.read_text(encoding="utf-8")) | {"output": str(output)}

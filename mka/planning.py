@@ -53,7 +53,18 @@ def resolve_target(
     return layers_in - removed
 
 
-def _refuse_unreachable(layers_out: int, reached: int, protect_first: int, protect_last: int) -> None:
+def refuse_unreachable(layers_out: int, reached: int, protect_first: int, protect_last: int) -> None:
+    """Refuse a target below what can be reached.
+
+    Args:
+        layers_out: layers wanted.
+        reached: fewest layers that protection and kinds allow.
+        protect_first: layers at the start left alone.
+        protect_last: layers at the end left alone.
+
+    Raises:
+        PlanError: if ``reached`` is above ``layers_out``.
+    """
     if reached > layers_out:
         raise PlanError(
             f"target of {layers_out} layers cannot be reached: no mergeable pair is left at {reached} layers with the "
@@ -105,7 +116,7 @@ def merge_adjacent(
             and kinds[layers[p].sources[0]] == kinds[layers[p + 1].sources[0]]
         ]
         if not candidates:
-            _refuse_unreachable(layers_out, len(layers), protect_first, protect_last)
+            refuse_unreachable(layers_out, len(layers), protect_first, protect_last)
         if rescore and steps:
             current = rescore(layers)
             scores = {p: float(current[p, p + 1]) for p in candidates}
@@ -127,6 +138,23 @@ def join_layers(left: LayerRecipe, right: LayerRecipe, weight: float) -> LayerRe
     return LayerRecipe(left.sources + right.sources, weights)
 
 
+def deletable_layers(count: int, layers_out: int, *, protect_first: int, protect_last: int) -> range:
+    """Return the layers that protection leaves free.
+
+    Args:
+        count: L of the base model.
+        layers_out: layers to keep.
+        protect_first: layers at the start that are kept.
+        protect_last: layers at the end that are kept.
+
+    Raises:
+        PlanError: if they are too few to reach ``layers_out`` by deletion.
+    """
+    free = range(protect_first, max(protect_first, count - protect_last))
+    refuse_unreachable(layers_out, count - len(free), protect_first, protect_last)
+    return free
+
+
 def delete_least_important(
     importance: np.ndarray, layers_out: int, *, protect_first: int, protect_last: int
 ) -> tuple[tuple[LayerRecipe, ...], tuple[Step, ...]]:
@@ -142,9 +170,8 @@ def delete_least_important(
         PlanError: if protection leaves too few layers to delete.
     """
     count = importance.shape[0]
-    free = range(protect_first, max(protect_first, count - protect_last))
+    free = deletable_layers(count, layers_out, protect_first=protect_first, protect_last=protect_last)
     remove = count - layers_out
-    _refuse_unreachable(layers_out, count - min(remove, len(free)), protect_first, protect_last)
     order = sorted(free, key=lambda i: (importance[i], -i))[:remove]
     steps = tuple(Step((i,), (), float(importance[i]), 0.0) for i in order)
     return keep_layers([i for i in range(count) if i not in order]), steps

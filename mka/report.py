@@ -187,7 +187,7 @@ def write_report(data: ReportData, folder: str | Path) -> Path:
 
     images = {"plan": _embed(lambda form: pictures.draw_plan(data.plan, form))}
     if (scores := data.scores) is not None:
-        title = "What the layers share" if scores.values.ndim == 2 else "What each layer changes"
+        title = "What the layers share" if scores.kind == "pairwise-similarity" else "What the layers change"
         seen = (scores.values, data.plan, title, scores.meaning)
         images["scores"] = _embed(lambda form: pictures.draw_similarity(*seen, form))
     checks = [*(data.gate or {}).get("checks", ())]

@@ -1,6 +1,6 @@
 """The stages between a base checkpoint and its candidate, each one call. The command line and the flow share them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,19 @@ from mka.calibration import CalibrationSet
 from mka.checkpoint import Checkpoint
 from mka.errors import CheckpointError, PlanError
 from mka.merging import merge_checkpoint, plan_tensors
-from mka.methods import DIVERGENCE, HIDDEN_STATES, REOBSERVE, Aim, Evidence, Method, get_method, method_settings
-from mka.plan import LayerRecipe, MergePlan
+from mka.methods import (
+    DIVERGENCE,
+    HIDDEN_STATES,
+    LOSS,
+    OUTPUT_SIMILARITY,
+    REOBSERVE,
+    Aim,
+    Evidence,
+    Method,
+    get_method,
+    method_settings,
+)
+from mka.plan import MergePlan
 from mka.planning import resolve_target
 from mka.progress import show_progress
 from mka.quantize import check_group_size, quantize_checkpoint
@@ -125,7 +136,7 @@ def plan_layers(
     settings: CalibrationSettings,
     source: ModelSource,
 ) -> MergePlan:
-    """Plan; loads the model only if the method's settings need it (iterative selection, line search).
+    """Plan; loads the model only for a method that, under its settings, looks at it while planning.
 
     Raises:
         RecipeError: if the target cannot be met.
@@ -133,39 +144,41 @@ def plan_layers(
     """
     method, method_options = _resolve(choice)
     aim = resolve_aim(target, checkpoint)
-    wanted = method.needs(method_options)
-    reobserve: Callable[[Sequence[LayerRecipe]], HiddenStates] | None = None
-    divergence: Callable[[Sequence[LayerRecipe]], float] | None = None
-    if wanted & {REOBSERVE, DIVERGENCE}:
+    evidence = Evidence(checkpoint.layers, checkpoint.kinds)
+    wanted = method.needs(method_options) & {REOBSERVE, DIVERGENCE, LOSS, OUTPUT_SIMILARITY}
+    if wanted:
         if calibration is None:
             raise PlanError(f"method {choice.name!r} with these settings needs a calibration set; give one")
-        from mka.candidate import Divergence, build_candidate
-        from mka.loading import load_model
-
-        model, tokenizer = load_model(checkpoint.path, source.dtype, source.trust_remote_code)
-        if DIVERGENCE in wanted:
-            divergence = Divergence(
-                model, tokenizer, calibration.texts, max_tokens=settings.max_tokens, tokens=settings.search_tokens
-            )
-        if REOBSERVE in wanted:
-            texts = calibration.texts
-
-            def reobserve(layers: Sequence[LayerRecipe]) -> HiddenStates:
-                return _observe(
-                    build_candidate(model, layers), tokenizer, texts, settings, f"observe {len(layers)} layers"
-                )
-
+        evidence = replace(evidence, **_open_model_evidence(wanted, checkpoint, calibration.texts, settings, source))
     with show_progress("plan merges", checkpoint.layers - aim.layers_out, "merge") as advance:
-        evidence = Evidence(
-            checkpoint.layers,
-            checkpoint.kinds,
-            reobserve=reobserve,
-            divergence=divergence,
-            on_progress=advance,
-        )
-        plan = method.plan(evidence, scores, aim, method_options)
+        plan = method.plan(replace(evidence, on_progress=advance), scores, aim, method_options)
     base = {"model": source.label, "digest": checkpoint.digest, "model_type": checkpoint.family.model_type}
     return replace(plan, base=base)
+
+
+def _open_model_evidence(
+    wanted: frozenset[str],
+    checkpoint: Checkpoint,
+    texts: Sequence[str],
+    settings: CalibrationSettings,
+    source: ModelSource,
+) -> dict[str, Any]:
+    """Load the model; return the parts of `Evidence` that run planned models, by their names."""
+    from mka.candidate import Divergence, Loss, OutputSimilarity, build_candidate
+    from mka.loading import load_model
+
+    model, tokenizer = load_model(checkpoint.path, source.dtype, source.trust_remote_code)
+    oracles = {DIVERGENCE: Divergence, LOSS: Loss, OUTPUT_SIMILARITY: OutputSimilarity}
+    opened: dict[str, Any] = {
+        need: oracle(model, tokenizer, texts, max_tokens=settings.max_tokens, tokens=settings.search_tokens)
+        for need, oracle in oracles.items()
+        if need in wanted
+    }
+    if REOBSERVE in wanted:
+        opened[REOBSERVE] = lambda layers: _observe(
+            build_candidate(model, layers), tokenizer, texts, settings, f"observe {len(layers)} layers"
+        )
+    return opened
 
 
 def write_merged(plan: MergePlan, checkpoint: Checkpoint, output: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from mka.errors import NumericsError
 
 SCORES_FORMAT = "mka-scores/1"
-ScoreKind = Literal["pairwise-similarity", "layer-importance"]
+ScoreKind = Literal["pairwise-similarity", "layer-importance", "block-distance"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class LayerScores:
 
     Attributes:
         kind: "pairwise-similarity": values (L, L), high means alike; "layer-importance": values (L,), low means
+            removable; "block-distance": values (L, L), [i, j] of the block from layer i to layer j, low means
             removable.
         values: float64.
         meaning: one line for people, with the range.

@@ -72,7 +72,7 @@ def scores(kind: str, layers: int, unit_diagonal: bool = True) -> list[Any]:
     """Expectations of `tasks.tables.scores_table`.
 
     Args:
-        kind: "pairwise-similarity" or "layer-importance".
+        kind: "pairwise-similarity", "block-distance" or "layer-importance".
         layers: number of layers L.
         unit_diagonal: whether a layer's similarity with itself is 1 under the method's definition.
     """
@@ -93,9 +93,9 @@ def scores(kind: str, layers: int, unit_diagonal: bool = True) -> list[Any]:
         _complete("value"),
         gxe.ExpectColumnValuesToBeBetween(column="value", min_value=0, max_value=1),
         gxe.ExpectColumnValuesToBeBetween(
-            column="asymmetry", min_value=0, max_value=1e-9, description="Similarity of a and b is that of b and a."
+            column="asymmetry", min_value=0, max_value=1e-9, description="The value of a and b is that of b and a."
         ),
-        *([diagonal] if unit_diagonal else []),
+        *([diagonal] if unit_diagonal and kind == "pairwise-similarity" else []),
     ]
 
 

@@ -122,12 +122,12 @@ def scores_table(values: np.ndarray, kind: str) -> "pd.DataFrame":
     """Lay layer scores out in long format.
 
     Args:
-        values: (L, L) for "pairwise-similarity", (L,) for "layer-importance".
+        values: (L, L) for "pairwise-similarity" and "block-distance", (L,) for "layer-importance".
         kind: as `mka.states.LayerScores.kind`.
 
     Returns:
         Pairs: columns layer_a, layer_b, value, asymmetry = |S_ab - S_ba|, diagonal_error = |S_aa - 1| on the diagonal
-        and null elsewhere. Importance: columns layer, value.
+        of a similarity and null elsewhere. Importance: columns layer, value.
 
     Raises:
         NumericsError: if the shape is not what ``kind`` says.
@@ -137,15 +137,17 @@ def scores_table(values: np.ndarray, kind: str) -> "pd.DataFrame":
     values = np.asarray(values, dtype=np.float64)
     if kind == "layer-importance" and values.ndim == 1:
         return pd.DataFrame({"layer": range(len(values)), "value": values})
-    if kind == "pairwise-similarity" and values.ndim == 2 and values.shape[0] == values.shape[1]:
+    if kind in ("pairwise-similarity", "block-distance") and values.ndim == 2 and values.shape[0] == values.shape[1]:
         layer_a, layer_b = np.divmod(np.arange(values.size), len(values))  # (L * L,) each, row by row
         with np.errstate(invalid="ignore"):  # inf - inf; the value itself is refused by its own expectation
             asymmetry = np.abs(values - values.T)[layer_a, layer_b]
-            diagonal = np.where(layer_a == layer_b, np.abs(values[layer_a, layer_b] - 1.0), np.nan)
+            alike = (layer_a == layer_b) & (kind == "pairwise-similarity")
+            diagonal = np.where(alike, np.abs(values[layer_a, layer_b] - 1.0), np.nan)
         columns = {"layer_a": layer_a, "layer_b": layer_b, "value": values[layer_a, layer_b]}
         return pd.DataFrame({**columns, "asymmetry": asymmetry, "diagonal_error": diagonal})
     raise NumericsError(
-        f"{kind} scores have shape {values.shape}; allowed: pairwise-similarity (L, L), layer-importance (L,)"
+        f"{kind} scores have shape {values.shape}; allowed: pairwise-similarity and "
+        "block-distance (L, L), layer-importance (L,)"
     )
 
 

@@ -6,12 +6,23 @@ import pytest
 import torch
 from conftest import FAMILY_NAMES, make_tokenizer
 
-from mka.candidate import Divergence, build_candidate
+from mka.candidate import Divergence, Loss, OutputSimilarity, build_candidate
 from mka.families import get_family, layer_kinds
-from mka.methods import DIVERGENCE, HIDDEN_STATES, REOBSERVE, Evidence, get_method, method_names, method_settings
+from mka.methods import (
+    DIVERGENCE,
+    HIDDEN_STATES,
+    LOSS,
+    OUTPUT_SIMILARITY,
+    REOBSERVE,
+    Evidence,
+    get_method,
+    method_names,
+    method_settings,
+)
 from mka.observe import observe
 
 TOKENIZER = make_tokenizer()
+ORACLES = {DIVERGENCE: Divergence, LOSS: Loss, OUTPUT_SIMILARITY: OutputSimilarity}
 IDS = (torch.arange(1, 25) * 31 % 97).reshape(2, 12)
 # Settings under which a method takes another road; a method not named here has one.
 ROADS = {
@@ -45,9 +56,9 @@ def gather(model, needs, texts):
         evidence = dataclasses.replace(evidence, states=look(model, texts))
     if REOBSERVE in needs:
         evidence = dataclasses.replace(evidence, reobserve=lambda layers: look(build_candidate(model, layers), texts))
-    if DIVERGENCE in needs:
-        divergence = Divergence(model, TOKENIZER, texts, max_tokens=24, tokens=200)
-        evidence = dataclasses.replace(evidence, divergence=divergence)
+    for need in needs & ORACLES.keys():
+        oracle = ORACLES[need](model, TOKENIZER, texts, max_tokens=24, tokens=200)
+        evidence = dataclasses.replace(evidence, **{need: oracle})
     return evidence
 
 

@@ -14,14 +14,20 @@ from mka.states import HiddenStates, LayerScores
 
 # A row per method: the name in recipes, and the module that holds its METHOD.
 _METHODS = {
+    "laco": "mka.methods.laco",
     "mka": "mka.methods.mka",
+    "random_deletion": "mka.methods.random_deletion",
     "reference_code": "mka.methods.reference_code",
     "shortgpt": "mka.methods.shortgpt",
+    "sleb": "mka.methods.sleb",
+    "uidl": "mka.methods.uidl",
 }
 
 HIDDEN_STATES = "hidden_states"
 REOBSERVE = "reobserve"
 DIVERGENCE = "divergence"
+LOSS = "loss"
+OUTPUT_SIMILARITY = "output_similarity"
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,9 @@ class Evidence:
         states: hidden states of the base.
         reobserve: hidden states of a partly merged model, given its output layers.
         divergence: KL(base || model made of these output layers) on calibration tokens, nats per token.
+        loss: mean negative log-likelihood of the model made of these output layers, nats per predicted token.
+        output_similarity: mean cosine, over calibration texts, of the final hidden states of the base and of the model
+            made of these output layers.
         on_progress: called with the number of units done, for a progress bar.
     """
 
@@ -51,6 +60,8 @@ class Evidence:
     states: HiddenStates | None = None
     reobserve: Callable[[Sequence[LayerRecipe]], HiddenStates] | None = None
     divergence: Callable[[Sequence[LayerRecipe]], float] | None = None
+    loss: Callable[[Sequence[LayerRecipe]], float] | None = None
+    output_similarity: Callable[[Sequence[LayerRecipe]], float] | None = None
     on_progress: Callable[[int], Any] | None = None
 
 

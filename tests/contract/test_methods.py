@@ -12,7 +12,16 @@ from mka.checkpoint import open_checkpoint
 from mka.errors import PlanError, RecipeError
 from mka.families import get_family, layer_kinds
 from mka.merging import merge_checkpoint
-from mka.methods import DIVERGENCE, HIDDEN_STATES, REOBSERVE, Aim, get_method, method_settings
+from mka.methods import (
+    DIVERGENCE,
+    HIDDEN_STATES,
+    LOSS,
+    OUTPUT_SIMILARITY,
+    REOBSERVE,
+    Aim,
+    get_method,
+    method_settings,
+)
 from mka.plan import LayerRecipe, MergePlan, identity_layers, keep_layers
 from mka.verification import inspect_checkpoint, require_sound
 
@@ -23,18 +32,22 @@ def test_a_plan_reaches_its_target_and_keeps_the_rules(name, settings, family, m
     model = models[family]
     kinds = layer_kinds(model.config, get_family(family, "test"))
     aim = Aim(4, protect_first=1, protect_last=0)
-    if name == "mka" and family == "gemma2":  # its kinds alternate: no two neighbours are alike
+    if name in ("laco", "mka") and family == "gemma2":  # its kinds alternate: no two neighbours are alike
         with pytest.raises(PlanError, match="no mergeable pair is left at 6 layers"):
             score_and_plan(model, name, settings, aim, texts)
         return
     _, plan = score_and_plan(model, name, settings, aim, texts)
     assert plan.method == name and plan.label == get_method(name).label
     assert (plan.layers_in, plan.layers_out) == (LAYERS, 4)
-    assert len(plan.steps) == 2
+    # Every layer that is not left as it was is accounted for by a step, and no other layer is.
+    copied = {layer.sources[0] for layer in plan.layers if layer.is_copy}
+    assert {i for step in plan.steps for i in (*step.left, *step.right)} == set(range(LAYERS)) - copied
+    assert 1 <= len(plan.steps) <= 2
     assert MergePlan.from_json(plan.to_json()) == plan
     for layer in plan.layers:
         assert len({kinds[i] for i in layer.sources}) == 1
-        assert all(0.0 <= weight <= 1.0 for weight in layer.weights)
+        # Differences are added in LaCo; everywhere else a layer is a convex combination.
+        assert name == "laco" or all(0.0 <= weight <= 1.0 for weight in layer.weights)
     # Settings in the plan make the same plan again.
     assert method_settings(name, plan.settings) == method_settings(name, settings)
 
@@ -84,7 +97,7 @@ def test_a_method_gets_by_with_what_it_asked_for(name, settings, models, texts):
     """``gather`` gives nothing else, so only the names have to be checked; scores are of the documented kind."""
     method, options = get_method(name), method_settings(name, settings)
     needs = method.needs(options)
-    assert needs <= {HIDDEN_STATES, REOBSERVE, DIVERGENCE}
+    assert needs <= {HIDDEN_STATES, REOBSERVE, DIVERGENCE, LOSS, OUTPUT_SIMILARITY}
     assert (HIDDEN_STATES in needs) == (method.score is not None)
     assert method.plan_settings <= set(method.settings.model_fields)
     scores, _ = score_and_plan(models["llama"], name, settings, Aim(5), texts)
@@ -95,6 +108,9 @@ def test_a_method_gets_by_with_what_it_asked_for(name, settings, models, texts):
     if scores.kind == "pairwise-similarity":
         assert_allclose(scores.values, scores.values.T)
         assert np.array_equal(np.diag(scores.values), np.ones(LAYERS))
+        assert scores.values.min() >= 0.0 and scores.values.max() <= 1.0
+    elif scores.kind == "block-distance":
+        assert np.array_equal(scores.values, scores.values.T)
         assert scores.values.min() >= 0.0 and scores.values.max() <= 1.0
     else:
         assert scores.values.min() >= 0.0 and scores.values.max() <= 2.0
@@ -110,7 +126,7 @@ def test_settings_that_only_planning_uses_do_not_change_scores(models, texts):
 
 
 def test_an_unknown_method_is_refused_with_the_nearest():
-    with pytest.raises(RecipeError, match=r"unknown method 'mak' \(did you mean 'mka'\?\); methods: mka, reference_"):
+    with pytest.raises(RecipeError, match=r"unknown method 'mak' \(did you mean 'mka'\?\); methods: laco, mka, ran"):
         get_method("mak")
 
 

@@ -68,6 +68,10 @@ GOOD = {
         tables.scores_table(similarity(), "pairwise-similarity"),
         suites.scores("pairwise-similarity", 3),
     ),
+    "distance": lambda: (
+        tables.scores_table(np.array([[0.1, 0.3], [0.3, 0.2]]), "block-distance"),
+        suites.scores("block-distance", 2),
+    ),
     "importance": lambda: (
         tables.scores_table(np.array([0.3, -0.1]), "layer-importance"),
         suites.scores("layer-importance", 2),

@@ -87,7 +87,9 @@ def test_missing_keys_are_named(missing):
 
 
 def test_an_unknown_method_is_refused_with_the_nearest_and_the_list():
-    with pytest.raises(RecipeError, match=r"unknown method 'shortgtp' \(did you mean 'shortgpt'\?\); methods: mka, "):
+    with pytest.raises(
+        RecipeError, match=r"unknown method 'shortgtp' \(did you mean 'shortgpt'\?\); methods: laco, mka, "
+    ):
         validate_recipe(recipe_with(method__name="shortgtp"))
 
 

@@ -109,6 +109,7 @@ def test_nan_on_disk_is_named_when_read_back(tmp_path):
         ("pairwise-similarity", (3,)),
         ("pairwise-similarity", (3, 4)),
         ("pairwise-similarity", (2, 2, 2)),
+        ("block-distance", (3, 4)),
         ("layer-importance", (3, 3)),
         ("layer-importance", ()),
     ],

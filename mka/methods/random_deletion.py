@@ -1,0 +1,38 @@
+"""Random deletion: what any choice of layers has to beat."""
+
+import numpy as np
+from pydantic import Field
+
+from mka.methods import Aim, Evidence, Method
+from mka.plan import MergePlan
+from mka.planning import delete_least_important
+from mka.recipe import Section
+from mka.states import LayerScores
+
+
+class Settings(Section):
+    """Settings of random deletion."""
+
+    seed: int = Field(0, ge=0, description="Draws the order in which layers are deleted")
+
+
+def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> MergePlan:
+    """Delete the first unprotected layers of one random order; under one seed, deletions are nested.
+
+    Every set of unprotected layers is equally likely. A step's score is the layer's place in the order of all layers.
+    """
+    place = np.random.default_rng(settings.seed).permutation(evidence.layers).astype(np.float64)
+    layers, steps = delete_least_important(
+        place, aim.layers_out, protect_first=aim.protect_first, protect_last=aim.protect_last
+    )
+    return MergePlan("random_deletion", METHOD.label, evidence.layers, layers, steps, settings.model_dump(mode="json"))
+
+
+METHOD = Method(
+    name="random_deletion",
+    summary="Delete layers drawn at random: the baseline of any choice",
+    label="Baseline: layers deleted at random",
+    source="uniform draw without replacement",
+    settings=Settings,
+    plan=plan,
+)

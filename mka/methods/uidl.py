@@ -1,0 +1,76 @@
+"""UIDL: delete the block of layers across which hidden states turn least.
+
+Source: Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers", arXiv 2403.17887. For each block of n
+layers that begins with layer l, the angular distance between the hidden state x_l that enters it and the one x_{l+n}
+that leaves it, at a text's last token and averaged over texts::
+
+    d(x_l, x_{l+n}) = arccos( x_l . x_{l+n} / (|x_l| |x_{l+n}|) ) / pi        0: same direction, 1: opposite
+
+The block with the least distance goes as a whole; n follows from the target. Deletions for two targets need not be
+nested. The source's fine-tuning afterwards is not part of it. With ``pooling: mean`` it is the angle between the means
+over a text's tokens instead, which is not what the source measured.
+"""
+
+import numpy as np
+
+from mka.methods import HIDDEN_STATES, Aim, Evidence, Method
+from mka.plan import MergePlan, Step, keep_layers
+from mka.planning import deletable_layers
+from mka.recipe import Section
+from mka.states import LayerScores
+
+
+class Settings(Section):
+    """UIDL has no settings."""
+
+
+def angular_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Angle between rows of x and y, (N, D) float64 unit vectors, as a share of pi, (N,).
+
+    By ``2 atan2(|x - y|, |x + y|)`` (Kahan), which unlike the arccosine keeps small angles and gives 0 for equal rows.
+    """
+    return 2 / np.pi * np.arctan2(np.linalg.norm(x - y, axis=1), np.linalg.norm(x + y, axis=1))
+
+
+def score(evidence: Evidence, settings: Settings) -> LayerScores:
+    """Mean angular distance across every block of layers, (L, L): [i, j] is the block from layer i to layer j."""
+    assert evidence.states is not None
+    count = evidence.states.layers
+    with np.errstate(invalid="ignore"):  # a hidden state of norm 0 has no direction; LayerScores refuses the NaN
+        points = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in evidence.states.pooled.astype(np.float64)]
+    values = np.empty((count, count))
+    for first in range(count):
+        for last in range(first, count):
+            values[first, last] = values[last, first] = angular_distance(points[first], points[last + 1]).mean()
+            if evidence.on_progress:
+                evidence.on_progress(1)
+    meaning = "Angular distance across a block of layers (0: same direction, 0.5: at right angles, 1: opposite)"
+    return LayerScores("block-distance", values, meaning, "uidl", {})
+
+
+def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> MergePlan:
+    """Delete the block of least angular distance that protection allows; ties go to the deeper block."""
+    assert scores is not None
+    free = deletable_layers(
+        evidence.layers, aim.layers_out, protect_first=aim.protect_first, protect_last=aim.protect_last
+    )
+    remove = evidence.layers - aim.layers_out
+    if not remove:
+        return MergePlan("uidl", METHOD.label, evidence.layers, keep_layers(range(evidence.layers)))
+    distances = {i: float(scores.values[i, i + remove - 1]) for i in free[: len(free) - remove + 1]}
+    first = min(distances, key=lambda i: (distances[i], -i))
+    block = tuple(range(first, first + remove))
+    layers = keep_layers([i for i in range(evidence.layers) if i not in block])
+    return MergePlan("uidl", METHOD.label, evidence.layers, layers, (Step(block, (), distances[first], 0.0),))
+
+
+METHOD = Method(
+    name="uidl",
+    summary="Delete the contiguous block of layers across which hidden states turn least",
+    label="UIDL, one block of layers deleted by angular distance",
+    source="arXiv 2403.17887",
+    settings=Settings,
+    plan=plan,
+    needs=lambda settings: frozenset({HIDDEN_STATES}),
+    score=score,
+)
