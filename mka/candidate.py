@@ -54,6 +54,7 @@ class Oracle:
 
     The input of every layer of the last model run is kept (layers x tokens x hidden size), and a model that begins with
     the same output layers goes on from there. A search saves most when it tries changes from the deepest layer up.
+    What was measured is remembered, so that a search for fewer layers starts where one for more layers ended.
     """
 
     def __init__(self, model: Any, tokenizer: Any, texts: Sequence[str], *, max_tokens: int, tokens: int) -> None:
@@ -70,6 +71,7 @@ class Oracle:
         self.ids, self.mask = pad(sequences, model.device)
         self._layers: tuple[LayerRecipe, ...] = ()
         self._inputs: list[torch.Tensor] = []
+        self._measured: dict[tuple[LayerRecipe, ...], float] = {}
 
     @property
     def base_layers(self) -> tuple[LayerRecipe, ...]:
@@ -99,7 +101,14 @@ class Oracle:
         return hidden
 
     def __call__(self, layers: Sequence[LayerRecipe]) -> float:
-        """Measure the model these output layers make."""
+        """Measure the model these output layers make; refusals are those of `measure`."""
+        layers = tuple(layers)
+        if layers not in self._measured:
+            self._measured[layers] = self.measure(layers)
+        return self._measured[layers]
+
+    def measure(self, layers: Sequence[LayerRecipe]) -> float:
+        """Run and measure the model these output layers make."""
         raise NotImplementedError
 
     def read_out(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -122,7 +131,7 @@ class Divergence(Oracle):
     _base: torch.Tensor | None = None
 
     @torch.inference_mode()
-    def __call__(self, layers: Sequence[LayerRecipe]) -> float:
+    def measure(self, layers: Sequence[LayerRecipe]) -> float:
         """Return nats per token for the model these output layers make.
 
         Raises:
@@ -141,7 +150,7 @@ class Loss(Oracle):
     """Mean negative log-likelihood of calibration tokens under planned models, each given those before it."""
 
     @torch.inference_mode()
-    def __call__(self, layers: Sequence[LayerRecipe]) -> float:
+    def measure(self, layers: Sequence[LayerRecipe]) -> float:
         """Return nats per predicted token (the first token of a text is given) for the model these layers make.
 
         Raises:
@@ -167,7 +176,7 @@ class OutputSimilarity(Oracle):
     _base: torch.Tensor | None = None
 
     @torch.inference_mode()
-    def __call__(self, layers: Sequence[LayerRecipe]) -> float:
+    def measure(self, layers: Sequence[LayerRecipe]) -> float:
         """Return the mean cosine, -1 to 1, for the model these output layers make.
 
         Raises:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 import mka
-from mka import commands, compressing, measuring
+from mka import benching, commands, compressing, measuring
 from mka.console import ARGUMENTS, examples
 from mka.errors import MkaError
 
@@ -85,6 +85,7 @@ for command in (
     commands.merge,
     measuring.evaluate,
     measuring.report,
+    benching.bench,
 ):
     cli.add_command(command)
 

@@ -156,10 +156,12 @@ def plan(
     """Decide which layers of MODEL become one.
 
     Give one target: --layers, --layer-ratio or --size-ratio. With --set selection=iterative or weights=line-search
-    the model is looked at again while planning, which needs --calibration.
+    the model is looked at again while planning, which needs --calibration. So do methods that fit something after a
+    deletion (replaceme, prune_and_comp, linearpatch): it is written beside the plan, to plan.folds.safetensors.
     """
     from mka import stages
     from mka.calibration import load_calibration
+    from mka.folds import bind_folds, folds_path, serialise_folds
     from mka.methods import get_method, method_settings
     from mka.recipe import CalibrationSettings, MethodChoice, Target
     from mka.report import describe_steps
@@ -185,6 +187,10 @@ def plan(
     checkpoint, source = open_model(model, dtype, trust_remote_code)
     with quiet_libraries():
         made = stages.plan_layers(choice, target, checkpoint, scored, texts, looking, source)
+        folds = stages.fit_folds(choice, made, checkpoint, texts, looking, source)
+    if folds:
+        made = bind_folds(made, folds)
+        write_file(folds_path(output), lambda path: path.write_bytes(serialise_folds(folds)))
     write_file(output, lambda path: path.write_text(made.to_json(), encoding="utf-8"))
     steps = [f"{number:3}. {line}" for number, line in enumerate(describe_steps(made), 1)] or ["nothing changes"]
     head = f"{made.label}: {made.layers_in} layers become {made.layers_out}"
@@ -205,6 +211,7 @@ def merge(model: str, plan_file: Path, quantize: str | None, group_size: int | N
     """
     from mka.checkpoint import describe_checkpoint, open_checkpoint
     from mka.compress import write_candidate
+    from mka.folds import load_folds
     from mka.merging import check_plan_fits
     from mka.plan import MergePlan
     from mka.quantize import check_group_size
@@ -216,10 +223,11 @@ def merge(model: str, plan_file: Path, quantize: str | None, group_size: int | N
     made = MergePlan.load(plan_file)
     base = open_model(model)[0]
     check_plan_fits(made, base)
+    folds = load_folds(made, plan_file)
     if settings.scheme != "off":
         check_group_size(base, settings.group_size)
     with quiet_libraries(settings.scheme != "off"), publish(output) as partial:
-        found = write_candidate(made, base, settings, partial)
+        found = write_candidate(made, base, settings, partial, folds)
     facts = describe_checkpoint(open_checkpoint(output, verify=False)) | {"parameters": found["parameters"]}
     said = f"{facts['layers']} layers, {facts['parameters'] / 1e6:,.1f} M parameters, {facts['bytes'] / 1e6:,.1f} MB"
     return Outcome(facts | {"output": str(output), "loaded": found}, f"{said}\n{output}")

@@ -13,6 +13,7 @@ from typing import Any
 from mka import stages
 from mka.checkpoint import Checkpoint, describe_checkpoint, open_checkpoint
 from mka.errors import GateRefused
+from mka.folds import Folds, bind_folds, folds_path, serialise_folds
 from mka.gate import GateDecision, decide, recover_tasks
 from mka.job import COMPANIONS_NBYTES, EVIDENCE, Job, candidate_nbytes
 from mka.measurements import EvalReport
@@ -79,18 +80,20 @@ def compress(job: Job, output: Path, *, command: str, say: Callable[[str], Any])
     """
     recipe, clock = job.recipe, Clock(say)
     with publish(output, needed_bytes=candidate_nbytes(job) + COMPANIONS_NBYTES) as partial:
-        plan, scores = _decide_plan(job, clock)
+        plan, scores, folds = _decide_plan(job, clock)
         with clock.stage("merge and quantize" if recipe.quantize.scheme != "off" else "merge"):
-            found = write_candidate(plan, job.base, recipe.quantize, partial)
+            found = write_candidate(plan, job.base, recipe.quantize, partial, folds)
         made = open_checkpoint(partial, verify=False)
         facts = describe_checkpoint(made) | {"path": str(output), "parameters": found["parameters"]}
         base, candidate, decision = _measure_both(job, made, facts, command, clock)
         result = Compression(output, plan, base, candidate, decision, clock.seconds)
         _write_evidence(job, result, scores, partial, command)
+        if folds:
+            folds_path(partial / EVIDENCE / "plan.json").write_bytes(serialise_folds(folds))
     return result
 
 
-def _decide_plan(job: Job, clock: Clock) -> tuple[MergePlan, LayerScores | None]:
+def _decide_plan(job: Job, clock: Clock) -> tuple[MergePlan, LayerScores | None, Folds | None]:
     recipe, scores = job.recipe, None
     if stages.needs_hidden_states(recipe.method):
         assert job.calibration is not None
@@ -102,7 +105,8 @@ def _decide_plan(job: Job, clock: Clock) -> tuple[MergePlan, LayerScores | None]
         plan = stages.plan_layers(
             recipe.method, recipe.target, job.base, scores, job.calibration, recipe.calibration, recipe.model
         )
-    return plan, scores
+        folds = stages.fit_folds(recipe.method, plan, job.base, job.calibration, recipe.calibration, recipe.model)
+    return bind_folds(plan, folds), scores, folds
 
 
 def _measure_both(
@@ -181,19 +185,21 @@ def refuse_failed(decision: GateDecision | None, where: Path) -> GateRefused | N
     return GateRefused(f"the gate failed this candidate ({short}); evidence in {where}")
 
 
-def write_candidate(plan: MergePlan, base: Checkpoint, settings: QuantizeSettings, folder: Path) -> dict[str, Any]:
+def write_candidate(
+    plan: MergePlan, base: Checkpoint, settings: QuantizeSettings, folder: Path, folds: Folds | None = None
+) -> dict[str, Any]:
     """Merge and, if asked for, quantize into an existing folder; the unquantized copy does not stay.
 
     Returns:
         What a stranger's loader found in the result, see `mka.verification.inspect_checkpoint`.
 
     Raises:
-        PlanError: if plan and checkpoint do not fit.
+        PlanError: if plan and checkpoint, or plan and folds, do not fit.
         CheckpointError: if what was written does not load whole or does not generate soundly.
         OutputError: if it cannot be written.
     """
     made = folder / "merged"
-    facts = stages.write_merged(plan, base, made)
+    facts = stages.write_merged(plan, base, made, folds)
     if settings.scheme != "off":
         merged, made = made, folder / "quantized"
         facts = stages.write_quantized(open_checkpoint(merged, verify=False), settings, made)

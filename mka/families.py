@@ -2,12 +2,41 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mka.errors import CheckpointError, nearest
 
 LAYER_KEY = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """Half of a decoder layer: ``x + post_norm(writer(features(norm(x))))``.
+
+    Attributes:
+        module: ``"self_attn"`` or ``"mlp"``.
+        norm: the norm it reads through.
+        readers: linear layers that read the norm's output.
+        writer: linear layer that writes to the residual stream.
+        post_norm: norm between the writer and the residual stream, if there is one.
+    """
+
+    module: str
+    norm: str
+    readers: tuple[str, ...]
+    writer: str
+    post_norm: str | None = None
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether it mixes positions."""
+        return self.module == "self_attn"
+
+    def owns(self, suffix: str) -> bool:
+        """Whether a tensor of the layer, e.g. ``"mlp.up_proj.weight"``, belongs to this half."""
+        names = (self.module, self.norm, *((self.post_norm,) if self.post_norm else ()))
+        return suffix.startswith(tuple(f"{name}." for name in names))
 
 
 @dataclass(frozen=True)
@@ -21,12 +50,36 @@ class Family:
         gain_offset: the norm multiplies by ``gain_offset + weight`` (Gemma stores its gains around zero).
         per_layer_config: config entries with one value per layer. They are cut with the layers, and layers that
             differ in any of them are of different kinds and never merged.
+        post_norms: module -> the norm its output passes before it is added to the residual stream.
     """
 
     model_type: str
     folds: Mapping[str, tuple[str, ...]]
     gain_offset: float = 0.0
     per_layer_config: tuple[str, ...] = ("layer_types",)
+    post_norms: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def attention(self) -> Sublayer:
+        """The first half of a layer."""
+        return self._sublayer("self_attn", "self_attn.o_proj")
+
+    @property
+    def mlp(self) -> Sublayer:
+        """The second half of a layer."""
+        return self._sublayer("mlp", "mlp.down_proj")
+
+    def _sublayer(self, module: str, writer: str) -> Sublayer:
+        norm, readers = next(item for item in self.folds.items() if item[1][0].startswith(f"{module}."))
+        return Sublayer(module, norm, readers, writer, self.post_norms.get(writer))
+
+    def residual_writer(self, module: str) -> str:
+        """Return the module of a layer whose output is added to the residual stream.
+
+        Args:
+            module: the sublayer's last linear layer, ``"self_attn.o_proj"`` or ``"mlp.down_proj"``.
+        """
+        return self.post_norms.get(module, module)
 
 
 _SPLIT = {
@@ -42,6 +95,10 @@ _SANDWICHED = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "pre_feedforward_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
 }
+_POST_NORMS = {
+    "self_attn.o_proj": "post_attention_layernorm",
+    "mlp.down_proj": "post_feedforward_layernorm",
+}
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -52,8 +109,8 @@ FAMILIES: dict[str, Family] = {
         Family("qwen3", _SPLIT),
         Family("smollm3", _SPLIT, per_layer_config=("layer_types", "no_rope_layers")),
         Family("phi3", _FUSED),
-        Family("gemma2", _SANDWICHED, gain_offset=1.0),
-        Family("gemma3_text", _SANDWICHED, gain_offset=1.0),
+        Family("gemma2", _SANDWICHED, gain_offset=1.0, post_norms=_POST_NORMS),
+        Family("gemma3_text", _SANDWICHED, gain_offset=1.0, post_norms=_POST_NORMS),
     )
 }
 

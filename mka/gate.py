@@ -110,7 +110,8 @@ def decide(
             raise GuardError(f"{before.name!r}: base and candidate differ in {reason}; evaluate both alike")
     checks = []
     for before, after in (pair for pair in pairs if pair[0].metric == "perplexity"):
-        recovery, draws = _perplexity_recovery(before, after, resamples, _generator(seed, before.name))
+        rates, resampled = resample_rates((before, after), seed=seed, resamples=resamples)
+        recovery, draws = float(np.exp(rates[0] - rates[1])), np.exp(resampled[:, 0] - resampled[:, 1])
         name = f"perplexity {before.name}"
         checks.append(_check(name, recovery, draws, settings.perplexity_recovery, before.n, before.n))
     if tasks := [pair for pair in pairs if pair[0].metric != "perplexity"]:
@@ -136,7 +137,7 @@ def recover_tasks(
         if before.metric == "perplexity" or before.n < 2 or not any(before.items):
             continue
         recovery, draws = _task_recovery([(before, after)], resamples, seed)
-        lower, upper = _bounds(draws, before.n)
+        lower, upper = find_bounds(draws, before.n)
         found = {"recovery": recovery, "lower": lower, "upper": upper if np.isfinite(upper) else None}
         rows.append({"name": before.name, **found, "n": before.n})
     return tuple(rows)
@@ -157,10 +158,74 @@ def combine_verdicts(verdicts: Sequence[Verdict]) -> Verdict:
     return "pass"
 
 
-def bound_levels(n: int) -> tuple[float, float]:
-    """Return the quantile levels of the lower and upper bound for a sample of n."""
-    level = float(ndtr(np.sqrt(n / (n - 1)) * stdtrit(n - 1, 1 - CONFIDENCE)))
+def bound_levels(n: int, tail: float = 1 - CONFIDENCE) -> tuple[float, float]:
+    """Return the quantile levels of the lower and upper bound for a sample of n, ``tail`` outside each of them."""
+    level = float(ndtr(np.sqrt(n / (n - 1)) * stdtrit(n - 1, tail)))
     return level, 1 - level
+
+
+def resample_rates(
+    scores: Sequence[Score], *, seed: int, resamples: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Nats per token of several models on one text, and in bootstrap resamples of its windows that all of them share.
+
+    The resamples depend on the seed, the text's name and its number of windows only, not on which models are asked.
+
+    Args:
+        scores: one perplexity score per model, K of them, of the same windows.
+        seed: of the resampling.
+        resamples: bootstrap resamples R.
+
+    Returns:
+        The rates, (K,), and the resampled rates, (R, K).
+
+    Raises:
+        GuardError: if the scores are not of the same windows.
+        NumericsError: if a negative log-likelihood is not finite.
+    """
+    first = scores[0]
+    for score in scores[1:]:
+        if reason := _mismatch(first, score):
+            raise GuardError(f"{first.name!r}: two models differ in {reason}; evaluate all of them alike")
+    sums = np.array([[item[0] for item in score.items] for score in scores], dtype=np.float64)
+    sums = np.concatenate([sums, [[item[1] for item in first.items]]]).T
+    if not np.isfinite(sums).all():
+        raise NumericsError(f"text {first.name!r}: a window's negative log-likelihood is NaN or infinite")
+    means = np.concatenate(
+        [sums.mean(axis=0, keepdims=True), _resample_means(sums, resamples, _generator(seed, first.name))]
+    )
+    rates = means[:, :-1] / means[:, -1:]
+    return rates[0], rates[1:]
+
+
+def resample_recovery(
+    pairs: Sequence[tuple[Score, Score]], *, seed: int, resamples: int
+) -> tuple[float, NDArray[np.float64]]:
+    """Mean task score of one model over that of another, and the same in resamples of the items they share.
+
+    Args:
+        pairs: per task the score of the divisor and of the dividend.
+        seed: of the resampling.
+        resamples: bootstrap resamples R.
+
+    Returns:
+        The ratio, and up to R resampled ones: a resample in which neither solves anything is left out.
+
+    Raises:
+        GuardError: if two scores of one task are not of the same items.
+        NumericsError: if the divisor solves no item.
+    """
+    for before, after in pairs:
+        if reason := _mismatch(before, after):
+            raise GuardError(f"{before.name!r}: two models differ in {reason}; evaluate both alike")
+    return _task_recovery(pairs, resamples, seed)
+
+
+def find_bounds(draws: NDArray[np.float64], n: int, tail: float = 1 - CONFIDENCE) -> tuple[float, float]:
+    """Return the bounds that resamples give, by the expanded percentiles of `bound_levels`: observed draws both."""
+    low, high = bound_levels(n, tail)
+    # method: an observed draw, never an interpolation, because draws may be infinite.
+    return float(np.quantile(draws, low, method="lower")), float(np.quantile(draws, high, method="higher"))
 
 
 def _check(
@@ -168,14 +233,8 @@ def _check(
 ) -> GateCheck:
     if not np.isfinite(recovery):
         raise NumericsError(f"{name}: recovery is {recovery}; the base's or the candidate's score is not usable")
-    lower, upper = _bounds(draws, smallest)
+    lower, upper = find_bounds(draws, smallest)
     return GateCheck(name, recovery, lower, upper, threshold, judge(lower, upper, threshold), n)
-
-
-def _bounds(draws: NDArray[np.float64], n: int) -> tuple[float, float]:
-    low, high = bound_levels(n)
-    # method: an observed draw, never an interpolation, because draws may be infinite.
-    return float(np.quantile(draws, low, method="lower")), float(np.quantile(draws, high, method="higher"))
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:
@@ -192,17 +251,6 @@ def _resample_means(values: NDArray[np.float64], resamples: int, generator: np.r
         picked = generator.integers(n, size=(min(block, resamples - first), n))
         means.append(np.stack([column[picked].mean(axis=1) for column in values.T], axis=1))
     return np.concatenate(means)
-
-
-def _perplexity_recovery(
-    before: Score, after: Score, resamples: int, generator: np.random.Generator
-) -> tuple[float, NDArray[np.float64]]:
-    sums = np.array([[b[0], a[0], b[1]] for b, a in zip(before.items, after.items)], dtype=np.float64)
-    if not np.isfinite(sums).all():
-        raise NumericsError(f"text {before.name!r}: a window's negative log-likelihood is NaN or infinite")
-    means = np.concatenate([sums.mean(axis=0, keepdims=True), _resample_means(sums, resamples, generator)])
-    recovery = np.exp((means[:, 0] - means[:, 1]) / means[:, 2])
-    return float(recovery[0]), recovery[1:]
 
 
 def _task_recovery(

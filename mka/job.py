@@ -189,9 +189,11 @@ def _memory_nbytes(job: Job, texts: int) -> int:
 
 
 def _file_names(job: Job) -> list[str]:
-    scored = get_method(job.recipe.method.name).score is not None
+    method = get_method(job.recipe.method.name)
     names = ["config.json", "model.safetensors", "README.md", "SHA256SUMS", f"{EVIDENCE}/recipe.yaml"]
-    names += [f"{EVIDENCE}/plan.json", *([f"{EVIDENCE}/scores.json"] if scored else [])]
+    names += [f"{EVIDENCE}/plan.json", *([f"{EVIDENCE}/scores.json"] if method.score else [])]
+    if method.fit and job.aim.layers_out < job.base.layers:
+        names.append(f"{EVIDENCE}/plan.folds.safetensors")
     if job.measured:
         names += [f"{EVIDENCE}/{name}.json" for name in ("base", "candidate", "gate")]
     return [*names, f"{EVIDENCE}/report.html"]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mka.checkpoint import Checkpoint, TensorInfo
 from mka.errors import CheckpointError, NumericsError, PlanError
 from mka.families import LAYER_KEY, Family
+from mka.folds import Folds, apply_fold, check_folds, find_fold
 from mka.plan import LayerRecipe, MergePlan
 from mka.sums import write_sums
 from mka.writing import MAX_SHARD_BYTES, copy_companions, publish, write_tensors
@@ -125,6 +126,7 @@ def merge_checkpoint(
     source: Checkpoint,
     output: str | Path,
     *,
+    folds: Folds | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_tensor: Callable[[int], Any] | None = None,
     verify: Callable[[Path], Any] | None = None,
@@ -135,6 +137,7 @@ def merge_checkpoint(
         plan: what to make.
         source: the base checkpoint.
         output: folder to publish; must not exist.
+        folds: what the plan's method fitted, by output tensor; see `mka.folds`.
         max_shard_bytes: largest shard.
         on_tensor: called with the bytes of each tensor written (for a progress bar).
         verify: called with the finished folder before it is published; an exception from it publishes nothing.
@@ -143,17 +146,18 @@ def merge_checkpoint(
         What ``verify`` returned.
 
     Raises:
-        PlanError: if plan and checkpoint do not fit.
-        NumericsError: if a merged tensor is not finite.
+        PlanError: if plan and checkpoint, or plan and folds, do not fit.
+        NumericsError: if a merged tensor or a fold is not finite.
         OutputError: if the folder cannot be written.
     """
     check_plan_fits(plan, source)
     planned = plan_tensors(plan.layers, source)
+    check_folds(plan, folds, {info.name: info.shape for info, _, _ in planned})
     total = sum(info.nbytes for info, _, _ in planned)
     with publish(output, needed_bytes=total + 64_000_000) as partial:
         with source.reader() as read:
             specs = [info for info, _, _ in planned]
-            write_tensors(partial, specs, _stream(planned, source.family, read, on_tensor), max_shard_bytes)
+            write_tensors(partial, specs, _stream(planned, source.family, read, folds, on_tensor), max_shard_bytes)
         config = cut_config(source.config, source.kinds, source.family, plan.layers)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_companions(source.path, partial)
@@ -166,6 +170,7 @@ def _stream(
     planned: Sequence[tuple[TensorInfo, LayerRecipe | None, str]],
     family: Family,
     read: Read,
+    folds: Folds | None,
     on_tensor: Callable[[int], Any] | None,
 ) -> Iterator["torch.Tensor"]:
     for info, layer, name in planned:
@@ -175,6 +180,10 @@ def _stream(
             tensor = combine_layers(layer, name, family, lambda i, suffix: read(f"model.layers.{i}.{suffix}"))
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise NumericsError(f"{info.name}: NaN or infinite weights; the source checkpoint is damaged")
+        if (fold := find_fold(folds or {}, info.name)) is not None:
+            tensor = apply_fold(fold, tensor, family.gain_offset if info.name.endswith("norm.weight") else 0.0)
+            if not bool(tensor.isfinite().all()):
+                raise NumericsError(f"{info.name}: NaN or infinite after its fold, which {info.dtype} cannot hold")
         yield tensor
         if on_tensor:
             on_tensor(info.nbytes)

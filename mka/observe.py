@@ -1,6 +1,6 @@
 """Hidden states of every layer in one forward pass, pooled as they appear."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -38,6 +38,20 @@ def pad(sequences: Sequence[Sequence[int]], device: Any) -> tuple[torch.Tensor, 
         ids[row, : len(sequence)] = torch.tensor(list(sequence))
         mask[row, : len(sequence)] = 1
     return ids.to(device), mask.to(device)
+
+
+def batch_by_length(
+    sequences: Sequence[Sequence[int]], batch_size: int, device: Any
+) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
+    """Yield padded batches, longest texts first, so that little is padded.
+
+    Yields:
+        The rows of ``sequences`` in the batch, (S,), and their ids and mask, both (S, T).
+    """
+    order = np.argsort([-len(s) for s in sequences], kind="stable")
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        yield rows, *pad([sequences[i] for i in rows], device)
 
 
 class _LayerTap:
@@ -118,11 +132,8 @@ def observe(
     layers = decoder.layers
     pooled = np.empty((len(layers) + 1, len(sequences), model.config.hidden_size), dtype=np.float32)
     tap = _LayerTap(layers, pooled, pooling)
-    order = np.argsort([-len(s) for s in sequences], kind="stable")
     try:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            ids, mask = pad([sequences[i] for i in rows], model.device)
+        for rows, ids, mask in batch_by_length(sequences, batch_size, model.device):
             tap.rows, tap.mask, tap.previous = rows, mask, None
             decoder(input_ids=ids, attention_mask=mask, use_cache=False)
             if on_batch:

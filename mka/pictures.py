@@ -59,7 +59,7 @@ def draw_similarity(
         draw, size = _importance, (min(11.0, max(7.6, 0.2 * count)), 3.8)
     else:
         raise PlanError(f"scores have shape {values.shape}; allowed for this plan: ({count}, {count}), ({count},)")
-    return _render(lambda figure: draw(figure, values, plan, title, label, meaning), size, form)
+    return render_figure(lambda figure: draw(figure, values, plan, title, label, meaning), size, form)
 
 
 def _heat_map(figure: "Figure", values: "np.ndarray", plan: "MergePlan", title: str, label: str, note: str) -> None:
@@ -110,7 +110,7 @@ def _heat_map(figure: "Figure", values: "np.ndarray", plan: "MergePlan", title: 
     _grid(strip, "y")
     for axis in (heat.xaxis, heat.yaxis, strip.xaxis):
         _number_layers(axis, plan)
-    _heading(figure, title, note)
+    write_heading(figure, title, note)
 
 
 def _importance(figure: "Figure", values: "np.ndarray", plan: "MergePlan", title: str, label: str, note: str) -> None:
@@ -130,7 +130,7 @@ def _importance(figure: "Figure", values: "np.ndarray", plan: "MergePlan", title
     _number_layers(axes.xaxis, plan)
     _grid(axes, "y")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1.01), ncols=3, **LEGEND)
-    _heading(figure, title, note)
+    write_heading(figure, title, note)
 
 
 def draw_plan(plan: "MergePlan", form: Format = "png") -> bytes:
@@ -142,7 +142,7 @@ def draw_plan(plan: "MergePlan", form: Format = "png") -> bytes:
     rows = _wrap(plan, 32)
     longest = max(last - first for first, last in rows)
     size = (max(7.6, UNIT * longest + 1.5), ROW * len(rows) + 0.95)
-    return _render(lambda figure: _plan_rows(figure, plan, rows), size, form)
+    return render_figure(lambda figure: _plan_rows(figure, plan, rows), size, form)
 
 
 def _wrap(plan: "MergePlan", most: int) -> list[tuple[int, int]]:
@@ -204,7 +204,7 @@ def _plan_rows(figure: "Figure", plan: "MergePlan", rows: list[tuple[int, int]])
                     axes.text(source - first, top - 0.72, text, ha="center", va="center", fontsize=6.2, bbox=look)
     title = f"{plan.layers_in} source layers → {plan.layers_out} output layers"
     note = "Layers 0-based. Coloured: merged, with each source's weight. Grey line: a copy. Dashed, ×: nothing is left."
-    _heading(figure, title, note)
+    write_heading(figure, title, note)
 
 
 def draw_recovery(checks: Rows, rows: Rows = (), form: Format = "png") -> bytes:
@@ -213,7 +213,7 @@ def draw_recovery(checks: Rows, rows: Rows = (), form: Format = "png") -> bytes:
     ``checks`` have name, recovery, lower, upper, threshold, verdict and n; ``rows`` lack threshold and verdict.
     """
     lines = [*checks, *rows]
-    return _render(lambda figure: _recovery(figure, lines), (8.6, 1.35 + 0.42 * max(1, len(lines))), form)
+    return render_figure(lambda figure: _recovery(figure, lines), (8.6, 1.35 + 0.42 * max(1, len(lines))), form)
 
 
 def _recovery(figure: "Figure", lines: Rows) -> None:
@@ -254,7 +254,7 @@ def _recovery(figure: "Figure", lines: Rows) -> None:
     _grid(axes, "x")
     axes.spines["left"].set_visible(False)
     note = "Thick upright mark: the threshold that the lower bound has to reach."
-    _heading(figure, "Recovery with one-sided 95 % bounds", note)
+    write_heading(figure, "Recovery with one-sided 95 % bounds", note)
 
 
 def _finite(value: Any) -> float | None:
@@ -279,14 +279,14 @@ def _grid(axes: "Axes", along: Literal["x", "y"]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _heading(figure: "Figure", title: str, note: str) -> None:
+def write_heading(figure: "Figure", title: str, note: str) -> None:
     """Title and note, left-aligned at the top."""
     height = figure.get_figheight()
     figure.text(0.02, 1 - 0.28 / height, title, fontsize=11, fontweight="bold", va="center")
     figure.text(0.02, 1 - 0.49 / height, note, fontsize=8, color=MUTED, va="center")
 
 
-def _render(draw: Any, size: tuple[float, float], form: Format) -> bytes:
+def render_figure(draw: Any, size: tuple[float, float], form: Format) -> bytes:
     """Run one drawing function on a fresh figure, outside pyplot, which would keep it alive."""
     import matplotlib
     from matplotlib.figure import Figure

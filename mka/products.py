@@ -113,6 +113,14 @@ def produce(
         return _describe(json.loads(manifest), folder, reused=False, why=why)
 
 
+def find(
+    store: Path, stage: str, *, version: int, settings: Mapping[str, Any], inputs: Mapping[str, str]
+) -> Product | None:
+    """Return the stored result if it is there and whole; waits for nobody and writes nothing."""
+    key = stage_key(stage, version, settings, inputs)
+    return _read(store / f"{stage}-{key[:16]}", key)[0]
+
+
 def _read(folder: Path, key: str) -> tuple[Product | None, str]:
     """Return the stored product, or None and why it cannot be used."""
     try:

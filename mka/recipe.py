@@ -1,7 +1,7 @@
 """The recipe: one YAML file in, one frozen object out. Unknown keys are refused with the nearest valid one."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -63,6 +63,16 @@ class MethodChoice(Section):
 
     name: str = "mka"
     settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class AlignmentSettings(Section):
+    """Refit of merged and kept layers to the base's hidden states, and the texts it is fitted on."""
+
+    enabled: bool = Field(False, description="Refit in closed form while merging")
+    path: Path = Field(Path("data/prepared/alignment.jsonl"), description="JSON lines with `text` and `source` fields")
+    rev: str | None = Field("HEAD", description="Git revision DVC reads the table at; null reads the working copy")
+    tokens: int = Field(32768, ge=1024, description="Tokens fitted on, dealt evenly over the table's mixture")
+    context: int = Field(512, ge=16, description="Tokens per calibration window")
 
 
 class Target(Section):
@@ -149,6 +159,7 @@ class Recipe(Section):
     calibration: CalibrationSettings = CalibrationSettings()
     method: MethodChoice = MethodChoice()
     target: Target
+    alignment: AlignmentSettings = AlignmentSettings()
     quantize: QuantizeSettings = QuantizeSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: GateSettings = GateSettings()
@@ -182,10 +193,13 @@ def explain_validation(error: ValidationError, model: type[BaseModel], where: st
 
 def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:
     for step in location:
-        field = model.model_fields.get(step)
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+        if step.isdecimal():  # an entry of a list of sections
+            continue
+        annotation = model.model_fields[step].annotation if step in model.model_fields else None
+        sections = [t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)]
+        if not sections:
             return []
-        model = field.annotation
+        model = sections[0]
     return list(model.model_fields)
 
 

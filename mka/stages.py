@@ -1,13 +1,15 @@
 """The stages between a base checkpoint and its candidate, each one call. The command line and the flow share them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mka.calibration import CalibrationSet
 from mka.checkpoint import Checkpoint
+from mka.cuts import CutEvidence, find_cuts
 from mka.errors import CheckpointError, PlanError
+from mka.folds import Folds, require_finite
 from mka.merging import merge_checkpoint, plan_tensors
 from mka.methods import (
     DIVERGENCE,
@@ -135,8 +137,11 @@ def plan_layers(
     calibration: CalibrationSet | None,
     settings: CalibrationSettings,
     source: ModelSource,
+    oracles: Mapping[str, Any] | None = None,
 ) -> MergePlan:
     """Plan; loads the model only for a method that, under its settings, looks at it while planning.
+
+    Plans for several targets may share the ``oracles`` that `open_oracles` returned; the default opens new ones.
 
     Raises:
         RecipeError: if the target cannot be met.
@@ -144,29 +149,37 @@ def plan_layers(
     """
     method, method_options = _resolve(choice)
     aim = resolve_aim(target, checkpoint)
-    evidence = Evidence(checkpoint.layers, checkpoint.kinds)
-    wanted = method.needs(method_options) & {REOBSERVE, DIVERGENCE, LOSS, OUTPUT_SIMILARITY}
-    if wanted:
-        if calibration is None:
-            raise PlanError(f"method {choice.name!r} with these settings needs a calibration set; give one")
-        evidence = replace(evidence, **_open_model_evidence(wanted, checkpoint, calibration.texts, settings, source))
+    if oracles is None:
+        oracles = open_oracles(choice, checkpoint, calibration, settings, source)
+    evidence = Evidence(checkpoint.layers, checkpoint.kinds, **oracles)
     with show_progress("plan merges", checkpoint.layers - aim.layers_out, "merge") as advance:
         plan = method.plan(replace(evidence, on_progress=advance), scores, aim, method_options)
     base = {"model": source.label, "digest": checkpoint.digest, "model_type": checkpoint.family.model_type}
     return replace(plan, base=base)
 
 
-def _open_model_evidence(
-    wanted: frozenset[str],
+def open_oracles(
+    choice: MethodChoice,
     checkpoint: Checkpoint,
-    texts: Sequence[str],
+    calibration: CalibrationSet | None,
     settings: CalibrationSettings,
     source: ModelSource,
 ) -> dict[str, Any]:
-    """Load the model; return the parts of `Evidence` that run planned models, by their names."""
+    """Return the parts of `Evidence` that run planned models, by their names; loads the model only for such parts.
+
+    Raises:
+        PlanError: if the method wants one and there is no calibration set.
+    """
+    method, method_options = _resolve(choice)
+    wanted = method.needs(method_options) & {REOBSERVE, DIVERGENCE, LOSS, OUTPUT_SIMILARITY}
+    if not wanted:
+        return {}
+    if calibration is None:
+        raise PlanError(f"method {choice.name!r} with these settings needs a calibration set; give one")
     from mka.candidate import Divergence, Loss, OutputSimilarity, build_candidate
     from mka.loading import load_model
 
+    texts = calibration.texts
     model, tokenizer = load_model(checkpoint.path, source.dtype, source.trust_remote_code)
     oracles = {DIVERGENCE: Divergence, LOSS: Loss, OUTPUT_SIMILARITY: OutputSimilarity}
     opened: dict[str, Any] = {
@@ -181,8 +194,51 @@ def _open_model_evidence(
     return opened
 
 
-def write_merged(plan: MergePlan, checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
-    """Merge, verify with a stranger's loader, publish; returns what the loader found.
+def fit_folds(
+    choice: MethodChoice,
+    plan: MergePlan,
+    checkpoint: Checkpoint,
+    calibration: CalibrationSet | None,
+    settings: CalibrationSettings,
+    source: ModelSource,
+) -> Folds | None:
+    """Fit what a method folds into the model after a deletion; None if it fits nothing, or nothing was deleted.
+
+    Raises:
+        PlanError: if there is no calibration set to fit on.
+        NumericsError: if the fit is singular or not finite.
+    """
+    method, method_options = _resolve(choice)
+    cuts = find_cuts(plan) if method.fit else ()
+    if method.fit is None or not cuts:
+        return None
+    if calibration is None:
+        raise PlanError(f"method {choice.name!r} is fitted on calibration texts; give a calibration set")
+    from mka.loading import load_model
+    from mka.observe import tokenize
+    from mka.residuals import stream_cuts
+
+    model, tokenizer = load_model(checkpoint.path, source.dtype, source.trust_remote_code)
+    texts, limit = calibration.texts, settings.max_tokens
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    with show_progress("fit folds", sum(map(len, tokenize(tokenizer, texts, limit))), "tok") as advance:
+        options: dict[str, Any] = {"max_tokens": limit, "batch_size": settings.batch_size, "on_batch": advance}
+        evidence = CutEvidence(
+            checkpoint.family, tied, cuts, lambda: stream_cuts(model, tokenizer, texts, cuts, **options)
+        )
+        folds = dict(method.fit(evidence, plan, method_options))
+    require_finite(folds)
+    # Some checkpoints store the tied head beside the embedding.
+    if tied and "lm_head.weight" in checkpoint.tensors and "model.embed_tokens.weight" in folds:
+        folds["lm_head.weight"] = folds["model.embed_tokens.weight"]
+    return folds
+
+
+def write_merged(plan: MergePlan, checkpoint: Checkpoint, output: Path, folds: Folds | None = None) -> dict[str, Any]:
+    """Merge, fold in what `fit_folds` returned, verify with a stranger's loader, publish.
+
+    Returns:
+        What the loader found.
 
     Raises:
         CheckpointError: if the written folder does not load whole or does not generate soundly.
@@ -190,7 +246,7 @@ def write_merged(plan: MergePlan, checkpoint: Checkpoint, output: Path) -> dict[
     """
     total = sum(info.nbytes for info, _, _ in plan_tensors(plan.layers, checkpoint))
     with show_progress("merge layers", total, "B", scale=True) as advance:
-        return merge_checkpoint(plan, checkpoint, output, on_tensor=advance, verify=_verify)
+        return merge_checkpoint(plan, checkpoint, output, folds=folds, on_tensor=advance, verify=_verify)
 
 
 def write_quantized(checkpoint: Checkpoint, settings: QuantizeSettings, output: Path) -> dict[str, Any]:

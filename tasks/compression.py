@@ -10,6 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from mka import stages
 from mka.checkpoint import Checkpoint, describe_checkpoint, open_checkpoint
+from mka.folds import Folds, bind_folds, folds_path, load_folds, serialise_folds
 from mka.plan import MergePlan
 from mka.products import Product, produce
 from mka.recipe import Recipe
@@ -124,10 +125,16 @@ def plan(job: Job, calibration: Product, scores: Product | None) -> Product:
             recipe.calibration,
             recipe.model,
         )
+        folds = stages.fit_folds(
+            recipe.method, made, base, open_calibration(calibration), recipe.calibration, recipe.model
+        )
+        made = bind_folds(made, folds)
         kinds = ["/".join(str(value) for value in kind) for kind in base.kinds]
         layers_out = stages.resolve_aim(recipe.target, base).layers_out
         job.guard("plan", tables.plan_table(made, kinds), suites.plan(layers_out))
         (folder / PLAN_FILE).write_text(made.to_json(), encoding="utf-8")
+        if folds:
+            folds_path(folder / PLAN_FILE).write_bytes(serialise_folds(folds))
         return {"layers_in": made.layers_in, "layers_out": made.layers_out, "layer_ratio": made.layer_ratio}
 
     keyed = {
@@ -152,7 +159,7 @@ def merge(job: Job, plan: Product) -> Product:
 
     def make(folder: Path) -> Mapping[str, Any]:
         made = open_plan(plan)
-        facts = stages.write_merged(made, job.open_base(), folder / MODEL_FOLDER)
+        facts = stages.write_merged(made, job.open_base(), folder / MODEL_FOLDER, open_folds(plan, made))
         return _guarded_checkpoint(job, folder, facts, made.layers_out)
 
     return job.produce("merge", {}, {"base": job.base["digest"], "plan": plan.digest}, make)
@@ -203,3 +210,8 @@ def open_scores(product: Product | None) -> LayerScores | None:
 def open_plan(product: Product) -> MergePlan:
     """Read a plan stage's result."""
     return MergePlan.load(product.folder / PLAN_FILE)
+
+
+def open_folds(product: Product, plan: MergePlan) -> Folds | None:
+    """Read the folds of a plan stage's result; None if its plan needs none."""
+    return load_folds(plan, product.folder / PLAN_FILE)

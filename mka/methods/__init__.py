@@ -7,7 +7,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from mka.cuts import CutEvidence
 from mka.errors import RecipeError, nearest
+from mka.folds import Folds
 from mka.plan import LayerRecipe, MergePlan
 from mka.recipe import Section, explain_validation
 from mka.states import HiddenStates, LayerScores
@@ -15,9 +17,12 @@ from mka.states import HiddenStates, LayerScores
 # A row per method: the name in recipes, and the module that holds its METHOD.
 _METHODS = {
     "laco": "mka.methods.laco",
+    "linearpatch": "mka.methods.linearpatch",
     "mka": "mka.methods.mka",
+    "prune_and_comp": "mka.methods.prune_and_comp",
     "random_deletion": "mka.methods.random_deletion",
     "reference_code": "mka.methods.reference_code",
+    "replaceme": "mka.methods.replaceme",
     "shortgpt": "mka.methods.shortgpt",
     "sleb": "mka.methods.sleb",
     "uidl": "mka.methods.uidl",
@@ -79,6 +84,7 @@ class Method:
         score: what it thinks of the layers; None if it does not look.
         plan_settings: settings that scores do not depend on.
         plan: evidence, scores, aim and settings to a plan.
+        fit: residual streams at the plan's cuts, the plan and settings to folds; None if it fits nothing.
     """
 
     name: str
@@ -90,6 +96,7 @@ class Method:
     needs: Callable[[Any], frozenset[str]] = field(default=lambda settings: frozenset())
     score: Callable[[Evidence, Any], LayerScores] | None = None
     plan_settings: frozenset[str] = frozenset()
+    fit: Callable[[CutEvidence, MergePlan, Any], Folds] | None = None
 
 
 def method_names() -> list[str]:

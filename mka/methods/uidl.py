@@ -13,9 +13,9 @@ over a text's tokens instead, which is not what the source measured.
 
 import numpy as np
 
+from mka.blocks import delete_block, measure_blocks
 from mka.methods import HIDDEN_STATES, Aim, Evidence, Method
-from mka.plan import MergePlan, Step, keep_layers
-from mka.planning import deletable_layers
+from mka.plan import MergePlan
 from mka.recipe import Section
 from mka.states import LayerScores
 
@@ -35,15 +35,7 @@ def angular_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def score(evidence: Evidence, settings: Settings) -> LayerScores:
     """Mean angular distance across every block of layers, (L, L): [i, j] is the block from layer i to layer j."""
     assert evidence.states is not None
-    count = evidence.states.layers
-    with np.errstate(invalid="ignore"):  # a hidden state of norm 0 has no direction; LayerScores refuses the NaN
-        points = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in evidence.states.pooled.astype(np.float64)]
-    values = np.empty((count, count))
-    for first in range(count):
-        for last in range(first, count):
-            values[first, last] = values[last, first] = angular_distance(points[first], points[last + 1]).mean()
-            if evidence.on_progress:
-                evidence.on_progress(1)
+    values = measure_blocks(evidence.states.pooled, angular_distance, evidence.on_progress)
     meaning = "Angular distance across a block of layers (0: same direction, 0.5: at right angles, 1: opposite)"
     return LayerScores("block-distance", values, meaning, "uidl", {})
 
@@ -51,17 +43,10 @@ def score(evidence: Evidence, settings: Settings) -> LayerScores:
 def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> MergePlan:
     """Delete the block of least angular distance that protection allows; ties go to the deeper block."""
     assert scores is not None
-    free = deletable_layers(
-        evidence.layers, aim.layers_out, protect_first=aim.protect_first, protect_last=aim.protect_last
+    layers, steps = delete_block(
+        scores.values, aim.layers_out, protect_first=aim.protect_first, protect_last=aim.protect_last
     )
-    remove = evidence.layers - aim.layers_out
-    if not remove:
-        return MergePlan("uidl", METHOD.label, evidence.layers, keep_layers(range(evidence.layers)))
-    distances = {i: float(scores.values[i, i + remove - 1]) for i in free[: len(free) - remove + 1]}
-    first = min(distances, key=lambda i: (distances[i], -i))
-    block = tuple(range(first, first + remove))
-    layers = keep_layers([i for i in range(evidence.layers) if i not in block])
-    return MergePlan("uidl", METHOD.label, evidence.layers, layers, (Step(block, (), distances[first], 0.0),))
+    return MergePlan("uidl", METHOD.label, evidence.layers, layers, steps)
 
 
 METHOD = Method(

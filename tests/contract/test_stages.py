@@ -10,8 +10,9 @@ from mka import stages
 from mka.calibration import CalibrationSet, digest_texts
 from mka.checkpoint import open_checkpoint
 from mka.errors import CheckpointError, NumericsError, PlanError, RecipeError
+from mka.folds import bind_folds
 from mka.merging import merge_checkpoint
-from mka.methods import Aim
+from mka.methods import Aim, get_method
 from mka.plan import LayerRecipe, MergePlan, keep_layers
 from mka.progress import showing
 from mka.recipe import CalibrationSettings, MethodChoice, ModelSource, QuantizeSettings, Target
@@ -47,7 +48,10 @@ def test_stages_plan_what_the_method_plans_and_write_it(
             states = stages.observe_checkpoint(checkpoint, calibration, LOOKING, source)
         scores = stages.score_layers(choice, checkpoint, states)
         plan = stages.plan_layers(choice, target, checkpoint, scores, calibration, LOOKING, source)
-        facts = stages.write_merged(plan, checkpoint, tmp_path / "out")
+        folds = stages.fit_folds(choice, plan, checkpoint, calibration, LOOKING, source)
+        plan = bind_folds(plan, folds)
+        facts = stages.write_merged(plan, checkpoint, tmp_path / "out", folds)
+    assert (folds is None) == (get_method(name).fit is None) == (plan.folds is None)
     assert plan.base == {"model": str(on_disk[family]), "digest": checkpoint.digest, "model_type": family}
     _, expected = score_and_plan(models[family], name, settings, Aim(5, 1, 1), texts)
     assert [layer.sources for layer in plan.layers] == [layer.sources for layer in expected.layers]

@@ -1,11 +1,14 @@
 """The whole flow on a tiny model: what it leaves, what it reuses, and what it refuses."""
 
+import json
 import shutil
 
 import pytest
 import torch
 from conftest import make_texts, make_tiny_model, save_model
 from safetensors.torch import load_file
+
+from mka.sums import file_sha256
 
 pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
 
@@ -90,6 +93,21 @@ def test_shortgpt_and_the_reference_code_run_through_the_same_flow(project):
         assert project.last_run["verdict"] == "pass"
         assert "quantize" not in project.last_run["stages"]
     assert len(versions(project)) == 2
+
+
+def test_what_a_method_fits_is_stored_with_its_plan_and_folded_in(project):
+    assert run(project, method__name="replaceme", quantize__scheme="off") == 0
+    (plan,) = project.work.glob("stages/plan-*/plan.json")
+    folds = load_file(plan.with_name("plan.folds.safetensors"))
+    made = json.loads(plan.read_text())
+    assert made["folds"] == file_sha256(plan.with_name("plan.folds.safetensors"))
+    ((name, fold),) = folds.items()
+    (merged,) = project.work.glob("stages/merge-*/model/model.safetensors")
+    before = load_file(project.base / "model.safetensors")
+    kept = [layer["sources"][0] for layer in made["layers"]]
+    source = name.replace(f".{made['removed'][0] - 1}.", f".{kept[made['removed'][0] - 1]}.")
+    torch.testing.assert_close(load_file(merged)[name], fold @ before[source])
+    assert not torch.equal(load_file(merged)[name], before[source])
 
 
 def teach_base_its_own_text(project):

@@ -22,12 +22,12 @@ from mka.options import read_settings, read_tasks
 from mka.perplexity import measure_perplexity
 from mka.plan import MergePlan
 from mka.recipe import load_recipe
-from mka.sums import verify_sums
+from mka.sums import file_sha256, verify_sums
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = 60
 HEAVY = {"torch", "transformers", "pandas", "scipy", "matplotlib", "datasets", "lm_eval", "mlflow", "prefect"}
-STAGES = ("compress", "methods", "observe", "score", "plan", "merge", "evaluate", "report")
+STAGES = ("compress", "methods", "observe", "score", "plan", "merge", "evaluate", "report", "bench")
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +279,37 @@ def test_plan_refuses_scores_that_do_not_belong(capsys, mka_, llama_folder, tabl
 def test_methods_without_scores_plan_at_once(mka_, llama_folder, tmp_path):
     mka_("plan", llama_folder, "--method", "reference_code", "--layers", 4, "--output", tmp_path / "plan.json")
     assert MergePlan.load(tmp_path / "plan.json").removed == (4, 5)
+
+
+def test_a_plan_with_folds_is_two_files_that_stay_together(
+    capsys, mka_, compress_arguments, llama_folder, tables, tmp_path
+):
+    states, scores, plan = (tmp_path / name for name in ("states.safetensors", "scores.json", "p4.json"))
+    calibration = ["--calibration", tables / "calibration.jsonl", "--samples", SAMPLES]
+    method = ["--method", "replaceme"]
+    mka_("observe", llama_folder, *calibration, "--output", states)
+    mka_("score", llama_folder, *method, "--states", states, "--output", scores)
+    planning = ["plan", llama_folder, "--scores", scores, "--layers", 4, "--output", plan]
+    assert main([str(a) for a in planning]) == 2
+    assert "'replaceme' is fitted on calibration texts" in capsys.readouterr().err and not plan.exists()
+    mka_(*planning, *calibration)
+    assert file_sha256(tmp_path / "p4.folds.safetensors") == MergePlan.load(plan).folds
+    mka_("merge", llama_folder, "--plan", plan, "--output", tmp_path / "merged")
+
+    whole = [*compress_arguments, *method, "--output", tmp_path / "whole"]
+    foreseen = json.loads(mka_(*whole, "--dry-run", "--json"))["files"]
+    mka_(*whole)
+    assert all(Path(file).is_file() for file in foreseen)
+    assert str(tmp_path / "whole" / "evidence" / "plan.folds.safetensors") in foreseen
+    again = ["merge", llama_folder, "--plan", tmp_path / "whole" / "evidence" / "plan.json"]
+    mka_(*again, "--output", tmp_path / "again")
+    models = [load_file(tmp_path / name / "model.safetensors") for name in ("merged", "whole", "again")]
+    assert all(torch.equal(models[0][name], other[name]) for other in models[1:] for name in models[0])
+
+    (tmp_path / "p4.folds.safetensors").unlink()
+    assert main([str(a) for a in ("merge", llama_folder, "--plan", plan, "--output", tmp_path / "no")]) == 2
+    err = capsys.readouterr().err
+    assert "needs its folds in" in err and err.count("\n") == 1 and not (tmp_path / "no").exists()
 
 
 def test_option_values_are_read_as_what_they_look_like():

@@ -143,12 +143,13 @@ def test_every_method_is_listed_and_every_listed_method_exists():
 
 
 def test_recipes_are_valid_and_say_how_to_run_them():
+    from mka.bench_recipe import load_bench
     from mka.recipe import load_recipe
 
     recipes = sorted((ROOT / "recipes").glob("*.yaml"))
     assert recipes
     for path in recipes:
-        load_recipe(path)
+        (load_bench if path.name.startswith("bench_") else load_recipe)(path)
         assert path.relative_to(ROOT).as_posix() in path.read_text(encoding="utf-8").splitlines()[0]
 
 

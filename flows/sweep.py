@@ -1,0 +1,139 @@
+"""Compare methods side by side: the grid of `mka bench`, cell by cell as tasks, on the same stored parts.
+
+python -m flows.sweep recipes/bench_smollm2.yaml
+python -m flows.sweep recipes/bench_smollm2.yaml --workers 4
+"""
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    # Before Prefect sets up its loggers: its own log belongs on the run's page, the terminal shows cells and refusals.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+
+from prefect import flow, get_run_logger
+from prefect.futures import as_completed
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from mka.bench_recipe import load_bench
+from mka.errors import MkaError
+from tasks.workplace import Workplace, find_workplace
+
+
+@flow(name="sweep", validate_parameters=False)
+def sweep(recipe: str) -> Any:
+    """Run every cell of a comparison that is not stored yet, and publish the tables.
+
+    How many cells run at a time is the task runner's business: one, unless the flow is given another runner.
+
+    Args:
+        recipe: path of the recipe, relative to the project's root or absolute.
+
+    Returns:
+        `mka.console.Outcome`: the tables as text, all figures as one document, and the refusal if cells failed.
+
+    Raises:
+        MkaError: if anything is refused before or while the base is measured.
+    """
+    place = find_workplace()
+    place.prepare()
+    return walk(place, recipe)
+
+
+def walk(place: Workplace, recipe: str) -> Any:
+    """The grid: base first, then all cells that are not stored, then one table of all that are."""
+    from mka.bench import Failed, collect_results, describe_progress, estimate_cell
+    from mka.bench_cells import find_cell, sweep_leftovers
+    from mka.bench_inputs import prepare
+    from mka.bench_parts import Measured
+    from mka.bench_publishing import publish_results
+    from mka.bench_statistics import Comparison
+    from mka.quiet import quiet_libraries
+    from tasks.sweep import measure_base_model, publish_tables, run_bench_cell
+
+    path = place.path(Path(recipe))
+    with quiet_libraries():
+        bench = prepare(load_bench(path), place.work, root=place.root, command=describe_command(place, path))
+        sweep_leftovers(place.work)
+        base = measure_base_model(bench)
+        say(f"{'base':<44} {'stored' if base.reused else f'{sum(base.seconds.values()):.1f} s'}")
+        todo = [cell for cell in bench.recipe.cells if find_cell(bench, cell) is None]
+        futures = {run_bench_cell.submit(bench, cell): cell for cell in todo}
+        made: list[Measured] = []
+        failed: list[Failed] = []
+        started = time.perf_counter()
+        waiting = {cell.key: cell for cell in todo}
+        for number, future in enumerate(as_completed(list(futures)), 1):
+            result = future.result()
+            if isinstance(result, Failed):
+                failed.append(result)
+            else:
+                made.append(result)
+            del waiting[futures[future].key]
+            rest = sum(estimate_cell(bench, other, base, made) for other in waiting.values())
+            say(describe_progress(result, number, len(todo), time.perf_counter() - started, rest))
+        results = collect_results(bench, base, failed)
+        publish_tables(Comparison(results))
+        return publish_results(results)
+
+
+def say(line: str) -> None:
+    """Tell the terminal and the run's log."""
+    print(line, file=sys.stderr, flush=True)
+    get_run_logger().info(line)
+
+
+def describe_command(place: Workplace, path: Path) -> str:
+    """Return the command line that makes all of it again, with a path relative to the project where it can be."""
+    shown = path.relative_to(place.root) if path.is_relative_to(place.root) else path
+    return f"mka bench {shlex.quote(str(shown))}"
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[str, int]:
+    """Read the command line: a recipe and how many cells run at a time."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.sweep",
+        description="Compare methods side by side, cells as tasks; what `mka bench` stored is not run again.",
+        epilog="example: python -m flows.sweep recipes/bench_smollm2.yaml --workers 2",
+    )
+    parser.add_argument("recipe", help="recipe of a comparison (YAML)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time; measuring overlaps")
+    given = parser.parse_args(arguments)
+    if given.workers < 1:
+        parser.error(f"--workers wants 1 or more, got {given.workers}")
+    return given.recipe, given.workers
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the flow on this machine; refusals are one line on stderr and a non-zero exit."""
+    given, workers = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    recipe = Path(given).resolve()
+    hint = ""
+    try:
+        load_bench(recipe)
+        find_workplace().prepare()
+        hint = " (finished cells are kept: the same command resumes)"
+        runner: Any = ThreadPoolTaskRunner(max_workers=workers)
+        outcome = sweep.with_options(task_runner=runner)(str(recipe))
+    except (MkaError, OSError) as error:
+        print(f"sweep: {error}{hint}", file=sys.stderr)
+        return error.exit_code if isinstance(error, MkaError) else MkaError.exit_code
+    except KeyboardInterrupt:
+        print("\nsweep: interrupted; finished cells are kept, resume with the same command", file=sys.stderr)
+        return 130
+    print(outcome.text)
+    if outcome.refusal is not None:
+        print(f"sweep: {outcome.refusal}", file=sys.stderr)
+        return outcome.refusal.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Contiguous blocks of layers: how far hidden states move across each, and the deletion of one. Pure."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mka.plan import LayerRecipe, Step, keep_layers
+from mka.planning import deletable_layers
+
+
+def measure_blocks(
+    pooled: np.ndarray,
+    distance: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    on_progress: Callable[[int], Any] | None = None,
+) -> np.ndarray:
+    """Return the mean distance across every block of layers, (L, L): [i, j] is the block from layer i to layer j.
+
+    Args:
+        pooled: hidden states, (L+1, N, D); see `mka.states.HiddenStates`. One of norm 0 has no direction: NaN.
+        distance: of rows of two (N, D) float64 arrays of unit vectors, (N,).
+        on_progress: called with 1 for each pair of layers.
+    """
+    count = pooled.shape[0] - 1
+    with np.errstate(invalid="ignore"):
+        points = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in pooled.astype(np.float64)]
+    values = np.empty((count, count))
+    for first in range(count):
+        for last in range(first, count):
+            values[first, last] = values[last, first] = distance(points[first], points[last + 1]).mean()
+            if on_progress:
+                on_progress(1)
+    return values
+
+
+def cosine_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Half the cosine distance of rows of x and y, ``(1 - cos) / 2``, (N, D) float64 unit vectors, (N,).
+
+    By ``|x - y|^2 / 4``, which keeps small distances and gives 0 for equal rows.
+    """
+    return ((x - y) ** 2).sum(axis=1) / 4
+
+
+def delete_block(
+    distances: np.ndarray, layers_out: int, *, protect_first: int, protect_last: int
+) -> tuple[tuple[LayerRecipe, ...], tuple[Step, ...]]:
+    """Delete the block of least distance that protection allows, as a whole; ties go to the deeper block.
+
+    Args:
+        distances: (L, L), of `measure_blocks`.
+        layers_out: layers to keep.
+        protect_first: layers at the start that are kept.
+        protect_last: layers at the end that are kept.
+
+    Raises:
+        PlanError: if protection leaves too few layers to delete.
+    """
+    count = distances.shape[0]
+    free = deletable_layers(count, layers_out, protect_first=protect_first, protect_last=protect_last)
+    remove = count - layers_out
+    if not remove:
+        return keep_layers(range(count)), ()
+    candidates = {i: float(distances[i, i + remove - 1]) for i in free[: len(free) - remove + 1]}
+    first = min(candidates, key=lambda i: (candidates[i], -i))
+    block = tuple(range(first, first + remove))
+    return keep_layers([i for i in range(count) if i not in block]), (Step(block, (), candidates[first], 0.0),)

@@ -1,0 +1,98 @@
+"""Prune&Comp: delete layers by Block Influence and make up for the magnitude that went with them.
+
+Source: Chen et al., "Prune&Comp: Free Lunch for Layer-Pruned LLMs via Iterative Pruning with Magnitude Compensation",
+arXiv 2507.18212. At every cut, with X the residual stream that enters it and Y the one that leaves it in the base::
+
+    s = mean over channels c of  E|Y_c| / E|X_c|
+
+The stream before the cut is multiplied by s, by scaling what is written to it: the embedding, and o_proj and down_proj
+of the kept layers up to the cut; of several cuts, scales multiply. RMSNorm reads are free of scale (up to their
+epsilon), so those layers compute what they did. A head that is the embedding would be scaled too: the final norm's gain
+is divided by the product of all scales, which is exact. Behind a post-norm (Gemma) the norm's gain is scaled in place
+of the matrix.
+
+One-shot: layers are chosen and scales measured on the base. The source's iterative variant, which measures both again
+after every compensated deletion, is not here.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from mka.cuts import Cut, CutEvidence
+from mka.families import Family
+from mka.folds import DOWN, OUT, Folds
+from mka.methods import HIDDEN_STATES, Aim, Evidence, Method
+from mka.plan import MergePlan
+from mka.planning import delete_least_important
+from mka.recipe import Section
+from mka.states import LayerScores
+
+
+class Settings(Section):
+    """Prune&Comp has no settings."""
+
+
+def score(evidence: Evidence, settings: Settings) -> LayerScores:
+    """Block Influence of every layer, (L,): 1 - mean cosine between a layer's input and its output."""
+    assert evidence.states is not None
+    meaning = "Block Influence, 1 - mean cosine of a layer's input and output (0: changes nothing, 2: reverses)"
+    return LayerScores("layer-importance", evidence.states.block_influence, meaning, "prune_and_comp", {})
+
+
+def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> MergePlan:
+    """Delete the layers of least Block Influence."""
+    assert scores is not None
+    layers, steps = delete_least_important(
+        scores.values, aim.layers_out, protect_first=aim.protect_first, protect_last=aim.protect_last
+    )
+    return MergePlan("prune_and_comp", METHOD.label, evidence.layers, layers, steps)
+
+
+def compare_magnitudes(entering: np.ndarray, leaving: np.ndarray) -> float:
+    """Return s from E|X_c| and E|Y_c| (or their sums over the same tokens), (D,) each."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.mean(leaving / entering))
+
+
+def fold_scales(scales: Mapping[int, float], family: Family, *, tied: bool) -> dict[str, np.ndarray]:
+    """Turn the scales of cuts into folds.
+
+    Args:
+        scales: number of output layers before a cut -> its s.
+        family: of the model.
+        tied: the language-model head is the embedding.
+    """
+    total = np.array(np.prod(list(scales.values())))
+    folds = {"model.embed_tokens.weight": total}
+    if tied:
+        folds["model.norm.weight"] = 1.0 / total
+    for position in range(max(scales)):
+        factor = np.array(np.prod([s for before, s in scales.items() if position < before]))
+        for module in (OUT, DOWN):
+            folds[f"model.layers.{position}.{family.residual_writer(module)}.weight"] = factor
+    return folds
+
+
+def fit(evidence: CutEvidence, plan: MergePlan, settings: Settings) -> Folds:
+    """Measure the scale of every cut in the base; one at the very start scales the embedding alone."""
+    entering: dict[Cut, np.ndarray] = {}
+    leaving: dict[Cut, np.ndarray] = {}
+    for cut, tokens in evidence.stream():
+        entering[cut] = entering.get(cut, 0.0) + np.abs(tokens.entering).sum(axis=0)
+        leaving[cut] = leaving.get(cut, 0.0) + np.abs(tokens.leaving).sum(axis=0)
+    scales = {cut.position: compare_magnitudes(entering[cut], leaving[cut]) for cut in evidence.cuts}
+    return fold_scales(scales, evidence.family, tied=evidence.tied)
+
+
+METHOD = Method(
+    name="prune_and_comp",
+    summary="Delete the layers with the least Block Influence; scale the stream before each cut, folded",
+    label="Prune&Comp, layers deleted by Block Influence, magnitudes compensated at every cut",
+    source="arXiv 2507.18212",
+    settings=Settings,
+    plan=plan,
+    needs=lambda settings: frozenset({HIDDEN_STATES}),
+    score=score,
+    fit=fit,
+)

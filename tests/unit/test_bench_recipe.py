@@ -1,0 +1,82 @@
+"""The recipe of a comparison: the grid it spans, and what it refuses."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mka.bench_recipe import load_bench, validate_bench
+from mka.errors import RecipeError
+
+ROOT = Path(__file__).parents[2]
+TINY = yaml.safe_load((ROOT / "tests/bench_tiny.yaml").read_text())
+
+
+def test_the_grid_is_methods_in_order_then_targets_from_most_layers_then_alignment_off_first():
+    methods = [
+        {"name": "sleb", "targets": [3]},
+        {"name": "mka", "alignment": [True, False], "label": "ours"},
+        {"name": "mka", "settings": {"weights": "fixed", "weight": 0.5}},
+    ]
+    cells = validate_bench({**TINY, "methods": methods}).cells
+    assert [(cell.row, cell.layers, cell.aligned) for cell in cells] == [
+        ("sleb", 3, False),
+        ("ours", 5, False),
+        ("ours, aligned", 5, True),
+        ("ours", 4, False),
+        ("ours, aligned", 4, True),
+        ("mka (weights=fixed, weight=0.5)", 5, False),
+        ("mka (weights=fixed, weight=0.5)", 4, False),
+    ]
+
+
+def test_a_cell_is_a_plain_recipe():
+    bench = validate_bench({**TINY, "methods": [{"name": "mka", "alignment": [False, True]}], "seed": 3})
+    plain, aligned = (bench.recipe_for(cell) for cell in bench.cells[:2])
+    assert (plain.method.name, plain.target.layers, plain.seed) == ("mka", 5, 3)
+    assert (plain.target.protect_first, plain.target.protect_last) == (1, 1)
+    assert not plain.alignment.enabled and aligned.alignment.enabled
+    assert plain.calibration == bench.calibration and plain.model == bench.model
+    assert plain.evaluation.context == 32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metods": []}, "unknown key 'metods' (did you mean 'methods'?)"),
+        ({"methods": [{"name": "mka", "setings": {}}]}, "'methods.0.setings' (did you mean 'settings'?)"),
+        ({"evaluation": {"contxt": 32}}, "'evaluation.contxt' (did you mean 'context'?)"),
+        ({"texts": [{"name": "a", "path": "a.txt", "sen": True}]}, "(did you mean 'seen'?)"),
+        ({"methods": [{"name": "shortgp"}]}, "unknown method 'shortgp' (did you mean 'shortgpt'?)"),
+        ({"methods": [{"name": "mka", "settings": {"weihts": 1}}]}, "(did you mean 'weights'?)"),
+        ({"methods": [{"name": "mka"}, {"name": "mka"}]}, "'mka at 4' is there twice"),
+        ({"methods": [{"name": "mka", "alignment": [True, True]}]}, "names the same twice"),
+        ({"texts": TINY["texts"][:1] * 2}, "'words' is there twice"),
+        ({"texts": [{**TINY["texts"][1], "source": "x"}]}, "a .txt file has none"),
+        ({"evaluation": {"tasks": {"piqa": 5}}}, "tasks and task_targets go together"),
+        ({"evaluation": {"tasks": {"piqa": 5}, "task_targets": [2]}}, "2 is the target of no method"),
+        ({"evaluation": {"text": "heldout.jsonl"}}, "'evaluation.text'"),
+        ({"targets": []}, "'targets'"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(change, message):
+    with pytest.raises(RecipeError) as refusal:
+        validate_bench({**TINY, **change})
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_an_absent_or_unreadable_recipe_is_refused_in_one_line(tmp_path):
+    with pytest.raises(RecipeError, match="recipe not found"):
+        load_bench(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(RecipeError, match="a recipe is a mapping"):
+        load_bench(tmp_path / "list.yaml")
+
+
+def test_the_recipe_on_smollm2_takes_4_7_10_and_13_layers_out_on_seen_and_unseen_text():
+    bench = load_bench(ROOT / "recipes/bench_smollm2.yaml")
+    assert sorted(30 - target for target in bench.targets) == [4, 7, 10, 13]
+    assert {text.seen for text in bench.texts} == {True, False}
+    assert bench.evaluation.text_tokens >= 8192 and bench.evaluation.context == 512
+    measured = [text.path.resolve() for text in bench.texts]
+    assert not {bench.calibration.path.resolve(), bench.alignment.path.resolve()} & set(measured)
