@@ -14,18 +14,19 @@ they accumulate. The last layer's target is its raw output, before the final nor
 """
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
 
+from mka.candidate import read_out
 from mka.families import Family, Sublayer, get_family
 from mka.merging import combine_layers
 from mka.plan import LayerRecipe
-from mka.ridge import PENALTIES, Moments, fit_ridge, select_features
+from mka.ridge import Moments, fit_ridge, select_features
 from mka.sublayers import (
     BATCH_TOKENS,
     catch_contexts,
@@ -40,6 +41,8 @@ from mka.units import count_units, gather_units, reader_sections
 VERSION = 1
 # Squared norms below this share of the median are raised to it, so that no token counts for too much.
 CLIP = 0.1
+# Penalties of the three kinds of fit, relative to the one given: the fewer the features, the less they need.
+READERS, ATTENTION, MLP = 0.05, 0.3, 1.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class AlignedLayer:
 
 
 @dataclass(frozen=True)
-class _Teacher:
+class Teacher:
     """The base's hidden states around a group of its layers, (S, T, D) each."""
 
     before: Mapping[int, torch.Tensor]
@@ -81,36 +84,37 @@ class Alignment:
     Memory: some six arrays of hidden states (S, T, D) and one of features (S, T, F), beside the model.
     """
 
-    def __init__(self, model: Any, windows: torch.Tensor, folds: Sequence[int]) -> None:
+    def __init__(self, model: Any, windows: torch.Tensor, heldout: int = 0) -> None:
         """Prepare a walk.
 
         Args:
             model: the base, a transformers causal language model.
             windows: token ids, (S, T), without padding.
-            folds: fold of each window, (S,), rising from 0: what shares a fold is left out together when penalties are
-                chosen. With one fold in all, the middle penalty is used.
+            heldout: windows at the end that are walked along but not fitted on; `measure_divergence` reads them.
         """
         self.model = model
         self.family: Family = get_family(model.config.model_type, "model")
-        self.fold_count = folds[-1] + 1
-        self.batches = list(_split_folds(folds, max(1, BATCH_TOKENS // windows.shape[1])))
+        size, fitted = max(1, BATCH_TOKENS // windows.shape[1]), len(windows) - heldout
+        self.fitted = [slice(i, min(i + size, fitted)) for i in range(0, fitted, size)]
+        self.heldout = [slice(i, min(i + size, len(windows))) for i in range(fitted, len(windows), size)]
         windows = windows.to(model.device)
         self.contexts = catch_contexts(model, windows[:1])
         self.start = embed_windows(model, windows)
+        self.teacher_seconds = 0.0
 
     @torch.inference_mode()
     def walk(
         self,
         layers: Sequence[LayerRecipe],
         *,
-        penalties: Sequence[float] = PENALTIES,
+        penalty: float = 1.0,
         on_layer: Callable[[int], Any] | None = None,
     ) -> Iterator[AlignedLayer]:
         """Yield the output layers in order, refitted.
 
         Args:
             layers: of a plan.
-            penalties: tried for every fit; see `mka.ridge`.
+            penalty: of the ridge; see `mka.ridge`.
             on_layer: called with the number of source layers passed, for a progress bar.
 
         Raises:
@@ -120,34 +124,50 @@ class Alignment:
         student = teacher = self.start
         first = 0
         for position, (layer, end) in enumerate(zip(layers, find_ends(layers, len(self.contexts)))):
-            group = self._run_teacher(teacher, first, end, layer)
+            group = self.run_teacher(teacher, first, end, layer.used)
             if student is teacher and layer.is_copy and layer.sources == (first,) and end == first:
                 student = group.after
                 yield AlignedLayer(position, {})
             else:
-                student, tensors, facts = self._fit_layer(layer, student, group, penalties)
+                student, tensors, facts = self.fit_layer(layer, student, group, penalty)
                 yield AlignedLayer(position, tensors, facts)
             teacher = group.after
             if on_layer:
                 on_layer(end + 1 - first)
             first = end + 1
+        self.student, self.teacher = student, teacher
+
+    @torch.inference_mode()
+    def measure_divergence(self) -> float:
+        """Return KL(base || student) on the held-out windows after a walk, nats per token."""
+        total, count = 0.0, 0
+        for rows in self.heldout:
+            for base, other in zip(self.teacher[rows], self.student[rows]):
+                log_base, log_other = (read_out(self.model, self.model.model.norm(x)) for x in (base, other))
+                total += float((log_base.exp() * (log_base - log_other)).sum(dtype=torch.float64))
+                count += len(base)
+        return total / count
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> torch.Tensor:
-        return torch.cat([function(states[rows]) for _, rows in self.batches])
+        return torch.cat([function(states[rows]) for rows in self.fitted + self.heldout])
 
-    def _run_teacher(self, states: torch.Tensor, first: int, end: int, layer: LayerRecipe) -> _Teacher:
+    def run_teacher(self, states: torch.Tensor, first: int, end: int, kept: Sequence[int]) -> Teacher:
+        """Run layers ``first`` to ``end`` of the base; keep the states around the layers in ``kept``."""
+        started = time.perf_counter()
         before, between = {}, {}
         for index in range(first, end + 1):
             module, context = self.model.model.layers[index], self.contexts[index]
             middle = self._map(partial(run_sublayer, module, self.family.attention, context=context), states)
-            if index in layer.used:
+            if index in kept:
                 before[index], between[index] = states, middle
             states = self._map(partial(run_sublayer, module, self.family.mlp, context=context), middle)
-        return _Teacher(before, between, states)
+        self.teacher_seconds += time.perf_counter() - started
+        return Teacher(before, between, states)
 
-    def _fit_layer(
-        self, layer: LayerRecipe, student: torch.Tensor, group: _Teacher, penalties: Sequence[float]
+    def fit_layer(
+        self, layer: LayerRecipe, student: torch.Tensor, group: Teacher, penalty: float
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, Any]]:
+        """Make one output layer; return the student's states after it, its tensors, and facts."""
         made, chosen = self._build(layer)
         # A sum of layers reads nothing that any one layer of the base reads: its readers stay as they are.
         mapped = layer.verb == "take" or layer.is_copy
@@ -158,9 +178,9 @@ class Alignment:
         ):
             half = _Half(self, made, part, sources)
             if mapped:
-                half.fit_readers(student, before, penalties)
-            student = half.fit_writer(student, target, penalties)
-            facts[part.module] = half.facts
+                half.fit_readers(student, before, READERS * penalty)
+            student = half.fit_writer(student, target, (ATTENTION if part.is_attention else MLP) * penalty)
+            facts |= half.facts
         tensors = {name: value.detach() for name, value in made.state_dict().items()}
         return student, tensors, facts | {"error": _relative_error(student, group.after)}
 
@@ -192,52 +212,42 @@ class _Half:
         self.layers = [made] if len(sources) == 1 else [copy.deepcopy(walk.model.model.layers[i]) for i in sources]
         self.facts: dict[str, Any] = {}
 
-    def _moments(self, features: int, targets: int) -> Moments:
-        return Moments(self.walk.fold_count, features, targets, self.walk.start.device)
-
-    def fit_readers(
-        self, student: torch.Tensor, before: Mapping[int, torch.Tensor], penalties: Sequence[float]
-    ) -> None:
+    def fit_readers(self, student: torch.Tensor, before: Mapping[int, torch.Tensor], penalty: float) -> None:
         """Multiply readers by the map from what they read in the student to what they read in the base."""
         for source, layer in zip(self.sources, self.layers):
             if before[source] is student:
                 continue
-            moments = self._moments(student.shape[-1], student.shape[-1])
-            for fold, rows in self.walk.batches:
+            moments = Moments(student.shape[-1], student.shape[-1], student.device)
+            for rows in self.walk.fitted:
                 seen, wanted = (read_norm(layer, self.part, x[rows]).flatten(0, 1) for x in (student, before[source]))
-                moments.add(fold, seen.float(), wanted.float())
-            fit = fit_ridge(moments, torch.eye(student.shape[-1], device=student.device), penalties)
-            self.facts["readers"] = fit.penalty
+                moments.add(seen.float(), wanted.float())
+            mapped = fit_ridge(moments, torch.eye(student.shape[-1], device=student.device), penalty)
             for name in self.part.readers:
                 weight = layer.get_submodule(name).weight
-                weight.copy_(weight.double() @ fit.weight.T)
+                weight.copy_(weight.double() @ mapped.T)
 
-    def fit_writer(self, student: torch.Tensor, target: torch.Tensor, penalties: Sequence[float]) -> torch.Tensor:
+    def fit_writer(self, student: torch.Tensor, target: torch.Tensor, penalty: float) -> torch.Tensor:
         """Fit the writer, choosing units first if there are too many; return the student's states after this half."""
         features = self._read(student)
         weights = _token_weights(target)
         writers = [layer.get_submodule(self.part.writer) for layer in self.layers]
         prior = torch.cat([writer.weight for writer in writers], dim=1).T
-        moments = self._moments(*prior.shape)
-        for fold, rows in self.walk.batches:
+        moments = Moments(len(prior), student.shape[-1], student.device)
+        for rows in self.walk.fitted:
             wanted = target[rows] - student[rows]
             phi = features[rows]
             if self.part.post_norm:
                 wanted = self._undo_post_norm(wanted, phi, prior)
             if (bias := writers[0].bias) is not None:
                 wanted = wanted - bias
-            moments.add(fold, phi.flatten(0, 1).float(), wanted.flatten(0, 1).float(), weights[rows].flatten())
+            moments.add(phi.flatten(0, 1).float(), wanted.flatten(0, 1).float(), weights[rows].flatten())
         if len(self.layers) > 1:
             columns = self._choose(moments, prior)
-            features, prior = features[..., columns], prior[columns]
-            moments.gram = moments.gram[:, columns][:, :, columns]
-            moments.cross = moments.cross[:, columns]
-        fit = fit_ridge(moments, prior, penalties)
-        self.facts["writer"] = fit.penalty
-        self.made.get_submodule(self.part.writer).weight.copy_(fit.weight.T)
+            features, prior, moments = features[..., columns], prior[columns], moments.take(columns)
+        self.made.get_submodule(self.part.writer).weight.copy_(fit_ridge(moments, prior, penalty).T)
         if self.part.post_norm:
             self._fit_post_norm(student, features, target, weights)
-        batches = [rows for _, rows in self.walk.batches]
+        batches = self.walk.fitted + self.walk.heldout
         return torch.cat([student[b] + write_features(self.made, self.part, features[b]) for b in batches])
 
     def _read(self, student: torch.Tensor) -> torch.Tensor:
@@ -267,7 +277,7 @@ class _Half:
             if made.bias is not None:
                 made.bias.copy_(gather_units([reader.bias for reader in readers], sections, units, picks))
         self.made.get_submodule(self.part.norm).weight.fill_(1.0 - offset)
-        self.facts["units"] = {str(source): len(pick) for source, pick in zip(self.sources, picks)}
+        self.facts[f"{self.part.module} units"] = {str(source): len(pick) for source, pick in zip(self.sources, picks)}
         return torch.isin(owner, kept).nonzero().squeeze(1)
 
     def _undo_post_norm(self, wanted: torch.Tensor, features: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
@@ -294,23 +304,13 @@ class _Half:
         energy = torch.zeros_like(gain)
         match = torch.zeros_like(gain)
         norm.weight.fill_(1.0 - offset)
-        for _, rows in self.walk.batches:
+        for rows in self.walk.fitted:
             added = write_features(self.made, self.part, features[rows])
             weighted = (added * weights[rows][..., None]).flatten(0, 1).double()
             energy += (weighted * added.flatten(0, 1)).sum(0)
             match += (weighted * (target[rows] - student[rows]).flatten(0, 1)).sum(0)
         shrink = 0.1 * energy.mean()
         norm.weight.copy_((match + shrink * gain) / (energy + shrink) - offset)
-
-
-def _split_folds(folds: Sequence[int], size: int) -> Iterator[tuple[int, slice]]:
-    """Yield (fold, windows): runs of one fold, at most ``size`` windows each."""
-    start = 0
-    for fold, run in groupby(folds):
-        stop = start + len(list(run))
-        for first in range(start, stop, size):
-            yield fold, slice(first, min(first + size, stop))
-        start = stop
 
 
 def _token_weights(target: torch.Tensor) -> torch.Tensor:

@@ -49,6 +49,20 @@ def build_candidate(model: Any, layers: Sequence[LayerRecipe]) -> Any:
     return candidate.eval()
 
 
+def read_out(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities, (R, V) float32, of R final-normed hidden states, (R, D).
+
+    Raises:
+        NumericsError: if the logits are not finite.
+    """
+    logits = model.lm_head(hidden).float()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    if not bool(logits.sum().isfinite()):  # NaN and infinity survive a sum
+        raise NumericsError("the candidate's logits are NaN or infinite; the merge destroyed the model")
+    return torch.log_softmax(logits, dim=-1)
+
+
 class Oracle:
     """Runs planned models on calibration tokens, all in one padded batch.
 
@@ -113,12 +127,7 @@ class Oracle:
 
     def read_out(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the log-probabilities, (R, V) float32, of R final-normed hidden states, (R, D)."""
-        logits = self.model.lm_head(hidden).float()
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        logits = logits if cap is None else cap * torch.tanh(logits / cap)
-        if not bool(logits.sum().isfinite()):  # NaN and infinity survive a sum
-            raise NumericsError("the candidate's logits are NaN or infinite; the merge destroyed the model")
-        return torch.log_softmax(logits, dim=-1)
+        return read_out(self.model, hidden)
 
 
 class Divergence(Oracle):

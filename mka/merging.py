@@ -16,7 +16,7 @@ from mka.families import LAYER_KEY, Family
 from mka.folds import Folds, apply_fold, check_folds, find_fold
 from mka.plan import LayerRecipe, MergePlan
 from mka.sums import write_sums
-from mka.writing import MAX_SHARD_BYTES, copy_companions, publish, write_tensors
+from mka.writing import MAX_SHARD_BYTES, TORCH_NAMES, copy_companions, publish, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +41,10 @@ def check_plan_fits(plan: MergePlan, source: Checkpoint) -> None:
             f"plan was made for digest {planned[:12]}…, {source.path} has {source.digest[:12]}…; plan again"
         )
     for layer in plan.merged:
-        if len({source.kinds[i] for i in layer.sources}) > 1:
-            kinds = ", ".join(f"{i}: {'/'.join(map(str, source.kinds[i]))}" for i in layer.sources)
+        # Kinds differ in how attention looks back; an MLP goes with any of them.
+        mixed = layer.attention if layer.verb == "take" else layer.sources
+        if len({source.kinds[i] for i in mixed}) > 1:
+            kinds = ", ".join(f"{i}: {'/'.join(map(str, source.kinds[i]))}" for i in mixed)
             raise PlanError(f"layers of different kinds cannot be merged ({kinds})")
 
 
@@ -60,6 +62,13 @@ def combine_layers(layer: LayerRecipe, suffix: str, family: Family, read: Callab
     """
     import torch
 
+    if layer.verb == "take":
+        if layer.selects:
+            raise PlanError(
+                f"layers {list(layer.sources)}: which heads and neurons stay is decided by an alignment; "
+                f"merge this plan with alignment enabled"
+            )
+        return read(layer.mlp[0] if family.mlp.owns(suffix) else layer.attention[0], suffix)
     active = [(i, w) for i, w in zip(layer.sources, layer.weights) if w != 0.0]
     if len(active) == 1 and active[0][1] == 1.0:
         return read(active[0][0], suffix)
@@ -95,10 +104,10 @@ def plan_tensors(layers: Sequence[LayerRecipe], source: Checkpoint) -> list[tupl
             continue
         done = True
         for position, layer in enumerate(layers):
-            shapes = {i: {s: (t.shape, t.dtype) for s, t in suffixes[i].items()} for i in layer.sources}
-            first = shapes[layer.sources[0]]
+            shapes = {i: {s: (t.shape, t.dtype) for s, t in suffixes[i].items()} for i in layer.used}
+            first = shapes[layer.used[0]]
             if any(other != first for other in shapes.values()):
-                raise PlanError(f"layers {list(layer.sources)} hold different tensors or shapes and cannot be merged")
+                raise PlanError(f"layers {list(layer.used)} hold different tensors or shapes and cannot be merged")
             for suffix, (shape, dtype) in first.items():
                 target = TensorInfo(f"model.layers.{position}.{suffix}", "", dtype, shape)
                 planned.append((target, layer, suffix))
@@ -117,7 +126,7 @@ def cut_config(
     cut["num_hidden_layers"] = len(layers)
     for position, name in enumerate(family.per_layer_config):
         if kinds[0][position] is not None:
-            cut[name] = [kinds[layer.sources[0]][position] for layer in layers]
+            cut[name] = [kinds[layer.head][position] for layer in layers]
     return cut
 
 
@@ -127,6 +136,7 @@ def merge_checkpoint(
     output: str | Path,
     *,
     folds: Folds | None = None,
+    aligned: Iterator[Mapping[str, "torch.Tensor"]] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_tensor: Callable[[int], Any] | None = None,
     verify: Callable[[Path], Any] | None = None,
@@ -138,6 +148,8 @@ def merge_checkpoint(
         source: the base checkpoint.
         output: folder to publish; must not exist.
         folds: what the plan's method fitted, by output tensor; see `mka.folds`.
+        aligned: of each output layer in order, the tensors that were refitted, by name within the layer; they replace
+            what the plan alone would make.
         max_shard_bytes: largest shard.
         on_tensor: called with the bytes of each tensor written (for a progress bar).
         verify: called with the finished folder before it is published; an exception from it publishes nothing.
@@ -157,7 +169,8 @@ def merge_checkpoint(
     with publish(output, needed_bytes=total + 64_000_000) as partial:
         with source.reader() as read:
             specs = [info for info, _, _ in planned]
-            write_tensors(partial, specs, _stream(planned, source.family, read, folds, on_tensor), max_shard_bytes)
+            stream = _stream(planned, source.family, read, folds, aligned, on_tensor)
+            write_tensors(partial, specs, stream, max_shard_bytes)
         config = cut_config(source.config, source.kinds, source.family, plan.layers)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_companions(source.path, partial)
@@ -171,15 +184,25 @@ def _stream(
     family: Family,
     read: Read,
     folds: Folds | None,
+    aligned: Iterator[Mapping[str, "torch.Tensor"]] | None,
     on_tensor: Callable[[int], Any] | None,
 ) -> Iterator["torch.Tensor"]:
+    import torch
+
+    refitted: Mapping[str, torch.Tensor] = {}
+    current: LayerRecipe | None = None
     for info, layer, name in planned:
+        if aligned is not None and layer is not None and layer is not current:
+            refitted, current = next(aligned), layer
         if layer is None:
             tensor = read(name)
+        elif name in refitted:
+            tensor = refitted[name].to(dtype=getattr(torch, TORCH_NAMES[info.dtype]), device="cpu")
         else:
             tensor = combine_layers(layer, name, family, lambda i, suffix: read(f"model.layers.{i}.{suffix}"))
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise NumericsError(f"{info.name}: NaN or infinite weights; the source checkpoint is damaged")
+            cause = "the refit gave no number" if name in refitted else "the source checkpoint is damaged"
+            raise NumericsError(f"{info.name}: NaN or infinite weights; {cause}")
         if (fold := find_fold(folds or {}, info.name)) is not None:
             tensor = apply_fold(fold, tensor, family.gain_offset if info.name.endswith("norm.weight") else 0.0)
             if not bool(tensor.isfinite().all()):

@@ -45,6 +45,11 @@ class LayerRecipe:
         return tuple(s for s, w in zip(self.sources, self.weights) if w != 0.0)
 
     @property
+    def head(self) -> int:
+        """Source layer that decides the output layer's kind: the first its attention comes from."""
+        return self.attention[0] if self.attention else self.sources[0]
+
+    @property
     def selects(self) -> bool:
         """Whether heads or neurons of several layers compete, which only an alignment can decide."""
         return len(self.attention) > 1 or len(self.mlp) > 1

@@ -1,6 +1,6 @@
 """From scores to groups and weights. Pure: numbers in, output layers out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -175,3 +175,45 @@ def delete_least_important(
     order = sorted(free, key=lambda i: (importance[i], -i))[:remove]
     steps = tuple(Step((i,), (), float(importance[i]), 0.0) for i in order)
     return keep_layers([i for i in range(count) if i not in order]), steps
+
+
+def partition_layers(costs: Mapping[tuple[int, int], float], count: int, layers_out: int) -> list[tuple[int, int]]:
+    """Cut ``count`` layers into ``layers_out`` groups of neighbours at the least total cost.
+
+    Costs are taken to add up; a layer on its own costs nothing. Dynamic programming over (layers covered, groups used),
+    exact for the costs given.
+
+    Args:
+        costs: (first, last) of a group of two or more layers -> its cost; groups not listed are not allowed.
+        count: L.
+        layers_out: groups wanted.
+
+    Returns:
+        (first, last) of every group, in order.
+
+    Raises:
+        PlanError: if no allowed groups make up the target.
+    """
+    ending: dict[int, list[tuple[int, float]]] = {last: [(last, 0.0)] for last in range(count)}
+    for (first, last), cost in costs.items():
+        ending[last].append((first, cost))
+    # best[n][g]: least cost of the first n layers in g groups, and where the last of them starts.
+    best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
+    for covered in range(1, count + 1):
+        row: dict[int, tuple[float, int]] = {}
+        for first, cost in ending[covered - 1]:
+            for groups, (total, _) in best[first].items():
+                if groups + 1 not in row or total + cost < row[groups + 1][0]:
+                    row[groups + 1] = (total + cost, first)
+        best.append(row)
+    if layers_out not in best[count]:
+        raise PlanError(
+            f"target of {layers_out} layers cannot be reached: the {len(costs)} groups allowed leave at least "
+            f"{min(best[count])}; allow larger or more groups, protect fewer layers, or aim higher"
+        )
+    found, covered = [], count
+    for groups in range(layers_out, 0, -1):
+        first = best[covered][groups][1]
+        found.append((first, covered - 1))
+        covered = first
+    return found[::-1]

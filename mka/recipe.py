@@ -71,8 +71,19 @@ class AlignmentSettings(Section):
     enabled: bool = Field(False, description="Refit in closed form while merging")
     path: Path = Field(Path("data/prepared/alignment.jsonl"), description="JSON lines with `text` and `source` fields")
     rev: str | None = Field("HEAD", description="Git revision DVC reads the table at; null reads the working copy")
-    tokens: int = Field(32768, ge=1024, description="Tokens fitted on, dealt evenly over the table's mixture")
+    tokens: int = Field(32768, ge=256, description="Tokens fitted on, each source by its share of the table")
     context: int = Field(512, ge=16, description="Tokens per calibration window")
+    penalty: Literal["auto"] | float = Field(
+        "auto", description="Of the ridge; 'auto' takes what a source left out of a smaller fit prefers"
+    )
+    heldout_source: str | None = Field(None, description="That source; null: the second largest of the table")
+
+    @field_validator("penalty")
+    @classmethod
+    def _positive_penalty(cls, value: Any) -> Any:
+        if value != "auto" and not value > 0:
+            raise ValueError("penalty must be above 0, or 'auto'")
+        return value
 
 
 class Target(Section):

@@ -1,4 +1,4 @@
-"""Weighted ridge regression from second moments, its penalty chosen on sources that were left out of the fit.
+"""Weighted ridge regression from second moments.
 
 ``W = argmin sum_t w_t |phi_t W - r_t|^2 + sum_j p_j |W_j - W0_j|^2`` has the closed form
 ``W = W0 + (G + P)^-1 (C - G W0)`` with ``G = sum_t w_t phi_t phi_t^T`` and ``C = sum_t w_t phi_t r_t^T``.
@@ -7,85 +7,56 @@ The penalty of feature j is ``p_j = penalty * sqrt(G_jj * mean(G_jj))``, half wa
 crushes weak features beside massive ones) and one proportional to each feature's own energy (which shrinks them alike).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 
 from mka.errors import NumericsError
 
-PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0)
-
 
 class Moments:
-    """Second moments of features (F wide) and targets (D wide), summed in float64 and kept apart by fold.
+    """Second moments of features (F wide) and targets (D wide), summed in float64.
 
     Attributes:
-        gram: G of each fold, (folds, F, F).
-        cross: C of each fold, (folds, F, D).
+        gram: G, (F, F).
+        cross: C, (F, D).
     """
 
-    def __init__(self, folds: int, features: int, targets: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, features: int, targets: int, device: torch.device | str = "cpu") -> None:
         """Start from zero."""
-        self.gram = torch.zeros(folds, features, features, dtype=torch.float64, device=device)
-        self.cross = torch.zeros(folds, features, targets, dtype=torch.float64, device=device)
+        self.gram = torch.zeros(features, features, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(features, targets, dtype=torch.float64, device=device)
 
-    def add(
-        self, fold: int, features: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None
-    ) -> None:
-        """Add tokens to a fold: features (n, F), targets (n, D), weights (n,); products in the features' precision."""
+    def add(self, features: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add tokens: features (n, F), targets (n, D), weights (n,); products in the features' precision."""
         weighted = features if weights is None else features * weights[:, None]
-        self.gram[fold] += (weighted.T @ features).double()
-        self.cross[fold] += (weighted.T @ targets).double()
+        self.gram += (weighted.T @ features).double()
+        self.cross += (weighted.T @ targets).double()
+
+    def take(self, columns: torch.Tensor) -> "Moments":
+        """Return the moments of some features, (F',) int64."""
+        taken = object.__new__(Moments)
+        taken.gram, taken.cross = self.gram[columns][:, columns], self.cross[columns]
+        return taken
 
 
-@dataclass(frozen=True)
-class Ridge:
-    """A fit.
-
-    Attributes:
-        weight: W, (F, D) float64.
-        penalty: the one chosen.
-        heldout: penalty -> held-out squared error relative to that of W0; empty if nothing was held out.
-    """
-
-    weight: torch.Tensor
-    penalty: float
-    heldout: dict[float, float]
-
-
-def fit_ridge(
-    moments: Moments, prior: torch.Tensor, penalties: Sequence[float] = PENALTIES, total: float | None = None
-) -> Ridge:
-    """Fit with the penalty that predicts left-out folds best, then fit on all folds.
-
-    The held-out figure is the change of the squared error against the prior W0,
-    ``sum_folds tr(E^T G_f E) - 2 tr(E^T (C_f - G_f W0))`` with E = W - W0 fitted without fold f: negative is better.
+def fit_ridge(moments: Moments, prior: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Return W, (F, D) float64.
 
     Args:
         moments: of features and targets.
         prior: W0, (F, D).
-        penalties: those tried; one alone is used as it is.
-        total: weighted squared error of W0, to report held-out errors relative to it; None leaves the difference.
+        penalty: relative to the features' energies, > 0.
 
     Raises:
         NumericsError: if the moments are not finite.
     """
-    gram, cross, prior = moments.gram.sum(0), moments.cross.sum(0), prior.double()
-    if not bool(gram.diagonal().isfinite().all()) or not bool(cross.isfinite().all()):
+    prior = prior.double()
+    if not bool(moments.gram.sum().isfinite()) or not bool(moments.cross.sum().isfinite()):
         raise NumericsError("alignment: features or targets are NaN or infinite")
-    residual = moments.cross - moments.gram @ prior
-    scale = _penalty_scale(gram)
-    heldout: dict[float, float] = {}
-    if len(penalties) > 1 and len(moments.gram) > 1:
-        for penalty in penalties:
-            change = 0.0
-            for own_gram, own_residual in zip(moments.gram, residual):
-                step = _solve(gram - own_gram, residual.sum(0) - own_residual, penalty * scale)
-                change += float((step * (own_gram @ step - 2 * own_residual)).sum())
-            heldout[penalty] = change if total is None else 1.0 + change / total
-    chosen = min(heldout, key=heldout.__getitem__) if heldout else penalties[len(penalties) // 2]
-    return Ridge(prior + _solve(gram, residual.sum(0), chosen * scale), chosen, heldout)
+    system = moments.gram + torch.diag(penalty * _penalty_scale(moments.gram))
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if int(failed):
+        raise NumericsError("alignment: the moments are not positive definite; give more tokens or a larger penalty")
+    return prior + torch.cholesky_solve(moments.cross - moments.gram @ prior, factor)
 
 
 def _penalty_scale(gram: torch.Tensor) -> torch.Tensor:
@@ -93,13 +64,6 @@ def _penalty_scale(gram: torch.Tensor) -> torch.Tensor:
     mean = energy.mean()
     # A feature that never fires has no energy; it still needs a penalty for the system to be regular.
     return torch.sqrt((energy + 1e-6 * mean + 1e-30) * (mean + 1e-30))
-
-
-def _solve(gram: torch.Tensor, residual: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
-    factor, failed = torch.linalg.cholesky_ex(gram + torch.diag(penalty))
-    if int(failed):
-        raise NumericsError("alignment: the moments are not positive definite; give more tokens or a larger penalty")
-    return torch.cholesky_solve(residual, factor)
 
 
 def select_features(
@@ -122,7 +86,7 @@ def select_features(
     Returns:
         The units kept, rising, (keep,) int64.
     """
-    gram, cross, prior = moments.gram.sum(0), moments.cross.sum(0), prior.double()
+    gram, cross, prior = moments.gram, moments.cross, prior.double()
     scale = penalty * _penalty_scale(gram)
     alive = torch.unique(units)
     excess = len(alive) - keep

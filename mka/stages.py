@@ -8,15 +8,16 @@ from typing import Any
 from mka.calibration import CalibrationSet
 from mka.checkpoint import Checkpoint
 from mka.cuts import CutEvidence, find_cuts
-from mka.errors import CheckpointError, PlanError
+from mka.errors import CalibrationError, CheckpointError, PlanError
 from mka.folds import Folds, require_finite
-from mka.merging import merge_checkpoint, plan_tensors
+from mka.merging import check_plan_fits, merge_checkpoint, plan_tensors
 from mka.methods import (
     DIVERGENCE,
     HIDDEN_STATES,
     LOSS,
     OUTPUT_SIMILARITY,
     REOBSERVE,
+    TRIALS,
     Aim,
     Evidence,
     Method,
@@ -27,7 +28,15 @@ from mka.plan import MergePlan
 from mka.planning import resolve_target
 from mka.progress import show_progress
 from mka.quantize import check_group_size, quantize_checkpoint
-from mka.recipe import CalibrationSettings, MethodChoice, ModelSource, QuantizeSettings, Recipe, Target
+from mka.recipe import (
+    AlignmentSettings,
+    CalibrationSettings,
+    MethodChoice,
+    ModelSource,
+    QuantizeSettings,
+    Recipe,
+    Target,
+)
 from mka.states import HiddenStates, LayerScores
 from mka.verification import inspect_checkpoint, require_sound
 
@@ -171,7 +180,7 @@ def open_oracles(
         PlanError: if the method wants one and there is no calibration set.
     """
     method, method_options = _resolve(choice)
-    wanted = method.needs(method_options) & {REOBSERVE, DIVERGENCE, LOSS, OUTPUT_SIMILARITY}
+    wanted = method.needs(method_options) & {REOBSERVE, DIVERGENCE, LOSS, OUTPUT_SIMILARITY, TRIALS}
     if not wanted:
         return {}
     if calibration is None:
@@ -187,11 +196,29 @@ def open_oracles(
         for need, oracle in oracles.items()
         if need in wanted
     }
+    if TRIALS in wanted:
+        opened[TRIALS] = _open_trials(model, tokenizer, texts, method_options)
     if REOBSERVE in wanted:
         opened[REOBSERVE] = lambda layers: _observe(
             build_candidate(model, layers), tokenizer, texts, settings, f"observe {len(layers)} layers"
         )
     return opened
+
+
+def _open_trials(model: Any, tokenizer: Any, texts: Sequence[str], options: Any) -> Any:
+    import torch
+
+    from mka.trials import AlignedTrials
+    from mka.windows import pack_windows
+
+    fitted, heldout = (max(1, tokens // options.context) for tokens in (options.tokens, options.heldout_tokens))
+    windows = pack_windows(tokenizer, texts, options.context, fitted + heldout)
+    if len(windows) < fitted + heldout:
+        raise CalibrationError(
+            f"{len(windows)} windows of {options.context} tokens in the calibration set, {fitted + heldout} needed; "
+            f"give more samples, or lower the method's tokens, heldout_tokens or context"
+        )
+    return AlignedTrials(model, torch.tensor(windows), heldout)
 
 
 def fit_folds(
@@ -232,6 +259,46 @@ def fit_folds(
     if tied and "lm_head.weight" in checkpoint.tensors and "model.embed_tokens.weight" in folds:
         folds["lm_head.weight"] = folds["model.embed_tokens.weight"]
     return folds
+
+
+def write_aligned(
+    plan: MergePlan,
+    checkpoint: Checkpoint,
+    texts: Mapping[str, Sequence[str]],
+    settings: AlignmentSettings,
+    source: ModelSource,
+    output: Path,
+) -> dict[str, Any]:
+    """Merge while refitting every layer from the first change on, verify with a stranger's loader, publish.
+
+    Args:
+        plan: what to make.
+        checkpoint: the base.
+        texts: source -> texts to fit on.
+        settings: tokens, windows and penalty.
+        source: precision of the forward passes.
+        output: folder to publish.
+
+    Returns:
+        What the loader found, and under ``"alignment"`` the facts of the fit.
+
+    Raises:
+        CalibrationError: if there is too little text.
+        PlanError: if the plan was made with folds, or selects units where the family has none to share.
+        NumericsError: if a fit is not finite.
+        CheckpointError: if the written folder does not load whole or does not generate soundly.
+        OutputError: if it cannot be written.
+    """
+    from mka.aligning import Aligner
+    from mka.loading import load_model
+
+    if plan.folds is not None:
+        raise PlanError(f"method {plan.method!r} fits on its own; allowed: alignment of plans without folds")
+    check_plan_fits(plan, checkpoint)
+    model, tokenizer = load_model(checkpoint.path, source.dtype, source.trust_remote_code)
+    aligner = Aligner(model, tokenizer, texts, settings)
+    found = merge_checkpoint(plan, checkpoint, output, aligned=aligner.align(plan.layers), verify=_verify)
+    return found | {"alignment": aligner.facts}
 
 
 def write_merged(plan: MergePlan, checkpoint: Checkpoint, output: Path, folds: Folds | None = None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ _NOT_COPIED = re.compile(
     + SUMS_NAME
     + r"|\..*)"
 )
-_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @contextmanager
@@ -138,7 +138,7 @@ def _write_shard(path: Path, specs: Sequence[TensorInfo], tensors: Iterator["tor
         file.write(encoded)
         for spec in specs:
             tensor = next(tensors)
-            expected = _TORCH_NAMES.get(spec.dtype)
+            expected = TORCH_NAMES.get(spec.dtype)
             if tuple(tensor.shape) != spec.shape or (expected and tensor.dtype != getattr(torch, expected)):
                 raise CheckpointError(f"{spec.name}: {tuple(tensor.shape)} {tensor.dtype}, planned {spec}")
             file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))

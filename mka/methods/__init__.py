@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 
@@ -16,6 +16,7 @@ from mka.states import HiddenStates, LayerScores
 
 # A row per method: the name in recipes, and the module that holds its METHOD.
 _METHODS = {
+    "aligned": "mka.methods.aligned",
     "laco": "mka.methods.laco",
     "linearpatch": "mka.methods.linearpatch",
     "mka": "mka.methods.mka",
@@ -33,6 +34,7 @@ REOBSERVE = "reobserve"
 DIVERGENCE = "divergence"
 LOSS = "loss"
 OUTPUT_SIMILARITY = "output_similarity"
+TRIALS = "trials"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,18 @@ class Aim:
     layers_out: int
     protect_first: int = 0
     protect_last: int = 0
+
+
+class Trials(Protocol):
+    """KL(base || changed base) on held-out calibration tokens, nats per token, for one change at a time."""
+
+    def measure_attention(self, layer: int) -> float:
+        """Without the attention of one layer."""
+        ...
+
+    def measure_group(self, layer: LayerRecipe) -> float:
+        """With one group of layers replaced by one aligned layer."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,7 @@ class Evidence:
         loss: mean negative log-likelihood of the model made of these output layers, nats per predicted token.
         output_similarity: mean cosine, over calibration texts, of the final hidden states of the base and of the model
             made of these output layers.
+        trials: what single changes of the base cost; see `Trials`.
         on_progress: called with the number of units done, for a progress bar.
     """
 
@@ -67,6 +82,7 @@ class Evidence:
     divergence: Callable[[Sequence[LayerRecipe]], float] | None = None
     loss: Callable[[Sequence[LayerRecipe]], float] | None = None
     output_similarity: Callable[[Sequence[LayerRecipe]], float] | None = None
+    trials: Trials | None = None
     on_progress: Callable[[int], Any] | None = None
 
 

@@ -9,28 +9,17 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from mka.errors import NumericsError, PlanError
+from mka.errors import PlanError
 from mka.methods import DIVERGENCE, HIDDEN_STATES, REOBSERVE, Aim, Evidence, Method
+from mka.npib import SimilaritySettings, score_similarity
 from mka.plan import MergePlan
 from mka.planning import join_layers, merge_adjacent
-from mka.recipe import Section
-from mka.states import HiddenStates, LayerScores
+from mka.states import LayerScores
 
 
-class Settings(Section):
+class Settings(SimilaritySettings):
     """Settings of MKA."""
 
-    kernel_exponent: float = Field(
-        0.5, gt=0, le=2, description="p of exp(-(d/sigma)^p); 2 is Gaussian and breaks on massive activations"
-    )
-    bandwidth: Literal["median"] | float = Field("median", description="sigma: 'median' distance, or a number")
-    alpha: float = Field(0.5, ge=0, le=1, description="Density normalisation; 1 removes sampling density")
-    coordinates: int = Field(2, ge=1, le=3, description="Diffusion coordinates K; k-NN information saturates above 3")
-    neighbours: int = Field(5, ge=1, description="k of the nearest-neighbour estimators")
-    normalisation: Literal["self", "paper"] = Field(
-        "self",
-        description="'self': I(X;Y)/sqrt(I(X;X) I(Y;Y)); 'paper': by differential entropies, refused out of range",
-    )
     selection: Literal["one-shot", "iterative"] = Field(
         "one-shot", description="'iterative' observes the model again after every merge"
     )
@@ -55,44 +44,10 @@ class Settings(Section):
 DEFAULT_GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def embed_layers(states: HiddenStates, settings: Settings) -> np.ndarray:
-    """Diffusion coordinates of every layer output, (L, N, K)."""
-    # SciPy takes half a second to import; `mka methods` only lists settings.
-    from mka.diffusion import diffusion_map
-
-    embedded = []
-    for index, layer in enumerate(states.outputs):
-        try:
-            embedding = diffusion_map(
-                layer.astype(np.float64),
-                coordinates=settings.coordinates,
-                exponent=settings.kernel_exponent,
-                bandwidth=settings.bandwidth,
-                alpha=settings.alpha,
-            )
-        except NumericsError as error:
-            raise NumericsError(f"layer {index}: {error}") from None
-        embedded.append(embedding.coordinates)
-    return np.stack(embedded)
-
-
 def score(evidence: Evidence, settings: Settings) -> LayerScores:
     """NPIB similarity of every pair of layers, (L, L)."""
     assert evidence.states is not None
-    return _score_states(evidence.states, settings, evidence)
-
-
-def _score_states(states: HiddenStates, settings: Settings, evidence: Evidence) -> LayerScores:
-    from mka.information import npib_matrix
-
-    values = npib_matrix(
-        embed_layers(states, settings),
-        neighbours=settings.neighbours,
-        normalisation=settings.normalisation,
-        progress=evidence.on_progress,
-    )
-    meaning = f"NPIB similarity of layer outputs ({settings.normalisation}-normalised; 1: same, 0: independent)"
-    return LayerScores("pairwise-similarity", values, meaning, "mka", settings.model_dump(mode="json"))
+    return score_similarity(evidence.states, settings, "mka", evidence.on_progress)
 
 
 def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> MergePlan:
@@ -111,7 +66,7 @@ def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Set
 
     def rescore(layers: Any) -> np.ndarray:
         assert evidence.reobserve is not None
-        return _score_states(evidence.reobserve(layers), settings, Evidence(evidence.layers, evidence.kinds)).values
+        return score_similarity(evidence.reobserve(layers), settings, "mka").values
 
     layers, steps = merge_adjacent(
         scores.values,

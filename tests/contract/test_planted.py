@@ -20,7 +20,7 @@ from numpy.testing import assert_allclose
 from mka.candidate import Divergence, build_candidate
 from mka.errors import NumericsError
 from mka.methods import HIDDEN_STATES, Aim, Evidence, get_method, method_settings
-from mka.methods.mka import embed_layers
+from mka.npib import embed_layers
 from mka.plan import LayerRecipe, identity_layers, keep_layers
 from mka.states import HiddenStates
 

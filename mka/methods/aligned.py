@@ -1,0 +1,127 @@
+"""Aligned merging, the project's own: NPIB proposes groups of layers, the divergence of an aligned merge decides.
+
+Each group of neighbouring layers becomes one layer. Its attention is that of the layer whose attention the base misses
+most; its MLP is made of the neurons of the whole group that predict the base best (`operator: concat-select`). Which
+groups: a partition of all layers at the least sum of divergences, each measured with that one group merged and refitted
+(`mka.planning.partition_layers`). The plan is meant to be written with `alignment: {enabled: true}`.
+"""
+
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from mka.errors import PlanError
+from mka.methods import HIDDEN_STATES, TRIALS, Aim, Evidence, Method
+from mka.npib import SimilaritySettings, score_similarity
+from mka.plan import LayerRecipe, MergePlan, Step, take_layers
+from mka.planning import merge_adjacent, partition_layers
+from mka.recipe import Section
+from mka.states import LayerScores
+
+
+class Settings(Section):
+    """Settings of aligned merging."""
+
+    selection: Literal["similarity", "divergence", "both"] = Field(
+        "both", description="'similarity': NPIB alone; 'divergence': all groups are tried; 'both': NPIB proposes some"
+    )
+    operator: Literal["average", "keep", "concat-select"] = Field(
+        "concat-select", description="What a group becomes: the mean, one survivor, or the best neurons of all"
+    )
+    largest: int = Field(4, ge=2, le=8, description="Layers in the largest group")
+    proposed: float = Field(0.5, gt=0, le=1, description="Share of the groups that NPIB proposes, with selection: both")
+    tokens: int = Field(4096, ge=256, description="Calibration tokens a trial is fitted on")
+    heldout_tokens: int = Field(1024, ge=64, description="Further calibration tokens its divergence is measured on")
+    context: int = Field(512, ge=16, description="Tokens per window of a trial")
+
+
+def score(evidence: Evidence, settings: Settings) -> LayerScores:
+    """NPIB similarity of every pair of layers, (L, L), with MKA's default settings."""
+    assert evidence.states is not None
+    return score_similarity(evidence.states, SimilaritySettings(), "aligned", evidence.on_progress)
+
+
+def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> MergePlan:
+    """Partition the layers into groups and say what each becomes."""
+    assert scores is not None
+    if scores.layers != evidence.layers:
+        raise PlanError(f"scores are of {scores.layers} layers, the model has {evidence.layers}")
+    if settings.selection == "similarity":
+        spans = _group_by_similarity(evidence, scores.values, aim, settings)
+        recipes = {span: _make(span, span[0], settings) for span in spans if span[0] < span[1]}
+        costs = {span: float(scores.values[span]) for span in recipes}
+    else:
+        recipes, costs = _try_groups(evidence, scores.values, aim, settings)
+        spans = partition_layers(costs, evidence.layers, aim.layers_out)
+    layers = tuple(recipes[span] if span in recipes else LayerRecipe((span[0],), (1.0,)) for span in spans)
+    merged = sorted((span for span in spans if span in recipes), key=lambda span: costs[span])
+    steps = tuple(Step((a,), tuple(range(a + 1, b + 1)), costs[a, b], 0.0) for a, b in merged)
+    return MergePlan("aligned", METHOD.label, evidence.layers, layers, steps, settings.model_dump(mode="json"))
+
+
+def _group_by_similarity(
+    evidence: Evidence, similarity: np.ndarray, aim: Aim, settings: Settings
+) -> list[tuple[int, int]]:
+    layers, _ = merge_adjacent(
+        similarity,
+        aim.layers_out,
+        kinds=evidence.kinds if settings.operator == "average" else [None] * evidence.layers,
+        protect_first=aim.protect_first,
+        protect_last=aim.protect_last,
+        choose_weight=lambda layers, position, score: 1.0,
+    )
+    return [(layer.sources[0], layer.sources[-1]) for layer in layers]
+
+
+def _make(span: tuple[int, int], attention: int, settings: Settings) -> LayerRecipe:
+    sources = tuple(range(span[0], span[1] + 1))
+    if settings.operator == "average":
+        return LayerRecipe(sources, (1.0 / len(sources),) * len(sources))
+    return take_layers(sources, (attention,), (attention,) if settings.operator == "keep" else sources)
+
+
+def _try_groups(
+    evidence: Evidence, similarity: np.ndarray, aim: Aim, settings: Settings
+) -> tuple[dict[tuple[int, int], LayerRecipe], dict[tuple[int, int], float]]:
+    trials = evidence.trials
+    assert trials is not None
+    first, stop = aim.protect_first, evidence.layers - aim.protect_last
+    spans = [(a, a + n - 1) for n in range(2, settings.largest + 1) for a in range(first, stop - n + 1)]
+    if settings.operator == "average":
+        spans = [(a, b) for a, b in spans if len(set(evidence.kinds[a : b + 1])) == 1]
+    if settings.selection == "both":
+        spans = _propose(spans, similarity, settings.proposed)
+    missed = {i: trials.measure_attention(i) for i in sorted({i for a, b in spans for i in range(a, b + 1)})}
+    recipes = {(a, b): _make((a, b), max(range(a, b + 1), key=missed.__getitem__), settings) for a, b in spans}
+    costs = {}
+    for span, recipe in recipes.items():
+        costs[span] = trials.measure_group(recipe)
+    return recipes, costs
+
+
+def _propose(spans: list[tuple[int, int]], similarity: np.ndarray, share: float) -> list[tuple[int, int]]:
+    """Keep the share of groups, size by size, whose first and last outputs are most alike."""
+    kept = []
+    for size in sorted({b - a for a, b in spans}):
+        alike = sorted((s for s in spans if s[1] - s[0] == size), key=lambda s: -similarity[s])
+        kept += sorted(alike[: max(1, round(share * len(alike)))])
+    return kept
+
+
+def needs(settings: Settings) -> frozenset[str]:
+    """Hidden states for NPIB; trials where divergence decides."""
+    return frozenset({HIDDEN_STATES} if settings.selection == "similarity" else {HIDDEN_STATES, TRIALS})
+
+
+METHOD = Method(
+    name="aligned",
+    summary="Merge groups by NPIB and aligned divergence, keeping the neurons that matter; refit while merging",
+    label="Aligned merging: groups proposed by NPIB and chosen by aligned divergence, refit in closed form",
+    source="docs/method.md",
+    settings=Settings,
+    plan=plan,
+    needs=needs,
+    score=score,
+    plan_settings=frozenset(Settings.model_fields),
+)

@@ -1,0 +1,67 @@
+"""What single changes of the base cost: one group of layers replaced by one aligned layer, one attention left out."""
+
+from typing import Any
+
+import torch
+
+from mka.alignment import Alignment
+from mka.candidate import read_out
+from mka.plan import LayerRecipe
+from mka.sublayers import run_sublayer
+
+
+class AlignedTrials:
+    """Tries changes one at a time on the base's own hidden states; satisfies `mka.methods.Trials`.
+
+    The base's states at every depth are kept ((L+1) x tokens x D). The aligned layer is fitted on the first windows;
+    the rest of the base then runs unchanged on the others, whose logits are compared. Results are remembered.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: Any, windows: torch.Tensor, heldout: int) -> None:
+        """Run the base once over windows (S, T), of which the last ``heldout`` are measured."""
+        self.walk = Alignment(model, windows, heldout)
+        self.model, self.heldout = model, heldout
+        self.inputs = [self.walk.start]
+        for index in range(len(model.model.layers)):
+            group = self.walk.run_teacher(self.inputs[-1], index, index, ())
+            self.inputs.append(group.after)
+        self.base = [self._read_out(row) for row in self.inputs[-1][-heldout:]]
+        self.known: dict[Any, float] = {}
+
+    def _read_out(self, states: torch.Tensor) -> torch.Tensor:
+        return read_out(self.model, self.model.model.norm(states))
+
+    def _finish(self, states: torch.Tensor, first: int) -> float:
+        """Run the base's layers from ``first`` on over held-out states, (S, T, D); return the divergence."""
+        for index in range(first, len(self.model.model.layers)):
+            states = self._run(index, states)
+        total = 0.0
+        for base, row in zip(self.base, states):
+            total += float((base.exp() * (base - self._read_out(row))).sum(dtype=torch.float64))
+        return total / (len(self.base) * states.shape[1])
+
+    def _run(self, index: int, states: torch.Tensor, attention: bool = True) -> torch.Tensor:
+        layer, context, family = self.model.model.layers[index], self.walk.contexts[index], self.walk.family
+        halves = (family.attention, family.mlp) if attention else (family.mlp,)
+        for half in halves:
+            states = run_sublayer(layer, half, states, context)
+        return states
+
+    @torch.inference_mode()
+    def measure_attention(self, layer: int) -> float:
+        """Return the divergence of the base without the attention of one layer."""
+        if layer not in self.known:
+            states = self._run(layer, self.inputs[layer][-self.heldout :], attention=False)
+            self.known[layer] = self._finish(states, layer + 1)
+        return self.known[layer]
+
+    @torch.inference_mode()
+    def measure_group(self, layer: LayerRecipe) -> float:
+        """Return the divergence of the base with one group of layers replaced by one aligned layer."""
+        if layer not in self.known:
+            first, last = layer.sources[0], layer.sources[-1]
+            group = self.walk.run_teacher(self.inputs[first], first, last, layer.used)
+            student, _, _ = self.walk.fit_layer(layer, self.inputs[first], group, 1.0)
+            self.known[layer] = self._finish(student[-self.heldout :], last + 1)
+        return self.known[layer]
