@@ -15,7 +15,7 @@ from mka.windows import deal_windows
 
 # Tried where the recipe says 'auto', on this share of the tokens.
 PENALTIES = (0.3, 1.0, 3.0)
-PROBE = 0.25
+PROBE = 0.125
 
 
 class Aligner:

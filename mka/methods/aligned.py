@@ -93,11 +93,15 @@ def _try_groups(
     if settings.selection == "both":
         spans = _propose(spans, similarity, settings.proposed)
     missed = {i: trials.measure_attention(i) for i in sorted({i for a, b in spans for i in range(a, b + 1)})}
-    recipes = {(a, b): _make((a, b), max(range(a, b + 1), key=missed.__getitem__), settings) for a, b in spans}
+    survivor = {(a, b): max(range(a, b + 1), key=missed.__getitem__) for a, b in spans}
+    # Choosing neurons would treble the cost of a trial; what one survivor loses says how alike the group is.
+    tried = settings.model_copy(update={"operator": "keep"}) if settings.operator == "concat-select" else settings
     costs = {}
-    for span, recipe in recipes.items():
-        costs[span] = trials.measure_group(recipe)
-    return recipes, costs
+    for span in spans:
+        costs[span] = trials.measure_group(_make(span, survivor[span], tried))
+        if evidence.on_progress:
+            evidence.on_progress(1)
+    return {span: _make(span, survivor[span], settings) for span in spans}, costs
 
 
 def _propose(spans: list[tuple[int, int]], similarity: np.ndarray, share: float) -> list[tuple[int, int]]:
