@@ -79,8 +79,9 @@ $(BIN)/uv:
 	@$(MAKE) --no-print-directory setup
 
 # A table that was deleted is as good as outdated.
-TABLES := data/raw $(addprefix data/prepared/,calibration.jsonl heldout.jsonl evaluation evaluation_texts.jsonl)
-SOURCES := dvc.yaml $(wildcard dvc.lock) data/params.yaml mka/corpora.py mka/calibration.py mka/packages.py
+TABLES := data/raw $(addprefix data/prepared/,\
+	calibration.jsonl alignment.jsonl heldout.jsonl heldout_drop.jsonl evaluation evaluation_texts.jsonl)
+SOURCES := dvc.yaml $(wildcard dvc.lock) data/params.yaml $(addprefix mka/,corpora.py corpus_params.py calibration.py mixture.py packages.py raw_sets.py sampling.py)
 MISSING := $(filter-out $(wildcard $(TABLES)),$(TABLES))
 
 $(BUILT): $(SOURCES) $(if $(MISSING),FORCE) | $(INSTALLED)

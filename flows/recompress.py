@@ -29,7 +29,7 @@ from mka.recipe import Recipe, load_recipe
 from mka.stages import needs_hidden_states
 from tasks import guard
 from tasks.base_model import fetch_base_model
-from tasks.calibration import read_tables, select_calibration
+from tasks.calibration import read_tables, select_alignment, select_calibration
 from tasks.compression import MODEL_FOLDER, PLAN_FILE, Job, merge, observe, plan, quantize, score
 from tasks.evaluation import compare_speeds, decide_gate, evaluate
 from tasks.pages import print_summary, publish_artifacts
@@ -123,6 +123,9 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
     log.product("tables", tables)
     run = str(flow_run.name)
     calibration = log.product("calibration", select_calibration(place, recipe, versions, tables, run))
+    texts = None
+    if recipe.alignment.enabled:
+        texts = log.product("alignment", select_alignment(place, recipe, base, versions, tables, run))
     job = Job(place, recipe, base, run, log.facts["command"], versions, tables)
 
     scores = None
@@ -131,19 +134,21 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
         scores = log.product("score", score(job, states))
     planned = log.product("plan", plan(job, calibration, scores))
     log.facts["plan"] = str(planned.folder / PLAN_FILE)
-    merged = log.product("merge", merge(job, planned))
+    merged = log.product("merge", merge(job, planned, texts))
     candidate = merged
     if recipe.quantize.scheme != "off":
         candidate = log.product("quantize", quantize(job, merged))
     log.facts["candidate"] = str(candidate.folder / MODEL_FOLDER)
 
-    measured = {**candidate.facts, "path": log.facts["candidate"]}
+    measured = {key: fact for key, fact in candidate.facts.items() if key != "alignment"}
+    measured |= {"path": log.facts["candidate"]}
     before = log.product("evaluate base", evaluate(job, "base", base))
     after = log.product("evaluate candidate", evaluate(job, "candidate", measured))
     speeds = log.product("compare speed", compare_speeds(job, measured))
     gate = log.product("gate", decide_gate(job, before, after))
     log.facts["verdict"] = gate.facts["verdict"]
-    evidence = Evidence(calibration, scores, planned, candidate, before, after, speeds, gate)
+    fit = {"alignment": texts, "merged": merged} if texts else {}
+    evidence = Evidence(calibration, scores, planned, candidate, before, after, speeds, gate, **fit)
     page = log.product("report", report(job, evidence, {n: s["seconds"] for n, s in log.facts["stages"].items()}))
     log.facts["report"] = str(page.folder / "report.html")
     log.facts["checks"] = str(open_checks(place, log))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mka.alignment import Alignment
-from mka.errors import RecipeError, nearest
+from mka.alignment_table import find_heldout
 from mka.plan import LayerRecipe
 from mka.progress import show_progress
 from mka.recipe import AlignmentSettings
@@ -68,7 +68,7 @@ class Aligner:
         given = self.settings.penalty
         if given != "auto":
             return float(given), {}
-        heldout = self._find_heldout()
+        heldout = find_heldout({source: len(rows) for source, rows in self.windows.items()}, self.settings)
         fitted = [rows for source, rows in self.windows.items() if source != heldout]
         fitted = [rows[: max(1, round(PROBE * len(rows)))] for rows in fitted]
         measured = self.windows[heldout][: max(1, round(PROBE * sum(map(len, fitted)) / 2))]
@@ -83,20 +83,3 @@ class Aligner:
         best = min(found, key=found.__getitem__)
         facts = {"source": heldout, "tokens": sum(map(torch.Tensor.numel, fitted)), "heldout": measured.numel()}
         return best, facts | {"divergence": {str(penalty): value for penalty, value in found.items()}}
-
-    def _find_heldout(self) -> str:
-        """Return the source to leave out: the one named, or the second largest."""
-        named = self.settings.heldout_source
-        sources = sorted(self.windows, key=lambda source: (-len(self.windows[source]), source))
-        if len(sources) < 2:
-            raise RecipeError(
-                f"alignment.penalty 'auto' leaves one source out, and {sources[0]!r} is all there is; give a number"
-            )
-        if named is None:
-            return sources[1]
-        if named not in sources:
-            raise RecipeError(
-                f"alignment.heldout_source {named!r} has no window{nearest(named, sources)}; "
-                f"sources: {', '.join(sources)}"
-            )
-        return named

@@ -46,7 +46,7 @@ class AlignedLayer:
     Attributes:
         position: its index in the output.
         tensors: tensor name within the layer -> refitted float32 values; empty if the layer is a copy that needs none.
-        facts: penalties chosen, and the relative squared error of the layer's output before and after the refit.
+        facts: the relative squared error of the layer's output after the refit, and units chosen of each source.
     """
 
     position: int
@@ -164,7 +164,7 @@ class Alignment:
         """Make one output layer; return the student's states after it, its tensors, and facts."""
         made, chosen = self._build(layer)
         # A sum of layers reads nothing that any one layer of the base reads: its readers stay as they are.
-        mapped = layer.verb == "take" or layer.is_copy
+        mapped = layer.verb == "take" or len(layer.used) == 1
         facts: dict[str, Any] = {}
         for part, sources, before, target in (
             (self.family.attention, chosen[0], group.before, group.between[chosen[1][-1]]),

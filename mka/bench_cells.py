@@ -181,6 +181,11 @@ def _plan(bench: Bench, cell: Cell, recipe: Recipe, get: Get) -> tuple[Product, 
     if method.fit or method.needs(options) & {REOBSERVE, DIVERGENCE, LOSS, OUTPUT_SIMILARITY}:
         keyed |= looking | recipe.calibration.model_dump(include={"search_tokens"})
         inputs |= read
+    if stages.tries_alignments(recipe.method):
+        from mka.alignment import VERSION
+
+        keyed |= {"alignment": VERSION, "dtype": recipe.model.dtype}
+        inputs |= read
     planned = get(bench.part("plan", keyed, inputs), plan)
     return planned, seconds | {"plan": planned.seconds}, reused and planned.reused
 

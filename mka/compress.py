@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mka import stages
+from mka.alignment_table import AlignmentTable, alignment_json
 from mka.checkpoint import Checkpoint, describe_checkpoint, open_checkpoint
 from mka.errors import GateRefused
 from mka.folds import Folds, bind_folds, folds_path, serialise_folds
@@ -37,6 +38,7 @@ class Compression:
         candidate: the same of the candidate.
         decision: the gate's; None if nothing was measured.
         seconds: stage -> seconds.
+        alignment: facts of the refit; None if there was none.
     """
 
     output: Path
@@ -45,6 +47,7 @@ class Compression:
     candidate: EvalReport
     decision: GateDecision | None
     seconds: Mapping[str, float]
+    alignment: Mapping[str, Any] | None = None
 
 
 @dataclass
@@ -81,12 +84,12 @@ def compress(job: Job, output: Path, *, command: str, say: Callable[[str], Any])
     recipe, clock = job.recipe, Clock(say)
     with publish(output, needed_bytes=candidate_nbytes(job) + COMPANIONS_NBYTES) as partial:
         plan, scores, folds = _decide_plan(job, clock)
-        with clock.stage("merge and quantize" if recipe.quantize.scheme != "off" else "merge"):
-            found = write_candidate(plan, job.base, recipe.quantize, partial, folds)
+        with clock.stage(_name_writing(job)):
+            found = write_candidate(plan, job.base, recipe.quantize, partial, folds, job.alignment, recipe.model)
         made = open_checkpoint(partial, verify=False)
         facts = describe_checkpoint(made) | {"path": str(output), "parameters": found["parameters"]}
         base, candidate, decision = _measure_both(job, made, facts, command, clock)
-        result = Compression(output, plan, base, candidate, decision, clock.seconds)
+        result = Compression(output, plan, base, candidate, decision, clock.seconds, found.get("alignment"))
         _write_evidence(job, result, scores, partial, command)
         if folds:
             folds_path(partial / EVIDENCE / "plan.json").write_bytes(serialise_folds(folds))
@@ -107,6 +110,12 @@ def _decide_plan(job: Job, clock: Clock) -> tuple[MergePlan, LayerScores | None,
         )
         folds = stages.fit_folds(recipe.method, plan, job.base, job.calibration, recipe.calibration, recipe.model)
     return bind_folds(plan, folds), scores, folds
+
+
+def _name_writing(job: Job) -> str:
+    parts = ["align"] * (job.alignment is not None) + ["merge"]
+    parts += ["quantize"] * (job.recipe.quantize.scheme != "off")
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
 
 
 def _measure_both(
@@ -144,6 +153,9 @@ def _write_evidence(job: Job, result: Compression, scores: LayerScores | None, f
     (evidence / "plan.json").write_text(result.plan.to_json(), encoding="utf-8")
     if scores is not None:
         scores.save(evidence / "scores.json")
+    if result.alignment is not None and job.alignment is not None:
+        written = alignment_json(result.alignment, job.alignment.digest)
+        (evidence / "alignment.json").write_text(written, encoding="utf-8")
     if result.decision is not None:
         for name, report in (("base", result.base), ("candidate", result.candidate)):
             (evidence / f"{name}.json").write_text(report.to_json(), encoding="utf-8")
@@ -163,10 +175,12 @@ def _write_evidence(job: Job, result: Compression, scores: LayerScores | None, f
             "digest": job.base.digest,
             "candidate_digest": result.candidate.checkpoint["digest"],
             "calibration_digest": job.calibration.digest if job.calibration else None,
+            **({"alignment_digest": job.alignment.digest} if job.alignment else {}),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": command,
         },
         stages=result.seconds,
+        alignment=result.alignment,
     )
     write_report(data, evidence)
     # SHA256SUMS covers the model and neither card nor evidence: a card is there to be edited.
@@ -186,23 +200,45 @@ def refuse_failed(decision: GateDecision | None, where: Path) -> GateRefused | N
 
 
 def write_candidate(
-    plan: MergePlan, base: Checkpoint, settings: QuantizeSettings, folder: Path, folds: Folds | None = None
+    plan: MergePlan,
+    base: Checkpoint,
+    settings: QuantizeSettings,
+    folder: Path,
+    folds: Folds | None = None,
+    alignment: AlignmentTable | None = None,
+    source: ModelSource | None = None,
 ) -> dict[str, Any]:
-    """Merge and, if asked for, quantize into an existing folder; the unquantized copy does not stay.
+    """Merge and, if asked for, align and quantize into an existing folder; the unquantized copy does not stay.
+
+    Args:
+        plan: what to make.
+        base: the base checkpoint.
+        settings: of quantization.
+        folder: where the files go.
+        folds: what the plan's method fitted.
+        alignment: what to refit on.
+        source: precision of the forward passes of a refit; needed with ``alignment``.
 
     Returns:
-        What a stranger's loader found in the result, see `mka.verification.inspect_checkpoint`.
+        What a stranger's loader found in the result, see `mka.verification.inspect_checkpoint`; with the facts of the
+        fit under ``"alignment"`` if there was one.
 
     Raises:
         PlanError: if plan and checkpoint, or plan and folds, do not fit.
+        NumericsError: if a fit is not finite.
         CheckpointError: if what was written does not load whole or does not generate soundly.
         OutputError: if it cannot be written.
     """
     made = folder / "merged"
-    facts = stages.write_merged(plan, base, made, folds)
+    if alignment is not None:
+        assert source is not None
+        facts = stages.write_aligned(plan, base, alignment.texts, alignment.settings, source, made)
+    else:
+        facts = stages.write_merged(plan, base, made, folds)
     if settings.scheme != "off":
         merged, made = made, folder / "quantized"
-        facts = stages.write_quantized(open_checkpoint(merged, verify=False), settings, made)
+        fit = {"alignment": facts["alignment"]} if "alignment" in facts else {}
+        facts = stages.write_quantized(open_checkpoint(merged, verify=False), settings, made) | fit
         shutil.rmtree(merged)
     for file in made.iterdir():
         file.rename(folder / file.name)

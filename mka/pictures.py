@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from mka.errors import PlanError
+from mka.plan_wording import label_sources
 
 if TYPE_CHECKING:
     import numpy as np
@@ -134,7 +135,7 @@ def _importance(figure: "Figure", values: "np.ndarray", plan: "MergePlan", title
 
 
 def draw_plan(plan: "MergePlan", form: Format = "png") -> bytes:
-    """Draw which source layers (top) make each output layer (below): a line per weight, its width the weight.
+    """Draw which source layers (top) make each output layer (below): a line per source, its width the share.
 
     Output layers sit under the mean position of their sources, so that a gap is what vanished. Long models wrap into
     rows of about 32 source layers, never inside a merged group.
@@ -193,17 +194,16 @@ def _plan_rows(figure: "Figure", plan: "MergePlan", rows: list[tuple[int, int]])
             centre = sum(layer.sources) / len(layer.sources) - first
             tint = tints.get(layer.sources[0])
             box(centre, bottom, str(output), tint or PAPER)
-            for source, weight in zip(layer.sources, layer.weights):
-                if weight == 0.0:
-                    continue
+            for source, share, text in label_sources(layer):
                 ends = ([source - first, centre], [top - 0.4, bottom + 0.4])
-                axes.plot(*ends, color=tint or FAINT, linewidth=1 + 3.5 * abs(weight), zorder=1)
+                axes.plot(*ends, color=tint or FAINT, linewidth=1 + 3.5 * abs(share), zorder=1)
                 if tint:
                     look = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
-                    text = f"{weight:.2f}".replace("0.", ".", 1)
                     axes.text(source - first, top - 0.72, text, ha="center", va="center", fontsize=6.2, bbox=look)
     title = f"{plan.layers_in} source layers → {plan.layers_out} output layers"
-    note = "Layers 0-based. Coloured: merged, with each source's weight. Grey line: a copy. Dashed, ×: nothing is left."
+    halves = any(layer.verb == "take" for layer in plan.merged)
+    given = "what is taken of each (A: attention, M: MLP)" if halves else "each source's weight"
+    note = f"Layers 0-based. Coloured: merged, with {given}. Grey line: a copy. Dashed, ×: nothing is left."
     write_heading(figure, title, note)
 
 

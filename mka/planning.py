@@ -208,8 +208,8 @@ def partition_layers(costs: Mapping[tuple[int, int], float], count: int, layers_
         best.append(row)
     if layers_out not in best[count]:
         raise PlanError(
-            f"target of {layers_out} layers cannot be reached: the {len(costs)} groups allowed leave at least "
-            f"{min(best[count])}; allow larger or more groups, protect fewer layers, or aim higher"
+            f"target of {layers_out} layers cannot be reached with the {len(costs)} groups allowed (within reach: "
+            f"{', '.join(map(str, sorted(best[count])))}); allow larger or more groups, or protect fewer layers"
         )
     found, covered = [], count
     for groups in range(layers_out, 0, -1):

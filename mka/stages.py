@@ -10,7 +10,7 @@ from mka.checkpoint import Checkpoint
 from mka.cuts import CutEvidence, find_cuts
 from mka.errors import CalibrationError, CheckpointError, PlanError
 from mka.folds import Folds, require_finite
-from mka.merging import check_plan_fits, merge_checkpoint, plan_tensors
+from mka.merging import check_alignable, check_plan_fits, merge_checkpoint, plan_tensors
 from mka.methods import (
     DIVERGENCE,
     HIDDEN_STATES,
@@ -78,6 +78,12 @@ def needs_hidden_states(choice: MethodChoice) -> bool:
     """Whether a method looks at hidden states at all."""
     method, settings = _resolve(choice)
     return HIDDEN_STATES in method.needs(settings)
+
+
+def tries_alignments(choice: MethodChoice) -> bool:
+    """Whether a method measures aligned merges while planning."""
+    method, settings = _resolve(choice)
+    return TRIALS in method.needs(settings)
 
 
 def _resolve(choice: MethodChoice) -> tuple[Method, Any]:
@@ -292,8 +298,7 @@ def write_aligned(
     from mka.aligning import Aligner
     from mka.loading import load_model
 
-    if plan.folds is not None:
-        raise PlanError(f"method {plan.method!r} fits on its own; allowed: alignment of plans without folds")
+    check_alignable(plan, aligned=True)
     check_plan_fits(plan, checkpoint)
     model, tokenizer = load_model(checkpoint.path, source.dtype, source.trust_remote_code)
     aligner = Aligner(model, tokenizer, texts, settings)

@@ -1,6 +1,7 @@
 """The calibration set: read at a DVC revision, guarded, kept apart from everything evaluation uses."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,10 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from mka.alignment_table import fit_windows, open_alignment
 from mka.calibration import CalibrationSet, load_calibration, read_heldout, read_rows, refuse_overlap
+from mka.checkpoint import open_checkpoint
+from mka.errors import CalibrationError
 from mka.products import Product, produce
 from mka.recipe import Recipe
 from tasks import guard, suites, tables
@@ -16,7 +20,7 @@ from tasks.versioned import Version, copy_tables, resolve_versions, table_name
 from tasks.workplace import Workplace
 
 VERSION = 1
-CALIBRATION_FILE = "calibration.jsonl"
+CALIBRATION_FILE, ALIGNMENT_FILE = "calibration.jsonl", "alignment.jsonl"
 
 
 @task(task_run_name="read tables at {recipe.calibration.rev}", cache_policy=NO_CACHE)
@@ -32,7 +36,22 @@ def read_tables(place: Workplace, recipe: Recipe) -> tuple[dict[str, Version], P
     if evaluation.tasks and evaluation.tasks_folder is not None:
         paths.append(evaluation.tasks_folder)
     versions = resolve_versions(place, paths, recipe.calibration.rev)
+    if recipe.alignment.enabled:
+        versions |= _resolve_alignment(place, recipe, versions)
     return versions, copy_tables(place, versions)
+
+
+def _resolve_alignment(place: Workplace, recipe: Recipe, others: Mapping[str, Version]) -> dict[str, Version]:
+    settings = recipe.alignment
+    found = resolve_versions(place, [settings.path], settings.rev, "alignment.rev")
+    # Copies lie side by side under their names.
+    for other in others.values():
+        if table_name(other.path) == table_name(settings.path) and found[str(settings.path)] != other:
+            raise CalibrationError(
+                f"alignment table {settings.path} has the name of {other.path}, which is read at another place or "
+                "revision; rename one of them, or give both the same revision"
+            )
+    return found
 
 
 @task(task_run_name="calibration set of {recipe.calibration.samples} texts", cache_policy=NO_CACHE)
@@ -51,27 +70,7 @@ def select_calibration(
     def make(folder: Path) -> Mapping[str, Any]:
         source = copies.folder / table_name(settings.path)
         chosen = load_calibration(source, settings.samples, path=str(settings.path))
-        claimed: dict[str, str] = {}
-        evaluation_texts: list[str] = []
-        if evaluation.overlap_index is not None:
-            rows = read_rows(copies.folder / table_name(evaluation.overlap_index))
-            guard.check(
-                "evaluation_texts",
-                tables.evaluation_table(rows),
-                suites.evaluation_texts(sorted({*evaluation.tasks, *(row["task"] for row in rows)})),
-                place.checks,
-                run,
-            )
-            claimed |= {row["text_sha256"]: row["task"] for row in rows}
-            evaluation_texts += [row["text"] for row in rows]
-        if evaluation.text is not None:
-            heldout = read_heldout(copies.folder / table_name(evaluation.text))
-            texts = [text for group in heldout.values() for text in group]
-            sources = [name for name, group in heldout.items() for _ in group]
-            table = tables.heldout_table(texts, sources)
-            guard.check("heldout", table, suites.heldout(), place.checks, run)
-            claimed |= dict(zip(table["text_sha256"], sources))
-            evaluation_texts += texts
+        claimed, evaluation_texts = _read_evaluation(place, recipe, copies, run)
         guard.check(
             "calibration",
             tables.calibration_table(chosen.texts, chosen.sources, claimed),
@@ -87,6 +86,79 @@ def select_calibration(
 
     keyed = {"samples": settings.samples, "tasks": sorted(evaluation.tasks)}
     return produce(place.stages, "calibration", version=VERSION, settings=keyed, inputs=used, make=make)
+
+
+@task(task_run_name="alignment table of {recipe.alignment.tokens} tokens", cache_policy=NO_CACHE)
+def select_alignment(
+    place: Workplace,
+    recipe: Recipe,
+    base: Mapping[str, Any],
+    versions: Mapping[str, Version],
+    copies: Product,
+    run: str,
+) -> Product:
+    """Take the texts that merged layers are refitted on, after the guards of all tables.
+
+    Raises:
+        GuardError: if a table breaks an expectation, e.g. an alignment text that evaluation uses.
+        CalibrationError: if a table cannot be read, or is too short.
+        RecipeError: if it has no source to leave out.
+    """
+    settings = recipe.alignment
+    used = {table_name(path): version.digest for path, version in versions.items()} | {"base": base["digest"]}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        claimed, evaluation_texts = _read_evaluation(place, recipe, copies, run)
+        path = copies.folder / table_name(settings.path)
+        rows = read_rows(path)
+        texts, sources = [row["text"] for row in rows], [row["source"] for row in rows]
+        table = tables.calibration_table(texts, sources, claimed)
+        guard.check("alignment", table, suites.calibration(1), place.checks, run)
+        chosen = fit_windows(
+            open_alignment(path, settings, evaluation_texts), open_checkpoint(base["path"], verify=False)
+        )
+        shutil.copyfile(path, folder / ALIGNMENT_FILE)
+        return {"digest": chosen.digest, "texts": len(texts), "windows": dict(chosen.windows)}
+
+    keyed = alignment_settings(recipe) | {"tasks": sorted(recipe.evaluation.tasks)}
+    return produce(place.stages, "alignment", version=VERSION, settings=keyed, inputs=used, make=make)
+
+
+def alignment_settings(recipe: Recipe) -> dict[str, Any]:
+    """Name what decides a refit beside its texts."""
+    return recipe.alignment.model_dump(include={"tokens", "context", "penalty", "heldout_source"})
+
+
+def _read_evaluation(place: Workplace, recipe: Recipe, copies: Product, run: str) -> tuple[dict[str, str], list[str]]:
+    """Guard and read what evaluation uses; returns digest -> task or source, and the texts."""
+    evaluation = recipe.evaluation
+    claimed: dict[str, str] = {}
+    used: list[str] = []
+    if evaluation.overlap_index is not None:
+        rows = read_rows(copies.folder / table_name(evaluation.overlap_index))
+        guard.check(
+            "evaluation_texts",
+            tables.evaluation_table(rows),
+            suites.evaluation_texts(sorted({*evaluation.tasks, *(row["task"] for row in rows)})),
+            place.checks,
+            run,
+        )
+        claimed |= {row["text_sha256"]: row["task"] for row in rows}
+        used += [row["text"] for row in rows]
+    if evaluation.text is not None:
+        heldout = read_heldout(copies.folder / table_name(evaluation.text))
+        texts = [text for group in heldout.values() for text in group]
+        sources = [name for name, group in heldout.items() for _ in group]
+        table = tables.heldout_table(texts, sources)
+        guard.check("heldout", table, suites.heldout(), place.checks, run)
+        claimed |= dict(zip(table["text_sha256"], sources))
+        used += texts
+    return claimed, used
+
+
+def open_alignment_texts(product: Product) -> dict[str, list[str]]:
+    """Read the alignment table back from its stage, source -> texts."""
+    return read_heldout(product.folder / ALIGNMENT_FILE)
 
 
 def open_calibration(product: Product) -> CalibrationSet:

@@ -16,7 +16,7 @@ from mka.products import Product, produce
 from mka.recipe import Recipe
 from mka.states import HiddenStates, LayerScores
 from tasks import guard, suites, tables
-from tasks.calibration import open_calibration
+from tasks.calibration import alignment_settings, open_alignment_texts, open_calibration
 from tasks.versioned import Version
 from tasks.workplace import Workplace
 
@@ -137,32 +137,52 @@ def plan(job: Job, calibration: Product, scores: Product | None) -> Product:
             folds_path(folder / PLAN_FILE).write_bytes(serialise_folds(folds))
         return {"layers_in": made.layers_in, "layers_out": made.layers_out, "layer_ratio": made.layer_ratio}
 
-    keyed = {
+    keyed: dict[str, Any] = {
         "method": recipe.method.model_dump(mode="json"),
         "target": recipe.target.model_dump(mode="json"),
         "calibration": recipe.calibration.model_dump(include={"max_tokens", "pooling", "search_tokens"}),
         "dtype": recipe.model.dtype,
     }
+    if stages.tries_alignments(recipe.method):
+        keyed["alignment_version"] = alignment_version()
     inputs = {"base": job.base["digest"], "calibration": calibration.facts["digest"]}
     return job.produce("plan", keyed, inputs | ({"scores": scores.digest} if scores else {}), make)
 
 
 @task(task_run_name="merge {job.base[layers]} layers into {plan.facts[layers_out]}", cache_policy=NO_CACHE)
-def merge(job: Job, plan: Product) -> Product:
-    """Write the merged checkpoint.
+def merge(job: Job, plan: Product, alignment: Product | None = None) -> Product:
+    """Write the merged checkpoint; with an alignment table, refit it meanwhile.
 
     Raises:
         CheckpointError: if what was written does not load whole.
         OutputError: if it cannot be written.
+        NumericsError: if a fit is not finite.
         GuardError: if the checkpoint's facts break an expectation.
     """
+    recipe = job.recipe
 
     def make(folder: Path) -> Mapping[str, Any]:
-        made = open_plan(plan)
-        facts = stages.write_merged(made, job.open_base(), folder / MODEL_FOLDER, open_folds(plan, made))
-        return _guarded_checkpoint(job, folder, facts, made.layers_out)
+        made, output = open_plan(plan), folder / MODEL_FOLDER
+        if alignment is None:
+            facts = stages.write_merged(made, job.open_base(), output, open_folds(plan, made))
+            return _guarded_checkpoint(job, folder, facts, made.layers_out)
+        texts = open_alignment_texts(alignment)
+        facts = stages.write_aligned(made, job.open_base(), texts, recipe.alignment, recipe.model, output)
+        return _guarded_checkpoint(job, folder, facts, made.layers_out) | {"alignment": facts["alignment"]}
 
-    return job.produce("merge", {}, {"base": job.base["digest"], "plan": plan.digest}, make)
+    keyed: dict[str, Any] = {}
+    inputs = {"base": job.base["digest"], "plan": plan.digest}
+    if alignment is not None:
+        keyed = alignment_settings(recipe) | {"dtype": recipe.model.dtype, "version": alignment_version()}
+        inputs |= {"alignment": alignment.facts["digest"]}
+    return job.produce("merge", keyed, inputs, make)
+
+
+def alignment_version() -> int:
+    """Version of aligned merging, part of what its results are stored by."""
+    from mka.alignment import VERSION
+
+    return VERSION
 
 
 @task(task_run_name="quantize to {job.recipe.quantize.scheme}", cache_policy=NO_CACHE)

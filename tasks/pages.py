@@ -14,6 +14,7 @@ from prefect.artifacts import (
 )
 from tabulate import tabulate
 
+from mka.alignment_report import summarise_alignment
 from mka.products import Product
 from mka.report import result_table
 from tasks.compression import Job
@@ -50,6 +51,8 @@ def print_summary(job: Job, evidence: Evidence, facts: Mapping[str, Any]) -> Non
     )
     subset = " Tasks are seeded subsets of n items." if any(job.recipe.evaluation.tasks.values()) else ""
     print(f"± is one standard error.{subset}")
+    if evidence.fit:
+        print(summarise_alignment(evidence.fit))
     print()
     print("\n".join(evidence.gate.facts["lines"]))
     print()

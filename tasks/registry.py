@@ -22,7 +22,7 @@ from mka.recipe import Recipe
 from tasks import guard
 from tasks.base_model import is_worth_retrying
 from tasks.compression import MODEL_FOLDER, Job, open_scores
-from tasks.reporting import Evidence, calibration_revision, read_code_commit
+from tasks.reporting import Evidence, calibration_revision, describe_alignment_table, read_code_commit
 from tasks.workplace import Workplace
 
 VERSION = 1
@@ -187,6 +187,7 @@ def _tags(job: Job, evidence: Evidence) -> dict[str, str]:
         "candidate_digest": evidence.candidate.facts["digest"],
         "calibration_digest": evidence.calibration.facts["digest"],
         "calibration_rev": calibration_revision(job),
+        **describe_alignment_table(job, evidence),
         "code_commit": read_code_commit(job.place.root),
         "recipe": job.recipe.name,
         "method": job.recipe.method.name,
@@ -213,6 +214,8 @@ def _log_evidence(job: Job, evidence: Evidence, report: Product) -> None:
     metrics["size_ratio"] = 1.0 - metrics["candidate/bytes"] / metrics["base/bytes"]
     mlflow.log_metrics({name: float(value) for name, value in metrics.items() if value == value})
     contexts = {str(job.recipe.calibration.path): "calibration"}
+    if evidence.alignment is not None:
+        contexts.setdefault(str(job.recipe.alignment.path), "alignment")
     if job.recipe.evaluation.text is not None:
         contexts[str(job.recipe.evaluation.text)] = "evaluation"
     for path, context in contexts.items():

@@ -10,6 +10,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from mka.alignment_table import alignment_json
 from mka.gate import recover_tasks
 from mka.measurements import EvalReport
 from mka.pictures import draw_plan, draw_similarity
@@ -24,7 +25,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything the report shows: the results of the stages before it."""
+    """Everything the report shows: the results of the stages before it; the last two only of an aligned merge."""
 
     calibration: Product
     scores: Product | None
@@ -34,6 +35,13 @@ class Evidence:
     candidate_report: Product
     speeds: Product
     gate: Product
+    alignment: Product | None = None
+    merged: Product | None = None
+
+    @property
+    def fit(self) -> Mapping[str, Any] | None:
+        """Facts of the refit; None if there was none."""
+        return self.merged.facts["alignment"] if self.merged else None
 
     def open_reports(self) -> tuple[EvalReport, EvalReport]:
         """Measurements of base and candidate, with their speeds."""
@@ -82,6 +90,7 @@ def report(job: Job, evidence: Evidence, seconds: Mapping[str, float]) -> Produc
                 "candidate_digest": evidence.candidate.facts["digest"],
                 "calibration_digest": evidence.calibration.facts["digest"],
                 "calibration_rev": calibration_revision(job),
+                **describe_alignment_table(job, evidence),
                 "code_commit": read_code_commit(job.place.root),
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "command": job.command,
@@ -90,9 +99,13 @@ def report(job: Job, evidence: Evidence, seconds: Mapping[str, float]) -> Produc
             registered=None
             if evidence.gate.facts["verdict"] == "fail"
             else registered_address(job.recipe, "candidate"),
+            alignment=evidence.fit,
         )
         write_report(data, folder)
         write_card(data, folder)
+        if evidence.fit and evidence.alignment:
+            written = alignment_json(evidence.fit, evidence.alignment.facts["digest"])
+            (folder / "alignment.json").write_text(written, encoding="utf-8")
         (folder / "plan.png").write_bytes(draw_plan(plan))
         if scores is not None:
             (folder / "similarity.png").write_bytes(
@@ -116,3 +129,11 @@ def registered_address(recipe: Recipe, alias: str) -> str:
 def calibration_revision(job: Job) -> str:
     """Commit the calibration table was read at, or "working copy"."""
     return job.versions[str(job.recipe.calibration.path)].rev or "working copy"
+
+
+def describe_alignment_table(job: Job, evidence: Evidence) -> dict[str, str]:
+    """Digest and commit of the alignment table; empty if nothing was refitted."""
+    if evidence.alignment is None:
+        return {}
+    revision = job.versions[str(job.recipe.alignment.path)].rev or "working copy"
+    return {"alignment_digest": evidence.alignment.facts["digest"], "alignment_rev": revision}

@@ -102,9 +102,12 @@ def scores(kind: str, layers: int, unit_diagonal: bool = True) -> list[Any]:
 def plan(layers_out: int) -> list[Any]:
     """Expectations of `tasks.tables.plan_table`: the target's count, adjacent layers of one kind, weights of 1."""
     gxe = import_great_expectations().expectations
+    from great_expectations.expectations.row_conditions import Column
+
+    summed = Column("verb") == "combine"
     return [
         gxe.ExpectTableRowCountToEqual(value=layers_out, description="As many layers remain as the target says."),
-        *[_complete(column) for column in ("skipped", "kinds", "weight_sum")],
+        *[_complete(column) for column in ("skipped", "kinds", "halves")],
         gxe.ExpectColumnValuesToBeUnique(column="first"),
         gxe.ExpectColumnValuesToBeBetween(
             column="skipped", min_value=0, max_value=0, description="Only adjacent layers are merged."
@@ -112,7 +115,13 @@ def plan(layers_out: int) -> list[Any]:
         gxe.ExpectColumnValuesToBeBetween(
             column="kinds", min_value=1, max_value=1, description="Layers of different kinds are never merged."
         ),
-        gxe.ExpectColumnValuesToBeBetween(column="weight_sum", min_value=1 - 1e-6, max_value=1 + 1e-6),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="halves", min_value=2, max_value=2, description="Attention and MLP both come from the group."
+        ),
+        gxe.ExpectColumnValuesToNotBeNull(column="weight_sum", row_condition=summed),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="weight_sum", min_value=1 - 1e-6, max_value=1 + 1e-6, row_condition=summed
+        ),
     ]
 
 

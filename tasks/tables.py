@@ -8,7 +8,7 @@ import numpy as np
 from mka.calibration import EXCERPT_CHARACTERS, text_digest
 from mka.errors import CalibrationError, NumericsError, PlanError
 from mka.measurements import EvalReport
-from mka.plan import MergePlan
+from mka.plan import LayerRecipe, MergePlan
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -160,8 +160,9 @@ def plan_table(plan: MergePlan, layer_kinds: Sequence[str] | None = None) -> "pd
             has one kind only.
 
     Returns:
-        Columns layer, sources (text), first, last, skipped (source layers left out inside the group; 0: adjacent),
-        kinds (number of different layer kinds in the group), weight_sum.
+        Columns layer, verb, sources (text), first, last, skipped (source layers left out inside the group; 0:
+        adjacent), kinds (number of different layer kinds among the attention layers it is made of), halves (of
+        attention and MLP, how many come from the group; 2: both), weight_sum (null where nothing is summed).
 
     Raises:
         PlanError: if there is not one kind per source layer.
@@ -174,16 +175,22 @@ def plan_table(plan: MergePlan, layer_kinds: Sequence[str] | None = None) -> "pd
     rows = [
         {
             "layer": index,
+            "verb": layer.verb,
             "sources": "+".join(str(source) for source in layer.sources),
             "first": layer.sources[0],
             "last": layer.sources[-1],
             "skipped": layer.sources[-1] - layer.sources[0] + 1 - len(layer.sources),
-            "kinds": len({kinds[source] for source in layer.sources}),
-            "weight_sum": float(sum(layer.weights)),
+            "kinds": len({kinds[source] for source in layer.attention or layer.sources}),
+            "halves": sum(bool(half) and {*half} <= {*layer.sources} for half in _halves(layer)),
+            "weight_sum": float(sum(layer.weights)) if layer.verb == "combine" else None,
         }
         for index, layer in enumerate(plan.layers)
     ]
     return pd.DataFrame(rows)
+
+
+def _halves(layer: LayerRecipe) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return (layer.attention, layer.mlp) if layer.verb == "take" else (layer.sources, layer.sources)
 
 
 def checkpoint_table(facts: Mapping[str, Any]) -> "pd.DataFrame":

@@ -31,17 +31,19 @@ class Version:
     digest: str
 
 
-def resolve_versions(place: Workplace, paths: Sequence[Path], rev: str | None) -> dict[str, Version]:
+def resolve_versions(
+    place: Workplace, paths: Sequence[Path], rev: str | None, key: str = "calibration.rev"
+) -> dict[str, Version]:
     """Look up what each path holds at a revision, without reading it.
 
     Paths outside the project, paths DVC does not track, and everything when ``rev`` is None are taken from the
-    working copy.
+    working copy. ``key`` is the recipe's key of the revision, for messages.
 
     Raises:
         CalibrationError: if a path exists neither at the revision nor in the working copy.
     """
     versions: dict[str, Version] = {}
-    tracked = _open(place, rev) if rev is not None else None
+    tracked = _open(place, rev, key) if rev is not None else None
     for path in paths:
         absolute = place.path(path)
         found = None
@@ -97,7 +99,7 @@ class _Tracked:
     commit: str
 
 
-def _open(place: Workplace, rev: str) -> _Tracked:
+def _open(place: Workplace, rev: str, key: str = "calibration.rev") -> _Tracked:
     logging.getLogger("dvc").setLevel(logging.ERROR)
     from dvc.api import DVCFileSystem
     from dvc.repo import Repo
@@ -109,7 +111,7 @@ def _open(place: Workplace, rev: str) -> _Tracked:
     except Exception as error:
         raise CalibrationError(
             f"DVC revision {rev!r} cannot be read: {' '.join(str(error).split())}; give an existing Git revision "
-            "as calibration.rev, or null for the working copy"
+            f"as {key}, or null for the working copy"
         ) from None
 
 

@@ -98,3 +98,30 @@ def family_model(request):
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory) -> Path:
     return save_model(make_tiny_model("llama"), tmp_path_factory.mktemp("llama") / "base")
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """Let pip find wheels in a folder only; returns that folder."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.delenv("PIP_INDEX_URL", raising=False)
+    return folder
+
+
+@pytest.fixture
+def conversions(monkeypatch):
+    """Replace the conversion of real GGUF files; returns the contents it was given."""
+    seen = []
+
+    def convert(gguf, folder):
+        seen.append(gguf.read_bytes())
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(gguf.read_bytes())
+
+    monkeypatch.setattr("mka.sources.convert_gguf", convert)
+    return seen

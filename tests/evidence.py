@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import FAMILY_NAMES, make_tokenizer
 
+from mka.alignment import Alignment
 from mka.candidate import Divergence, Loss, OutputSimilarity, build_candidate
 from mka.families import get_family, layer_kinds
 from mka.methods import (
@@ -14,27 +15,37 @@ from mka.methods import (
     LOSS,
     OUTPUT_SIMILARITY,
     REOBSERVE,
+    TRIALS,
     Evidence,
     get_method,
     method_names,
     method_settings,
 )
 from mka.observe import observe
+from mka.trials import AlignedTrials
+from mka.windows import pack_windows
 
 TOKENIZER = make_tokenizer()
 ORACLES = {DIVERGENCE: Divergence, LOSS: Loss, OUTPUT_SIMILARITY: OutputSimilarity}
 IDS = (torch.arange(1, 25) * 31 % 97).reshape(2, 12)
 # Settings under which a method takes another road; a method not named here has one.
+SMALL = {"tokens": 256, "heldout_tokens": 64, "context": 16}
 ROADS = {
+    "aligned": (
+        SMALL,
+        {**SMALL, "operator": "keep", "selection": "divergence"},
+        {**SMALL, "operator": "average", "proposed": 1.0},
+        {"selection": "similarity"},
+    ),
     "mka": (
         {},
         {"weights": "fixed", "weight": 0.5},
         {"weights": "line-search", "grid": [0, 0.5, 1]},
         {"selection": "iterative"},
-    )
+    ),
 }
 METHODS = [(name, settings) for name in method_names() for settings in ROADS.get(name, ({},))]
-METHOD_IDS = ["-".join([name, *map(str, settings.values())]) for name, settings in METHODS]
+METHOD_IDS = ["-".join([name, *(str(v) for k, v in settings.items() if k not in SMALL)]) for name, settings in METHODS]
 every_method = pytest.mark.parametrize(("name", "settings"), METHODS, ids=METHOD_IDS)
 every_family = pytest.mark.parametrize("family", FAMILY_NAMES)
 
@@ -48,7 +59,7 @@ def look(model, texts, **options):
     return observe(model, TOKENIZER, texts, max_tokens=24, **options)
 
 
-def gather(model, needs, texts):
+def gather(model, needs, texts, settings=None):
     """What the method asked for, and nothing else."""
     kinds = layer_kinds(model.config, get_family(model.config.model_type, "test"))
     evidence = Evidence(model.config.num_hidden_layers, kinds)
@@ -59,12 +70,24 @@ def gather(model, needs, texts):
     for need in needs & ORACLES.keys():
         oracle = ORACLES[need](model, TOKENIZER, texts, max_tokens=24, tokens=200)
         evidence = dataclasses.replace(evidence, **{need: oracle})
+    if TRIALS in needs:
+        fitted, heldout = settings.tokens // settings.context, settings.heldout_tokens // settings.context
+        windows = pack_windows(TOKENIZER, texts, settings.context, fitted + heldout)
+        evidence = dataclasses.replace(evidence, trials=AlignedTrials(model, torch.tensor(windows), heldout))
     return evidence
+
+
+def aligned_tensors(model, plan, texts):
+    """What an alignment of the plan makes of each output layer; None where the plan needs none."""
+    if not any(layer.selects for layer in plan.layers):
+        return None
+    windows = torch.tensor(pack_windows(TOKENIZER, texts, 16))
+    return (made.tensors for made in Alignment(model, windows).walk(plan.layers))
 
 
 def score_and_plan(model, name, settings, aim, texts):
     method, options = get_method(name), method_settings(name, settings)
-    evidence = gather(model, method.needs(options), texts)
+    evidence = gather(model, method.needs(options), texts, options)
     scores = method.score(evidence, options) if method.score else None
     return scores, method.plan(evidence, scores, aim, options)
 

@@ -11,7 +11,7 @@ from mka.cuts import CutEvidence
 from mka.errors import RecipeError, nearest
 from mka.folds import Folds
 from mka.plan import LayerRecipe, MergePlan
-from mka.recipe import Section, explain_validation
+from mka.recipe import MethodChoice, Section, explain_validation
 from mka.states import HiddenStates, LayerScores
 
 # A row per method: the name in recipes, and the module that holds its METHOD.
@@ -101,6 +101,8 @@ class Method:
         plan_settings: settings that scores do not depend on.
         plan: evidence, scores, aim and settings to a plan.
         fit: residual streams at the plan's cuts, the plan and settings to folds; None if it fits nothing.
+        competing: most layers whose heads or neurons compete for one output layer under given settings; above 1, only
+            an alignment can write its plans.
     """
 
     name: str
@@ -113,6 +115,7 @@ class Method:
     score: Callable[[Evidence, Any], LayerScores] | None = None
     plan_settings: frozenset[str] = frozenset()
     fit: Callable[[CutEvidence, MergePlan, Any], Folds] | None = None
+    competing: Callable[[Any], int] = field(default=lambda settings: 1)
 
 
 def method_names() -> list[str]:
@@ -142,3 +145,19 @@ def method_settings(name: str, given: Mapping[str, Any], where: str = "method") 
         return model.model_validate(dict(given))
     except ValidationError as error:
         raise RecipeError(explain_validation(error, model, f"{where}: settings of method {name!r}")) from None
+
+
+def check_alignment(choice: MethodChoice, enabled: bool, where: str = "method") -> None:
+    """Refuse a method that cannot do with, or without, an alignment.
+
+    Raises:
+        RecipeError: if it fits its own correction and alignment is on, or leaves a choice to it and alignment is off.
+    """
+    method, settings = get_method(choice.name), method_settings(choice.name, choice.settings, where)
+    if enabled and method.fit:
+        raise RecipeError(
+            f"{where}: method {method.name!r} fits its own correction; alignment is for methods that do not"
+        )
+    if not enabled and method.competing(settings) > 1:
+        operator = f" with operator {settings.operator}" if hasattr(settings, "operator") else ""
+        raise RecipeError(f"{where}: method {method.name!r}{operator} needs alignment: {{enabled: true}}")

@@ -2,10 +2,11 @@
 
 Each group of neighbouring layers becomes one layer. Its attention is that of the layer whose attention the base misses
 most; its MLP is made of the neurons of the whole group that predict the base best (`operator: concat-select`). Which
-groups: a partition of all layers at the least sum of divergences, each measured with that one group merged and refitted
-(`mka.planning.partition_layers`). The plan is meant to be written with `alignment: {enabled: true}`.
+groups: a partition of all layers at the least sum of divergences, each measured with that one group replaced by its
+survivor, refitted (`mka.planning.partition_layers`). The plan is meant to be written with `alignment: {enabled: true}`.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from mka.errors import PlanError
 from mka.methods import HIDDEN_STATES, TRIALS, Aim, Evidence, Method
 from mka.npib import SimilaritySettings, score_similarity
 from mka.plan import LayerRecipe, MergePlan, Step, take_layers
-from mka.planning import merge_adjacent, partition_layers
+from mka.planning import deletable_layers, merge_adjacent, partition_layers
 from mka.recipe import Section
 from mka.states import LayerScores
 
@@ -39,7 +40,9 @@ class Settings(Section):
 def score(evidence: Evidence, settings: Settings) -> LayerScores:
     """NPIB similarity of every pair of layers, (L, L), with MKA's default settings."""
     assert evidence.states is not None
-    return score_similarity(evidence.states, SimilaritySettings(), "aligned", evidence.on_progress)
+    scores = score_similarity(evidence.states, SimilaritySettings(), "aligned", evidence.on_progress)
+    # Scores carry settings of the method; those of the similarity are not for choosing here.
+    return replace(scores, settings={})
 
 
 def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> MergePlan:
@@ -55,8 +58,11 @@ def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Set
         recipes, costs = _try_groups(evidence, scores.values, aim, settings)
         spans = partition_layers(costs, evidence.layers, aim.layers_out)
     layers = tuple(recipes[span] if span in recipes else LayerRecipe((span[0],), (1.0,)) for span in spans)
-    merged = sorted((span for span in spans if span in recipes), key=lambda span: costs[span])
-    steps = tuple(Step((a,), tuple(range(a + 1, b + 1)), costs[a, b], 0.0) for a, b in merged)
+    first_is_best = -1.0 if settings.selection == "similarity" else 1.0
+    merged = sorted((span for span in spans if span in recipes), key=lambda span: first_is_best * costs[span])
+    steps = tuple(
+        Step((a,), tuple(range(a + 1, b + 1)), costs[a, b], sum(recipes[a, b].weights[:1], 0.0)) for a, b in merged
+    )
     return MergePlan("aligned", METHOD.label, evidence.layers, layers, steps, settings.model_dump(mode="json"))
 
 
@@ -86,12 +92,15 @@ def _try_groups(
 ) -> tuple[dict[tuple[int, int], LayerRecipe], dict[tuple[int, int], float]]:
     trials = evidence.trials
     assert trials is not None
+    deletable_layers(evidence.layers, aim.layers_out, protect_first=aim.protect_first, protect_last=aim.protect_last)
     first, stop = aim.protect_first, evidence.layers - aim.protect_last
     spans = [(a, a + n - 1) for n in range(2, settings.largest + 1) for a in range(first, stop - n + 1)]
     if settings.operator == "average":
         spans = [(a, b) for a, b in spans if len(set(evidence.kinds[a : b + 1])) == 1]
     if settings.selection == "both":
         spans = _propose(spans, similarity, settings.proposed)
+    # Refuses a target that no partition reaches, before the trials run.
+    partition_layers(dict.fromkeys(spans, 0.0), evidence.layers, aim.layers_out)
     missed = {i: trials.measure_attention(i) for i in sorted({i for a, b in spans for i in range(a, b + 1)})}
     survivor = {(a, b): max(range(a, b + 1), key=missed.__getitem__) for a, b in spans}
     # Choosing neurons would treble the cost of a trial; what one survivor loses says how alike the group is.
@@ -128,4 +137,5 @@ METHOD = Method(
     needs=needs,
     score=score,
     plan_settings=frozenset(Settings.model_fields),
+    competing=lambda settings: settings.largest if settings.operator == "concat-select" else 1,
 )

@@ -3,19 +3,20 @@
 import pytest
 import torch
 from conftest import LAYERS, make_tiny_model, save_model
-from evidence import every_method, look, score_and_plan
+from evidence import TOKENIZER, every_family, every_method, look, score_and_plan
 from safetensors.torch import load_file, save_file
 
 from mka import stages
+from mka.aligning import Aligner
 from mka.calibration import CalibrationSet, digest_texts
 from mka.checkpoint import open_checkpoint
 from mka.errors import CheckpointError, NumericsError, PlanError, RecipeError
 from mka.folds import bind_folds
 from mka.merging import merge_checkpoint
 from mka.methods import Aim, get_method
-from mka.plan import LayerRecipe, MergePlan, keep_layers
+from mka.plan import LayerRecipe, MergePlan, identity_layers, keep_layers, take_layers
 from mka.progress import showing
-from mka.recipe import CalibrationSettings, MethodChoice, ModelSource, QuantizeSettings, Target
+from mka.recipe import AlignmentSettings, CalibrationSettings, MethodChoice, ModelSource, QuantizeSettings, Target
 from mka.states import HiddenStates
 from mka.verification import inspect_checkpoint, require_sound
 
@@ -50,7 +51,14 @@ def test_stages_plan_what_the_method_plans_and_write_it(
         plan = stages.plan_layers(choice, target, checkpoint, scores, calibration, LOOKING, source)
         folds = stages.fit_folds(choice, plan, checkpoint, calibration, LOOKING, source)
         plan = bind_folds(plan, folds)
-        facts = stages.write_merged(plan, checkpoint, tmp_path / "out", folds)
+        if any(layer.selects for layer in plan.layers):
+            with pytest.raises(PlanError, match="decided by an alignment; merge this plan with alignment enabled"):
+                stages.write_merged(plan, checkpoint, tmp_path / "out", folds)
+            assert not list(tmp_path.iterdir())
+            fitting = AlignmentSettings(tokens=256, context=16, penalty=1.0)
+            facts = stages.write_aligned(plan, checkpoint, {"test": texts}, fitting, source, tmp_path / "out")
+        else:
+            facts = stages.write_merged(plan, checkpoint, tmp_path / "out", folds)
     assert (folds is None) == (get_method(name).fit is None) == (plan.folds is None)
     assert plan.base == {"model": str(on_disk[family]), "digest": checkpoint.digest, "model_type": family}
     _, expected = score_and_plan(models[family], name, settings, Aim(5, 1, 1), texts)
@@ -143,3 +151,36 @@ def test_a_folder_that_lost_a_tensor_is_refused_by_the_strangers_look(tmp_path):
     assert facts["missing_keys"] == 1
     with pytest.raises(CheckpointError, match="1 missing keys after writing; nothing was published"):
         require_sound(facts, folder)
+
+
+@every_family
+def test_aligning_a_plan_that_changes_nothing_leaves_every_tensor_byte_equal(family, models, texts, tmp_path):
+    source = open_checkpoint(save_model(models[family], tmp_path / "base"))
+    settings = AlignmentSettings(tokens=256, context=16)
+    aligner = Aligner(models[family], TOKENIZER, {"a": texts[:30], "b": texts[30:]}, settings)
+    plan = MergePlan("test", "", LAYERS, identity_layers(LAYERS))
+    with showing(False):
+        merge_checkpoint(plan, source, tmp_path / "out", aligned=aligner.align(plan.layers))
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert aligner.facts["layers"] == [{}] * LAYERS
+    assert aligner.facts["probes"]["source"] == "b" and set(aligner.facts["probes"]["divergence"].values()) == {0.0}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_aligned_bfloat16_checkpoint_stays_bfloat16(dtype, texts, tmp_path):
+    model = make_tiny_model("llama", dtype=torch.bfloat16)
+    folder = save_model(model, tmp_path / "base")
+    group = take_layers((2, 3), (2,), (2, 3))
+    plan = MergePlan("test", "", LAYERS, (*keep_layers([0, 1]), group, *keep_layers([4, 5])))
+    settings, source = AlignmentSettings(tokens=256, context=16, penalty=1.0), ModelSource(folder=folder, dtype=dtype)
+    with showing(False):
+        facts = stages.write_aligned(plan, open_checkpoint(folder), {"a": texts}, settings, source, tmp_path / "out")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    require_sound(facts, "out")
+    state, name = model.state_dict(), "mlp.down_proj.weight"
+    for new, old in ((0, 0), (1, 1), (3, 4), (4, 5)):  # refitted from the first change on
+        same = torch.equal(after[f"model.layers.{new}.{name}"], state[f"model.layers.{old}.{name}"])
+        assert same == (new < 2)
+    assert sum(facts["alignment"]["layers"][2]["mlp units"].values()) == 64

@@ -16,7 +16,7 @@ import pytest
 from mka.calibration import text_digest
 from mka.errors import CalibrationError, GuardError, NumericsError, OutputError, PlanError
 from mka.measurements import EvalReport, Score
-from mka.plan import LayerRecipe, MergePlan
+from mka.plan import LayerRecipe, MergePlan, take_layers
 from tasks import guard, suites, tables
 
 TEXTS = ("The cat sat.", "A river runs south.", "Tides follow the moon.")
@@ -214,6 +214,18 @@ def test_diagonal_is_free_where_the_definition_leaves_it_free(folder):
     assert guard.check("scores", table, suites.scores("pairwise-similarity", 3, unit_diagonal=False), folder).passed
 
 
+def test_plan_of_halves_has_no_weights_to_sum_and_needs_one_kind_of_attention_only(folder):
+    layers = (LayerRecipe((0,), (1.0,)), take_layers((1, 2), (2,), (1, 2)))
+    kinds = ["full", "full", "sliding", "sliding"]
+    table = tables.plan_table(MergePlan("aligned", "", 4, layers), kinds)
+    assert list(table["verb"]) == ["combine", "take"] and list(table["weight_sum"].isna()) == [False, True]
+    guard.check("plan", table, suites.plan(2), folder)
+    assert "(weight_sum" in refusal(folder, "plan", table.assign(weight_sum=None), suites.plan(2))
+    assert "(halves" in refusal(folder, "plan", table.assign(halves=[2, 1]), suites.plan(2))
+    mixed = MergePlan("aligned", "", 4, (layers[0], take_layers((1, 2), (1, 2), (1,))))
+    assert "(kinds" in refusal(folder, "plan", tables.plan_table(mixed, kinds), suites.plan(2))
+
+
 @pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
 def test_importance_that_is_not_finite(folder, fault):
     table = tables.scores_table(np.array([0.3, fault]), "layer-importance")
@@ -223,14 +235,14 @@ def test_importance_that_is_not_finite(folder, fault):
 
 def test_plan_with_another_count_than_the_target(folder):
     message = refusal(folder, "plan", tables.plan_table(plan()), suites.plan(2))
-    assert "failed 1 of 8: expect_table_row_count_to_equal(value=2): observed 3 " in message
+    assert "failed 1 of 10: expect_table_row_count_to_equal(value=2): observed 3 " in message
 
 
 def test_plan_that_merges_distant_layers_of_different_kinds(folder):
     layers = (LayerRecipe((0,), (1.0,)), LayerRecipe((1, 3), (0.5, 0.5)))
     table = tables.plan_table(MergePlan("mka", "", 4, layers), ["full", "full", "sliding", "sliding"])
     message = refusal(folder, "plan", table.assign(weight_sum=[1.0, 1.1]), suites.plan(2))
-    assert "failed 3 of 8" in message
+    assert "failed 3 of 10" in message
     assert "(skipped, min_value=0.0, max_value=0.0): 1 unexpected, e.g. [1] in rows [1]" in message
     assert "(kinds, min_value=1.0, max_value=1.0): 1 unexpected, e.g. [2] in rows [1]" in message
     assert "1 unexpected, e.g. [1.1] in rows [1]" in message

@@ -80,3 +80,14 @@ def test_the_recipe_on_smollm2_takes_4_7_10_and_13_layers_out_on_seen_and_unseen
     assert bench.evaluation.text_tokens >= 8192 and bench.evaluation.context == 512
     measured = [text.path.resolve() for text in bench.texts]
     assert not {bench.calibration.path.resolve(), bench.alignment.path.resolve()} & set(measured)
+
+
+def test_the_recipe_on_gemma_differs_from_that_on_smollm2_in_model_and_size_only():
+    gemma, smollm2 = (load_bench(ROOT / f"recipes/bench_{name}.yaml") for name in ("gemma3", "smollm2"))
+    assert sorted(18 - target for target in gemma.targets) == [3, 5]
+    assert [text.path for text in gemma.texts] == [text.path for text in smollm2.texts]
+    assert {entry.row for entry in gemma.methods} <= {entry.row for entry in smollm2.methods}
+    assert [entry.name for entry in gemma.methods if entry.ours] == ["aligned"]
+    assert len(gemma.model.packages) == len(gemma.model.digests) == 5
+    outputs = [path for bench in (gemma, smollm2) for path in (bench.output, bench.picture)]
+    assert len(set(outputs)) == len(outputs)

