@@ -184,7 +184,7 @@ def _plan(bench: Bench, cell: Cell, recipe: Recipe, get: Get) -> tuple[Product, 
     if stages.tries_alignments(recipe.method):
         from mka.alignment import VERSION
 
-        keyed |= {"alignment": VERSION, "dtype": recipe.model.dtype}
+        keyed = keyed | {"alignment": VERSION, "dtype": recipe.model.dtype}
         inputs |= read
     planned = get(bench.part("plan", keyed, inputs), plan)
     return planned, seconds | {"plan": planned.seconds}, reused and planned.reused

@@ -108,9 +108,7 @@ class Refit:
         columns = torch.isin(owner, written.topk(2 * units).indices).nonzero().squeeze(1)
         return features[..., columns], prior[columns], owner[columns]
 
-    def _choose(
-        self, moments: Moments, prior: torch.Tensor, owner: torch.Tensor, penalty: float
-    ) -> torch.Tensor:
+    def _choose(self, moments: Moments, prior: torch.Tensor, owner: torch.Tensor, penalty: float) -> torch.Tensor:
         """Put the units that predict the target best into the layer made; return their columns, (F,)."""
         units, count = count_units(self.made, self.part), len(self.sources)
         kept = select_features(moments, prior, owner, units, penalty=penalty)
