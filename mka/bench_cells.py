@@ -155,7 +155,7 @@ def _plan(bench: Bench, cell: Cell, recipe: Recipe, get: Get) -> tuple[Product, 
                 made.save(folder / SCORES_FILE)
             return {"scored": made is not None}
 
-        keyed = {
+        keyed: dict[str, Any] = {
             "method": method.name,
             "settings": {k: v for k, v in resolved.items() if k not in method.plan_settings},
         }
@@ -176,7 +176,11 @@ def _plan(bench: Bench, cell: Cell, recipe: Recipe, get: Get) -> tuple[Product, 
         (folder / PLAN_FILE).write_text(made.to_json(), encoding="utf-8")
         return {"layers_out": made.layers_out, "removed": list(made.removed)}
 
-    keyed = {"method": method.name, "settings": resolved, "target": recipe.target.model_dump(mode="json")}
+    keyed = {
+        "method": method.name,
+        "settings": resolved,
+        "target": recipe.target.model_dump(mode="json"),
+    }
     inputs = base | ({"scores": scores.digest} if scores else {})
     if method.fit or method.needs(options) & {REOBSERVE, DIVERGENCE, LOSS, OUTPUT_SIMILARITY}:
         keyed |= looking | recipe.calibration.model_dump(include={"search_tokens"})
@@ -184,7 +188,7 @@ def _plan(bench: Bench, cell: Cell, recipe: Recipe, get: Get) -> tuple[Product, 
     if stages.tries_alignments(recipe.method):
         from mka.alignment import VERSION
 
-        keyed = keyed | {"alignment": VERSION, "dtype": recipe.model.dtype}
+        keyed |= {"alignment": VERSION, "dtype": recipe.model.dtype}
         inputs |= read
     planned = get(bench.part("plan", keyed, inputs), plan)
     return planned, seconds | {"plan": planned.seconds}, reused and planned.reused
