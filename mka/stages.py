@@ -214,8 +214,8 @@ def open_oracles(
 def _open_trials(model: Any, tokenizer: Any, texts: Sequence[str], options: Any) -> Any:
     import torch
 
-    from mka.trials import AlignedTrials
-    from mka.windows import pack_windows
+    from mka.trials import COPIES, AlignedTrials
+    from mka.windows import make_copies, pack_windows
 
     fitted, heldout = (max(1, tokens // options.context) for tokens in (options.tokens, options.heldout_tokens))
     windows = pack_windows(tokenizer, texts, options.context, fitted + heldout)
@@ -224,7 +224,9 @@ def _open_trials(model: Any, tokenizer: Any, texts: Sequence[str], options: Any)
             f"{len(windows)} windows of {options.context} tokens in the calibration set, {fitted + heldout} needed; "
             f"give more samples, or lower the method's tokens, heldout_tokens or context"
         )
-    return AlignedTrials(model, torch.tensor(windows), heldout)
+    copies = make_copies(torch.tensor(windows[:fitted]), COPIES if options.copying else 0)
+    windows = torch.cat([torch.tensor(windows), copies])
+    return AlignedTrials(model, windows, heldout + len(copies), copies=len(copies), copying=options.copying)
 
 
 def fit_folds(

@@ -9,6 +9,9 @@ from mka.candidate import read_out
 from mka.plan import LayerRecipe
 from mka.sublayers import run_sublayer
 
+# Windows of tokens said twice.
+COPIES = 2
+
 
 class AlignedTrials:
     """Tries changes one at a time on the base's own hidden states; satisfies `mka.methods.Trials`.
@@ -18,8 +21,17 @@ class AlignedTrials:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Any, windows: torch.Tensor, heldout: int) -> None:
-        """Run the base once over windows (S, T), of which the last ``heldout`` are measured."""
+    def __init__(self, model: Any, windows: torch.Tensor, heldout: int, copies: int = 0, copying: float = 0.0) -> None:
+        """Run the base once.
+
+        Args:
+            model: the base.
+            windows: token ids, (S, T).
+            heldout: windows at the end that are measured, not fitted on.
+            copies: how many of those, at the very end, say their tokens twice (`mka.windows.make_copies`).
+            copying: weight of the divergence on them, added to that on the other held-out windows.
+        """
+        self.copies, self.copying = copies, copying
         self.walk = Alignment(model, windows, heldout)
         self.model, self.heldout = model, heldout
         self.inputs = [self.walk.start]
@@ -36,25 +48,35 @@ class AlignedTrials:
         """Run the base's layers from ``first`` on over held-out states, (S, T, D); return the divergence."""
         for index in range(first, len(self.model.model.layers)):
             states = self._run(index, states)
-        total = 0.0
-        for base, row in zip(self.base, states):
-            total += float((base.exp() * (base - self._read_out(row))).sum(dtype=torch.float64))
-        return total / (len(self.base) * states.shape[1])
+        rows = [
+            float((base.exp() * (base - self._read_out(row))).sum(dtype=torch.float64)) / states.shape[1]
+            for base, row in zip(self.base, states)
+        ]
+        texts = len(rows) - self.copies
+        said_twice = sum(rows[texts:]) / self.copies if self.copies else 0.0
+        return sum(rows[:texts]) / texts + self.copying * said_twice
 
-    def _run(self, index: int, states: torch.Tensor, attention: bool = True) -> torch.Tensor:
+    def _run(self, index: int, states: torch.Tensor, *, without: str = "") -> torch.Tensor:
         layer, context, family = self.model.model.layers[index], self.walk.contexts[index], self.walk.family
-        halves = (family.attention, family.mlp) if attention else (family.mlp,)
-        for half in halves:
-            states = run_sublayer(layer, half, states, context)
+        for half in (family.attention, family.mlp):
+            if half.module != without:
+                states = run_sublayer(layer, half, states, context)
         return states
 
-    @torch.inference_mode()
     def measure_attention(self, layer: int) -> float:
         """Return the divergence of the base without the attention of one layer."""
-        if layer not in self.known:
-            states = self._run(layer, self.inputs[layer][-self.heldout :], attention=False)
-            self.known[layer] = self._finish(states, layer + 1)
-        return self.known[layer]
+        return self._measure_without(layer, self.walk.family.attention.module)
+
+    def measure_mlp(self, layer: int) -> float:
+        """Return the divergence of the base without the MLP of one layer."""
+        return self._measure_without(layer, self.walk.family.mlp.module)
+
+    @torch.inference_mode()
+    def _measure_without(self, layer: int, module: str) -> float:
+        if (layer, module) not in self.known:
+            states = self._run(layer, self.inputs[layer][-self.heldout :], without=module)
+            self.known[layer, module] = self._finish(states, layer + 1)
+        return self.known[layer, module]
 
     @torch.inference_mode()
     def measure_group(self, layer: LayerRecipe) -> float:

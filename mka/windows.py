@@ -62,3 +62,25 @@ def deal_windows(
     for source in loss[: min(there, wanted) - sum(dealt.values())]:
         dealt[source] += 1
     return {source: torch.tensor(packed[source][:n]) for source, n in dealt.items() if n}
+
+
+def make_copies(windows: torch.Tensor, count: int, seed: int = 0) -> torch.Tensor:
+    """Return windows whose second half repeats the first: tokens of other windows in random order, said twice.
+
+    Nothing but copying predicts the second half, so what attention does for copying, which prose rarely needs and
+    text with many repeated marks or names needs everywhere, shows in few windows.
+
+    Args:
+        windows: (S, T) int64; each drawn from once, its first token (a BOS, where there is one) kept in place.
+        count: windows wanted.
+        seed: of the order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    length = windows.shape[1]
+    half = (length - 1) // 2
+    copies = []
+    for index in range(count):
+        source = windows[index % len(windows)]
+        said = source[1:][torch.randperm(length - 1, generator=generator)[:half]]
+        copies.append(torch.cat([source[:1], said, said, said[: length - 1 - 2 * half]]))
+    return torch.stack(copies) if copies else windows[:0]

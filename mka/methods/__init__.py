@@ -53,6 +53,10 @@ class Trials(Protocol):
         """Without the attention of one layer."""
         ...
 
+    def measure_mlp(self, layer: int) -> float:
+        """Without the MLP of one layer."""
+        ...
+
     def measure_group(self, layer: LayerRecipe) -> float:
         """With one group of layers replaced by one aligned layer."""
         ...

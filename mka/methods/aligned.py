@@ -1,9 +1,10 @@
 """Aligned merging, the project's own: NPIB proposes groups of layers, the divergence of an aligned merge decides.
 
 Each group of neighbouring layers becomes one layer. Its attention is that of the layer whose attention the base misses
-most; its MLP is made of the neurons of the whole group that predict the base best (`operator: concat-select`). Which
-groups: a partition of all layers at the least sum of divergences, each measured with that one group replaced by its
-survivor, refitted (`mka.planning.partition_layers`). The plan is meant to be written with `alignment: {enabled: true}`.
+most; its MLP is made of the neurons of the whole group that predict the base best (`operator: concat-select`), or is
+the MLP the base misses most (`keep`). Which groups: a partition of all layers at the least sum of divergences, each
+measured with that one group replaced by what the base misses most of it, refitted (`mka.planning.partition_layers`). The plan is
+meant to be written with `alignment: {enabled: true}`.
 """
 
 from dataclasses import replace
@@ -35,6 +36,9 @@ class Settings(Section):
     tokens: int = Field(4096, ge=256, description="Calibration tokens a trial is fitted on")
     heldout_tokens: int = Field(1024, ge=64, description="Further calibration tokens its divergence is measured on")
     context: int = Field(512, ge=16, description="Tokens per window of a trial")
+    copying: float = Field(
+        0.05, ge=0, description="Weight of the divergence on random tokens said twice, beside that on held-out text"
+    )
 
 
 def score(evidence: Evidence, settings: Settings) -> LayerScores:
@@ -52,7 +56,7 @@ def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Set
         raise PlanError(f"scores are of {scores.layers} layers, the model has {evidence.layers}")
     if settings.selection == "similarity":
         spans = _group_by_similarity(evidence, scores.values, aim, settings)
-        recipes = {span: _make(span, span[0], settings) for span in spans if span[0] < span[1]}
+        recipes = {span: _make(span, (span[0], span[0]), settings) for span in spans if span[0] < span[1]}
         costs = {span: float(scores.values[span]) for span in recipes}
     else:
         recipes, costs = _try_groups(evidence, scores.values, aim, settings)
@@ -80,11 +84,13 @@ def _group_by_similarity(
     return [(layer.sources[0], layer.sources[-1]) for layer in layers]
 
 
-def _make(span: tuple[int, int], attention: int, settings: Settings) -> LayerRecipe:
+def _make(span: tuple[int, int], survivors: tuple[int, ...], settings: Settings) -> LayerRecipe:
+    """Return what a group becomes; survivors are the layers whose attention and whose MLP it cannot do without."""
     sources = tuple(range(span[0], span[1] + 1))
+    attention, mlp = survivors
     if settings.operator == "average":
         return LayerRecipe(sources, (1.0 / len(sources),) * len(sources))
-    return take_layers(sources, (attention,), (attention,) if settings.operator == "keep" else sources)
+    return take_layers(sources, (attention,), (mlp,) if settings.operator == "keep" else sources)
 
 
 def _try_groups(
@@ -101,16 +107,19 @@ def _try_groups(
         spans = _propose(spans, similarity, settings.proposed)
     # Refuses a target that no partition reaches, before the trials run.
     partition_layers(dict.fromkeys(spans, 0.0), evidence.layers, aim.layers_out)
-    missed = {i: trials.measure_attention(i) for i in sorted({i for a, b in spans for i in range(a, b + 1)})}
-    survivor = {(a, b): max(range(a, b + 1), key=missed.__getitem__) for a, b in spans}
+    candidates = sorted({i for a, b in spans for i in range(a, b + 1)})
+    attention = {i: trials.measure_attention(i) for i in candidates}
+    mlp = {i: trials.measure_mlp(i) for i in candidates}
     # Choosing neurons would treble the cost of a trial; what one survivor loses says how alike the group is.
     tried = settings.model_copy(update={"operator": "keep"}) if settings.operator == "concat-select" else settings
-    costs = {}
-    for span in spans:
-        costs[span] = trials.measure_group(_make(span, survivor[span], tried))
+    recipes, costs = {}, {}
+    for a, b in spans:
+        survivors = tuple(max(range(a, b + 1), key=missed.__getitem__) for missed in (attention, mlp))
+        recipes[a, b] = _make((a, b), survivors, settings)
+        costs[a, b] = trials.measure_group(_make((a, b), survivors, tried))
         if evidence.on_progress:
             evidence.on_progress(1)
-    return {span: _make(span, survivor[span], settings) for span in spans}, costs
+    return recipes, costs
 
 
 def _propose(spans: list[tuple[int, int]], similarity: np.ndarray, share: float) -> list[tuple[int, int]]:

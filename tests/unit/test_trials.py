@@ -54,6 +54,16 @@ def test_an_average_is_tried_too():
     assert AlignedTrials(model, WINDOWS, HELDOUT).measure_group(group) == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
+def test_an_mlp_left_out_is_one_that_writes_nothing(tried):
+    model, trials = tried
+    for layer in (1, 4):
+        silent = copy.deepcopy(model)
+        with torch.no_grad():
+            silent.model.layers[layer].mlp.down_proj.weight.zero_()
+        expected = diverge(model, silent, WINDOWS[-HELDOUT:])
+        assert trials.measure_mlp(layer) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
 def test_what_does_nothing_costs_nothing():
     model = neutralise(make_sharp_model("llama"), 3)
     trials = AlignedTrials(model, WINDOWS, HELDOUT)
@@ -79,3 +89,12 @@ def test_results_are_remembered_and_the_base_is_left_as_it_was(monkeypatch):
     monkeypatch.setattr(trials, "_finish", None)  # would fail if called again
     assert (trials.measure_group(group), trials.measure_attention(2)) == first
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_tokens_said_twice_add_their_share():
+    model = make_sharp_model("llama")
+    texts = AlignedTrials(model, WINDOWS[:-1], HELDOUT - 1)
+    twice = AlignedTrials(model, torch.cat([WINDOWS[: -HELDOUT - 1], WINDOWS[-HELDOUT - 1 :][-1:]]), 1)
+    both = AlignedTrials(model, WINDOWS, HELDOUT, copies=1, copying=0.25)
+    expected = texts.measure_attention(2) + 0.25 * twice.measure_attention(2)
+    assert both.measure_attention(2) == pytest.approx(expected, rel=1e-5)

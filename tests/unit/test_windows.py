@@ -5,7 +5,7 @@ import torch
 from conftest import make_tokenizer
 
 from mka.errors import CalibrationError
-from mka.windows import deal_windows, pack_windows
+from mka.windows import deal_windows, make_copies, pack_windows
 
 PLAIN, WITH_BOS = make_tokenizer(), make_tokenizer(add_bos=True)
 
@@ -100,3 +100,18 @@ def test_too_little_text_is_refused_in_one_line(sizes, tokens, there):
     with pytest.raises(CalibrationError, match=f"{there} windows of 10 tokens in the table") as caught:
         deal(sizes, tokens)
     assert f"tokens: {tokens}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [8, 9])
+def test_copies_say_tokens_of_their_window_twice(length):
+    windows = torch.arange(3 * length).reshape(3, length)
+    copies = make_copies(windows, 4)
+    assert copies.shape == (4, length) and torch.equal(copies, make_copies(windows, 4))
+    half = (length - 1) // 2
+    for index, copied in enumerate(copies):
+        assert copied[0] == windows[index % 3][0]
+        said = copied[1 : 1 + half]
+        assert torch.equal(copied[1 + half : 1 + 2 * half], said) and len(set(said.tolist())) == half
+        assert set(said.tolist()) <= set(windows[index % 3][1:].tolist())
+    assert not torch.equal(copies[0], copies[3])  # the same window in another order
+    assert make_copies(windows, 0).shape == (0, length)
