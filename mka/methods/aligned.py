@@ -3,8 +3,8 @@
 Each group of neighbouring layers becomes one layer. Its attention is that of the layer whose attention the base misses
 most; its MLP is made of the neurons of the whole group that predict the base best (`operator: concat-select`), or is
 the MLP the base misses most (`keep`). Which groups: a partition of all layers at the least sum of divergences, each
-measured with that one group replaced by what the base misses most of it, refitted (`mka.planning.partition_layers`). The plan is
-meant to be written with `alignment: {enabled: true}`.
+measured with that one group replaced by what the base misses most of it, refitted (`mka.planning.partition_layers`).
+The plan is meant to be written with `alignment: {enabled: true}`.
 """
 
 from dataclasses import replace
