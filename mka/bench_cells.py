@@ -6,7 +6,7 @@ The merged folder is deleted once it is measured; what stays are plans, scores a
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from mka.bench_measuring import MeasuredModel, measure
 from mka.bench_parts import Bench, Get, Measured, NotStored, Part
 from mka.bench_recipe import Cell
 from mka.checkpoint import describe_checkpoint, open_checkpoint
-from mka.errors import RecipeError
 from mka.folds import bind_folds, folds_path, load_folds, serialise_folds
 from mka.methods import DIVERGENCE, LOSS, OUTPUT_SIMILARITY, REOBSERVE, get_method, method_settings
 from mka.plan import MergePlan
@@ -64,18 +63,6 @@ def find_cell(bench: Bench, cell: Cell) -> Measured | None:
         return _walk(bench, cell, Part.find)
     except NotStored:
         return None
-
-
-def require_alignment() -> Callable[..., Mapping[str, Any]]:
-    """Return `mka.stages.write_aligned`.
-
-    Raises:
-        RecipeError: if this version cannot align.
-    """
-    write = getattr(stages, "write_aligned", None)
-    if write is None:
-        raise RecipeError("alignment: true needs aligned merging, which this version lacks; allowed: [false]")
-    return write
 
 
 def sweep_leftovers(work: Path) -> None:
@@ -186,9 +173,7 @@ def _plan(bench: Bench, cell: Cell, recipe: Recipe, get: Get) -> tuple[Product, 
         keyed |= looking | recipe.calibration.model_dump(include={"search_tokens"})
         inputs |= read
     if stages.tries_alignments(recipe.method):
-        from mka.alignment import VERSION
-
-        keyed |= {"alignment": VERSION, "dtype": recipe.model.dtype}
+        keyed |= {"alignment": stages.alignment_version(), "dtype": recipe.model.dtype}
         inputs |= read
     planned = get(bench.part("plan", keyed, inputs), plan)
     return planned, seconds | {"plan": planned.seconds}, reused and planned.reused
@@ -199,7 +184,7 @@ def _write_candidate(bench: Bench, recipe: Recipe, plan_file: Path, output: Path
     started = time.perf_counter()
     # The one place where a candidate is written; whatever a plan needs beside itself is handed over here.
     if recipe.alignment.enabled:
-        written = require_alignment()(plan, bench.base, bench.alignment, recipe.alignment, recipe.model, output)
+        written = stages.write_aligned(plan, bench.base, bench.alignment, recipe.alignment, recipe.model, output)
     else:
         written = stages.write_merged(plan, bench.base, output, load_folds(plan, plan_file))
     seconds = round(time.perf_counter() - started, 3)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mka import stages
-from mka.bench_cells import require_alignment
+from mka.alignment_table import AlignmentTable
 from mka.bench_parts import Bench
 from mka.bench_recipe import BenchRecipe, TextSource
 from mka.calibration import (
@@ -53,7 +53,7 @@ def prepare(recipe: BenchRecipe, work: Path, *, root: Path = Path(), command: st
         )
     digests = {f"text {name}": digest_texts(body) for name, body in texts.items()}
     digests |= {f"task {task}": _digest_tables(recipe, task) for task in recipe.evaluation.tasks}
-    digests["alignment"] = digest_texts(f"{source}\0{text}" for source in alignment for text in alignment[source])
+    digests["alignment"] = AlignmentTable(alignment, recipe.alignment).digest
     notes = {name: _count_near_copies(tables, body) for name, body in paragraphs.items()}
     return Bench(recipe, base, revision, calibration, alignment, texts, digests, notes, work, command)
 
@@ -97,7 +97,6 @@ def _read_calibration(recipe: BenchRecipe) -> tuple[CalibrationSet | None, Mappi
     if any(method.fit or method.needs(settings) for method, settings, _ in methods):
         calibration = load_calibration(recipe.calibration.path, recipe.calibration.samples)
     if any(cell.aligned for cell in recipe.cells):
-        require_alignment()
         if fitted := [method.name for method, _, entry in methods if method.fit and True in entry.alignment]:
             raise RecipeError(f"method {fitted[0]!r} fits its own correction; alignment: true is for methods without")
         alignment = read_heldout(recipe.alignment.path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from mka import stages
 from mka.bench_recipe import BenchRecipe, Cell
 from mka.calibration import CalibrationSet
 from mka.checkpoint import Checkpoint
@@ -36,7 +37,7 @@ class Part:
         """What `mka.products` calls these things."""
         version = VERSIONS[self.stage]
         if self.stage == "align":
-            version = 1000 * version + alignment_version()
+            version = 1000 * version + stages.alignment_version()
         return {"version": version, "settings": self.settings, "inputs": self.inputs}
 
     @property
@@ -144,10 +145,3 @@ class Measured:
     facts: Mapping[str, Any]
     conditions: tuple[Mapping[str, Any], ...]
     reused: bool
-
-
-def alignment_version() -> int:
-    """Version of aligned merging, part of what its results are stored by."""
-    from mka import alignment
-
-    return int(getattr(alignment, "VERSION", 1))

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mka.errors import RecipeError
@@ -19,6 +18,7 @@ from mka.recipe import (
     Section,
     Target,
     explain_validation,
+    read_yaml,
 )
 
 
@@ -153,14 +153,7 @@ def load_bench(path: str | Path) -> BenchRecipe:
     Raises:
         RecipeError: if the file cannot be read, or on an unknown key, method or setting, or an impossible value.
     """
-    path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"recipe not found: {path}; recipes/bench_smollm2.yaml is one") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None
-    return validate_bench(raw, str(path))
+    return validate_bench(read_yaml(path, "recipes/bench_smollm2.yaml is one"), str(path))
 
 
 def validate_bench(raw: Any, where: str = "recipe") -> BenchRecipe:

@@ -7,6 +7,7 @@ import numpy as np
 
 from mka.plan import LayerRecipe, Step, keep_layers
 from mka.planning import deletable_layers
+from mka.states import HiddenStates, LayerScores
 
 
 def measure_blocks(
@@ -39,6 +40,15 @@ def cosine_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     By ``|x - y|^2 / 4``, which keeps small distances and gives 0 for equal rows.
     """
     return ((x - y) ** 2).sum(axis=1) / 4
+
+
+def score_cosine(
+    states: HiddenStates, method: str, settings: dict[str, Any], on_progress: Callable[[int], Any] | None = None
+) -> LayerScores:
+    """Half the mean cosine distance across every block of layers, (L, L), as scores of a method."""
+    values = measure_blocks(states.pooled, cosine_distance, on_progress)
+    meaning = "Half the cosine distance across a block of layers (0: same direction, 0.5: right angles, 1: opposite)"
+    return LayerScores("block-distance", values, meaning, method, settings)
 
 
 def delete_block(

@@ -32,6 +32,12 @@ class Windows:
         return len(self.ids[0]) - 1
 
 
+def find_bos(tokenizer: Any, text: str) -> list[int]:
+    """Return what the tokenizer starts its sequences with: BOS or nothing."""
+    start = tokenizer(text[:8], verbose=False)["input_ids"]
+    return [tokenizer.bos_token_id] if start and start[0] == tokenizer.bos_token_id else []
+
+
 def cut_windows(tokenizer: Any, texts: Sequence[str], *, name: str, context: int, max_tokens: int) -> Windows:
     """Join the texts with a blank line, tokenize once, and cut non-overlapping windows.
 
@@ -47,8 +53,7 @@ def cut_windows(tokenizer: Any, texts: Sequence[str], *, name: str, context: int
         RecipeError: if there are fewer than two windows: one window has no error bar.
     """
     text = SEPARATOR.join(texts)
-    start = tokenizer(text[:8], verbose=False)["input_ids"]
-    bos = [tokenizer.bos_token_id] if start and start[0] == tokenizer.bos_token_id else []
+    bos = find_bos(tokenizer, text)
     fast = bool(getattr(tokenizer, "is_fast", False))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
     tokens = encoded["input_ids"]

@@ -269,6 +269,25 @@ def validate_recipe(raw: Any, where: str = "recipe") -> Recipe:
     return recipe
 
 
+def read_yaml(path: str | Path, hint: str) -> Any:
+    """Read a recipe's YAML.
+
+    Args:
+        path: the file.
+        hint: where recipes are to be found, for the refusal of a file that is not there.
+
+    Raises:
+        RecipeError: if the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"recipe not found: {path}; {hint}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None
+
+
 def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read a YAML recipe.
 
@@ -279,13 +298,7 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     Raises:
         RecipeError: if the file cannot be read or its content is refused.
     """
-    path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"recipe not found: {path}; recipes live in recipes/") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None
+    raw = read_yaml(path, "recipes live in recipes/")
     for dotted, value in (overrides or {}).items():
         *parents, key = dotted.split(".")
         node = raw

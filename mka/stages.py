@@ -86,6 +86,13 @@ def tries_alignments(choice: MethodChoice) -> bool:
     return TRIALS in method.needs(settings)
 
 
+def alignment_version() -> int:
+    """Version of aligned merging, part of what its results are stored by."""
+    from mka.alignment import VERSION  # imports torch
+
+    return VERSION
+
+
 def _resolve(choice: MethodChoice) -> tuple[Method, Any]:
     return get_method(choice.name), method_settings(choice.name, choice.settings)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from mka.errors import CalibrationError
-from mka.perplexity import SEPARATOR
+from mka.perplexity import SEPARATOR, find_bos
 
 
 def pack_windows(tokenizer: Any, texts: Sequence[str], context: int, most: int | None = None) -> list[list[int]]:
@@ -18,8 +18,7 @@ def pack_windows(tokenizer: Any, texts: Sequence[str], context: int, most: int |
         context: tokens per window, BOS included.
         most: windows wanted; texts that are not needed for them are not tokenized. None: all.
     """
-    start = tokenizer(texts[0][:8] if texts else "a", verbose=False)["input_ids"]
-    bos = [tokenizer.bos_token_id] if start and start[0] == tokenizer.bos_token_id else []
+    bos = find_bos(tokenizer, texts[0] if texts else "a")
     width = context - len(bos)
     tokens: list[int] = []
     for text in texts:

@@ -144,7 +144,7 @@ def plan(job: Job, calibration: Product, scores: Product | None) -> Product:
         "dtype": recipe.model.dtype,
     }
     if stages.tries_alignments(recipe.method):
-        keyed["alignment_version"] = alignment_version()
+        keyed["alignment_version"] = stages.alignment_version()
     inputs = {"base": job.base["digest"], "calibration": calibration.facts["digest"]}
     return job.produce("plan", keyed, inputs | ({"scores": scores.digest} if scores else {}), make)
 
@@ -173,16 +173,9 @@ def merge(job: Job, plan: Product, alignment: Product | None = None) -> Product:
     keyed: dict[str, Any] = {}
     inputs = {"base": job.base["digest"], "plan": plan.digest}
     if alignment is not None:
-        keyed = alignment_settings(recipe) | {"dtype": recipe.model.dtype, "version": alignment_version()}
+        keyed = alignment_settings(recipe) | {"dtype": recipe.model.dtype, "version": stages.alignment_version()}
         inputs |= {"alignment": alignment.facts["digest"]}
     return job.produce("merge", keyed, inputs, make)
-
-
-def alignment_version() -> int:
-    """Version of aligned merging, part of what its results are stored by."""
-    from mka.alignment import VERSION
-
-    return VERSION
 
 
 @task(task_run_name="quantize to {job.recipe.quantize.scheme}", cache_policy=NO_CACHE)

@@ -24,7 +24,7 @@ Where this departs from the source:
 import numpy as np
 from pydantic import Field
 
-from mka.blocks import cosine_distance, delete_block, measure_blocks
+from mka.blocks import delete_block, score_cosine
 from mka.cuts import Cut, CutEvidence
 from mka.folds import Folds, fold_output_map
 from mka.methods import HIDDEN_STATES, Aim, Evidence, Method
@@ -51,9 +51,7 @@ def rotate_channels(width: int) -> np.ndarray:
 def score(evidence: Evidence, settings: Settings) -> LayerScores:
     """Half the mean cosine distance across every block of layers, (L, L)."""
     assert evidence.states is not None
-    values = measure_blocks(evidence.states.pooled, cosine_distance, evidence.on_progress)
-    meaning = "Half the cosine distance across a block of layers (0: same direction, 0.5: right angles, 1: opposite)"
-    return LayerScores("block-distance", values, meaning, "linearpatch", settings.model_dump(mode="json"))
+    return score_cosine(evidence.states, "linearpatch", settings.model_dump(mode="json"), evidence.on_progress)
 
 
 def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> MergePlan:

@@ -22,7 +22,7 @@ Distances are of each text's last token, as in the source (with ``pooling: mean`
 import numpy as np
 from pydantic import Field
 
-from mka.blocks import cosine_distance, delete_block, measure_blocks
+from mka.blocks import delete_block, score_cosine
 from mka.cuts import Cut, CutEvidence
 from mka.folds import Folds, fold_output_map
 from mka.methods import HIDDEN_STATES, Aim, Evidence, Method
@@ -40,9 +40,7 @@ class Settings(Section):
 def score(evidence: Evidence, settings: Settings) -> LayerScores:
     """Half the mean cosine distance across every block of layers, (L, L)."""
     assert evidence.states is not None
-    values = measure_blocks(evidence.states.pooled, cosine_distance, evidence.on_progress)
-    meaning = "Half the cosine distance across a block of layers (0: same direction, 0.5: right angles, 1: opposite)"
-    return LayerScores("block-distance", values, meaning, "replaceme", settings.model_dump(mode="json"))
+    return score_cosine(evidence.states, "replaceme", settings.model_dump(mode="json"), evidence.on_progress)
 
 
 def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> MergePlan:

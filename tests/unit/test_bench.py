@@ -277,12 +277,6 @@ def test_alignment_is_handed_its_texts_by_source_and_tells_its_cost(root, monkey
     assert [sources for _, sources, *_ in calls] == [["words"], ["more"]]
 
 
-def test_alignment_without_the_means_for_it_is_refused(root, monkeypatch):
-    monkeypatch.delattr(stages, "write_aligned", raising=False)
-    with pytest.raises(RecipeError, match="aligned merging, which this version lacks"):
-        open_bench(root, methods=[{"name": "mka", "alignment": [True]}])
-
-
 def test_a_dry_run_lists_cells_and_runs_nothing(root, capsys):
     recipe = str(write_bench_recipe(root))
     assert main(["bench", recipe, "--dry-run", "--json"]) == 0
