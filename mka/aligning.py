@@ -11,7 +11,7 @@ from mka.alignment_table import find_heldout
 from mka.plan import LayerRecipe
 from mka.progress import show_progress
 from mka.recipe import AlignmentSettings
-from mka.windows import deal_windows
+from mka.windows import deal_windows, make_copies
 
 # Tried where the recipe says 'auto', on this share of the tokens.
 PENALTIES = (0.3, 1.0, 3.0)
@@ -31,6 +31,8 @@ class Aligner:
         """
         self.model, self.settings = model, settings
         self.windows = deal_windows(tokenizer, texts, context=settings.context, tokens=settings.tokens)
+        every = torch.cat(list(self.windows.values()))
+        self.copies = make_copies(every, round(settings.copies * len(every)))
         self.facts: dict[str, Any] = {}
 
     @torch.inference_mode()
@@ -44,7 +46,7 @@ class Aligner:
         started = time.perf_counter()
         penalty, probes = self._choose_penalty(layers)
         chosen_at = time.perf_counter()
-        windows = torch.cat(list(self.windows.values()))
+        windows = torch.cat([*self.windows.values(), self.copies])
         walk = Alignment(self.model, windows)
         count, records = len(walk.contexts), []
         with show_progress("align layers", count * windows.numel(), "tok") as advance:
@@ -52,8 +54,9 @@ class Aligner:
                 records.append(dict(made.facts))
                 if made.position == len(layers) - 1:
                     self.facts = {
-                        "tokens": windows.numel(),
+                        "tokens": windows.numel() - self.copies.numel(),
                         "windows": {source: len(rows) for source, rows in self.windows.items()},
+                        "copies": len(self.copies),
                         "context": windows.shape[1],
                         "penalty": penalty,
                         "probes": probes,
@@ -71,6 +74,7 @@ class Aligner:
         heldout = find_heldout({source: len(rows) for source, rows in self.windows.items()}, self.settings)
         fitted = [rows for source, rows in self.windows.items() if source != heldout]
         fitted = [rows[: max(1, round(PROBE * len(rows)))] for rows in fitted]
+        fitted.append(self.copies[: round(PROBE * len(self.copies))])
         measured = self.windows[heldout][: max(1, round(PROBE * sum(map(len, fitted)) / 2))]
         walk = Alignment(self.model, torch.cat([*fitted, measured]), heldout=len(measured))
         found = {}

@@ -34,7 +34,7 @@ from mka.sublayers import (
     run_sublayer,
 )
 
-VERSION = 2
+VERSION = 3
 # Penalties of the three kinds of fit, relative to the one given: the fewer the features, the less they need.
 READERS, ATTENTION, MLP = 0.05, 0.3, 1.0
 

@@ -25,6 +25,7 @@ def describe_alignment(facts: Mapping[str, Any]) -> dict[str, str]:
     ratio = facts["seconds"] / facts["teacher_seconds"] if facts["teacher_seconds"] else float("nan")
     return {
         "tokens": f"{facts['tokens']:,} in windows of {facts['context']}",
+        "random tokens said twice (windows)": str(facts["copies"]),
         "sources (windows)": ", ".join(f"{source} {count}" for source, count in windows.items()),
         "penalty": penalty,
         "time": f"{facts['seconds']:.1f} s, {ratio:.2f} times the base's own pass over these tokens "

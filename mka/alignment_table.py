@@ -117,7 +117,8 @@ def estimate_memory(table: AlignmentTable, checkpoint: Checkpoint, source: Model
     """
     width, inner = checkpoint.config["hidden_size"], competing * checkpoint.config["intermediate_size"]
     size = 4 if source.dtype == "float32" else 2
-    return table.tokens * (6 * width + inner) * size + 3 * inner * inner * 8
+    tokens = round((1 + table.settings.copies) * table.tokens)
+    return tokens * (6 * width + inner) * size + 3 * inner * inner * 8
 
 
 def alignment_json(facts: Mapping[str, Any], table_digest: str) -> str:

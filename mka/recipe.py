@@ -106,6 +106,9 @@ class AlignmentSettings(Section):
     rev: str | None = Field("HEAD", description="Git revision DVC reads the table at; null reads the working copy")
     tokens: int = Field(32768, ge=256, description="Tokens fitted on, each source by its share of the table")
     context: int = Field(512, ge=16, description="Tokens per calibration window")
+    copies: float = Field(
+        0.1, ge=0, le=1, description="Windows of random tokens said twice, per window of text; see mka.windows"
+    )
     penalty: Literal["auto"] | float = Field(
         "auto", description="Of the ridge; 'auto' takes what a source left out of a smaller fit prefers"
     )

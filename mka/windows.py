@@ -70,7 +70,7 @@ def make_copies(windows: torch.Tensor, count: int, seed: int = 0) -> torch.Tenso
     text with many repeated marks or names needs everywhere, shows in few windows.
 
     Args:
-        windows: (S, T) int64; each drawn from once, its first token (a BOS, where there is one) kept in place.
+        windows: (S, T) int64; drawn from evenly, the first token (a BOS, where there is one) kept in place.
         count: windows wanted.
         seed: of the order.
     """
@@ -79,7 +79,7 @@ def make_copies(windows: torch.Tensor, count: int, seed: int = 0) -> torch.Tenso
     half = (length - 1) // 2
     copies = []
     for index in range(count):
-        source = windows[index % len(windows)]
+        source = windows[index * len(windows) // count]
         said = source[1:][torch.randperm(length - 1, generator=generator)[:half]]
         copies.append(torch.cat([source[:1], said, said, said[: length - 1 - 2 * half]]))
     return torch.stack(copies) if copies else windows[:0]

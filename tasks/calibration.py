@@ -126,7 +126,7 @@ def select_alignment(
 
 def alignment_settings(recipe: Recipe) -> dict[str, Any]:
     """Name what decides a refit beside its texts."""
-    return recipe.alignment.model_dump(include={"tokens", "context", "penalty", "heldout_source"})
+    return recipe.alignment.model_dump(include={"tokens", "context", "copies", "penalty", "heldout_source"})
 
 
 def _read_evaluation(place: Workplace, recipe: Recipe, copies: Product, run: str) -> tuple[dict[str, str], list[str]]:

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from mka import stages
 from mka.aligning import Aligner
+from mka.alignment import Alignment
 from mka.calibration import CalibrationSet, digest_texts
 from mka.checkpoint import open_checkpoint
 from mka.errors import CheckpointError, NumericsError, PlanError, RecipeError
@@ -19,6 +20,7 @@ from mka.progress import showing
 from mka.recipe import AlignmentSettings, CalibrationSettings, MethodChoice, ModelSource, QuantizeSettings, Target
 from mka.states import HiddenStates
 from mka.verification import inspect_checkpoint, require_sound
+from mka.windows import make_copies
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +186,20 @@ def test_an_aligned_bfloat16_checkpoint_stays_bfloat16(dtype, texts, tmp_path):
         same = torch.equal(after[f"model.layers.{new}.{name}"], state[f"model.layers.{old}.{name}"])
         assert same == (new < 2)
     assert sum(facts["alignment"]["layers"][2]["mlp units"].values()) == 64
+
+
+@pytest.mark.parametrize(("copies", "count"), [(0.0, 0), (0.25, 4), (1.0, 16)])
+def test_a_fit_on_text_and_its_copies_is_the_fit_on_all_those_windows(copies, count, models, texts):
+    settings = AlignmentSettings(tokens=256, context=16, penalty=1.0, copies=copies)
+    aligner = Aligner(models["llama"], TOKENIZER, {"a": texts[:30], "b": texts[30:]}, settings)
+    plan = (*keep_layers([0, 1]), take_layers((2, 3), (2,), (2, 3)), *keep_layers([4, 5]))
+    with showing(False):
+        made = list(aligner.align(plan))
+    facts = aligner.facts
+    assert (facts["copies"], facts["tokens"], sum(facts["windows"].values())) == (count, 256, 16)
+    windows = torch.cat(list(aligner.windows.values()))
+    windows = torch.cat([windows, make_copies(windows, count)])
+    assert len(windows) == 16 + count
+    for layer, alone in zip(Alignment(models["llama"], windows).walk(plan, penalty=1.0), made, strict=True):
+        assert layer.tensors.keys() == alone.keys()
+        assert all(torch.equal(value, alone[name]) for name, value in layer.tensors.items())

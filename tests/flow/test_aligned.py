@@ -41,7 +41,7 @@ def test_a_run_aligns_reuses_and_tells(project, aligned, capsys):
     fit = manifest["facts"]["alignment"]
     assert fit["tokens"] == 256 and fit["probes"]["source"] == "two"
     assert set(manifest["inputs"]) == {"base", "plan", "alignment"}
-    assert set(manifest["settings"]) == {"tokens", "context", "penalty", "heldout_source", "dtype", "version"}
+    assert set(manifest["settings"]) == {"tokens", "context", "copies", "penalty", "heldout_source", "dtype", "version"}
     (report,) = project.work.glob("stages/report-*")
     written = json.loads((report / "alignment.json").read_text())
     assert written["format"] == "mka-alignment/1" and written["layers"] == fit["layers"]

@@ -306,6 +306,7 @@ def test_an_alignment_is_told_with_its_choice_its_cost_and_its_errors(tmp_path: 
     facts = {
         "tokens": 2048,
         "windows": {"news": 3, "code": 1},
+        "copies": 2,
         "context": 512,
         "penalty": 0.3,
         "probes": {"source": "code", "tokens": 512, "heldout": 256, "divergence": {"0.3": 0.25, "1.0": 0.5}},
