@@ -174,7 +174,7 @@ def plan_layers(
     if oracles is None:
         oracles = open_oracles(choice, checkpoint, calibration, settings, source)
     evidence = Evidence(checkpoint.layers, checkpoint.kinds, **oracles)
-    with show_progress("plan merges", checkpoint.layers - aim.layers_out, "merge") as advance:
+    with show_progress("plan merges", *method.units(checkpoint.layers, aim, method_options)) as advance:
         plan = method.plan(replace(evidence, on_progress=advance), scores, aim, method_options)
     base = {"model": source.label, "digest": checkpoint.digest, "model_type": checkpoint.family.model_type}
     return replace(plan, base=base)

@@ -107,6 +107,7 @@ class Method:
         fit: residual streams at the plan's cuts, the plan and settings to folds; None if it fits nothing.
         competing: most layers whose heads or neurons compete for one output layer under given settings; above 1, only
             an alignment can write its plans.
+        units: how many units at most, and of what, ``plan`` reports for L layers, an aim and settings.
     """
 
     name: str
@@ -120,6 +121,9 @@ class Method:
     plan_settings: frozenset[str] = frozenset()
     fit: Callable[[CutEvidence, MergePlan, Any], Folds] | None = None
     competing: Callable[[Any], int] = field(default=lambda settings: 1)
+    units: Callable[[int, Aim, Any], tuple[int, str]] = field(
+        default=lambda layers, aim, settings: (layers - aim.layers_out, "merge")
+    )
 
 
 def method_names() -> list[str]:

@@ -7,6 +7,7 @@ measured with that one group replaced by what the base misses most of it, refitt
 The plan is meant to be written with `alignment: {enabled: true}`.
 """
 
+from collections import Counter
 from dataclasses import replace
 from typing import Literal
 
@@ -99,22 +100,18 @@ def _try_groups(
     trials = evidence.trials
     assert trials is not None
     deletable_layers(evidence.layers, aim.layers_out, protect_first=aim.protect_first, protect_last=aim.protect_last)
-    first, stop = aim.protect_first, evidence.layers - aim.protect_last
-    spans = [(a, a + n - 1) for n in range(2, settings.largest + 1) for a in range(first, stop - n + 1)]
+    spans = _list_groups(evidence.layers, aim, settings)
     if settings.operator == "average":
         spans = [(a, b) for a, b in spans if len(set(evidence.kinds[a : b + 1])) == 1]
     if settings.selection == "both":
         spans = _propose(spans, similarity, settings.proposed)
     # Refuses a target that no partition reaches, before the trials run.
     partition_layers(dict.fromkeys(spans, 0.0), evidence.layers, aim.layers_out)
-    candidates = sorted({i for a, b in spans for i in range(a, b + 1)})
-    attention = {i: trials.measure_attention(i) for i in candidates}
-    mlp = {i: trials.measure_mlp(i) for i in candidates}
     # Choosing neurons would treble the cost of a trial; what one survivor loses says how alike the group is.
     tried = settings.model_copy(update={"operator": "keep"}) if settings.operator == "concat-select" else settings
     recipes, costs = {}, {}
     for a, b in spans:
-        survivors = tuple(max(range(a, b + 1), key=missed.__getitem__) for missed in (attention, mlp))
+        survivors = tuple(max(range(a, b + 1), key=miss) for miss in (trials.measure_attention, trials.measure_mlp))
         recipes[a, b] = _make((a, b), survivors, settings)
         costs[a, b] = trials.measure_group(_make((a, b), survivors, tried))
         if evidence.on_progress:
@@ -122,13 +119,31 @@ def _try_groups(
     return recipes, costs
 
 
+def _list_groups(layers: int, aim: Aim, settings: Settings) -> list[tuple[int, int]]:
+    first, stop = aim.protect_first, layers - aim.protect_last
+    return [(a, a + n - 1) for n in range(2, settings.largest + 1) for a in range(first, stop - n + 1)]
+
+
 def _propose(spans: list[tuple[int, int]], similarity: np.ndarray, share: float) -> list[tuple[int, int]]:
     """Keep the share of groups, size by size, whose first and last outputs are most alike."""
     kept = []
     for size in sorted({b - a for a, b in spans}):
         alike = sorted((s for s in spans if s[1] - s[0] == size), key=lambda s: -similarity[s])
-        kept += sorted(alike[: max(1, round(share * len(alike)))])
+        kept += sorted(alike[: _count_proposed(len(alike), share)])
     return kept
+
+
+def _count_proposed(groups: int, share: float) -> int:
+    return max(1, round(share * groups))
+
+
+def count_units(layers: int, aim: Aim, settings: Settings) -> tuple[int, str]:
+    """Groups that are tried; merges where nothing is tried."""
+    if settings.selection == "similarity":
+        return layers - aim.layers_out, "merge"
+    sizes = Counter(b - a for a, b in _list_groups(layers, aim, settings))
+    share = settings.proposed if settings.selection == "both" else 1.0
+    return sum(_count_proposed(groups, share) for groups in sizes.values()), "group"
 
 
 def needs(settings: Settings) -> frozenset[str]:
@@ -147,4 +162,5 @@ METHOD = Method(
     score=score,
     plan_settings=frozenset(Settings.model_fields),
     competing=lambda settings: settings.largest if settings.operator == "concat-select" else 1,
+    units=count_units,
 )

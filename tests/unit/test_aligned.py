@@ -232,10 +232,21 @@ def test_divergence_decides_among_what_similarity_proposes():
     assert groups(choose(cheap, 5, selection="divergence"))[0] == (0, 1)
 
 
-def test_progress_counts_every_group_tried():
-    seen = []
-    choose(tables(), 4, selection="divergence", on_progress=seen.append)
-    assert sum(seen) == len(SPANS)
+@pytest.mark.parametrize(
+    ("chosen", "count"),
+    [
+        ({"selection": "divergence"}, len(SPANS)),
+        ({"selection": "divergence", "first": 1, "last": 1}, 6),  # pairs, triples and the four of layers 1 to 4
+        ({"selection": "both", "proposed": 0.6}, 3 + 2 + 2),
+    ],
+)
+def test_progress_is_foretold_and_counts_every_group_tried(chosen, count):
+    seen, trials = [], tables()
+    choose(trials, 4, on_progress=seen.append, **chosen)
+    given = {name: value for name, value in chosen.items() if name not in ("first", "last")}
+    aim = Aim(4, chosen.get("first", 0), chosen.get("last", 0))
+    assert get_method("aligned").units(LAYERS, aim, method_settings("aligned", given)) == (count, "group")
+    assert sum(seen) == len(trials.groups) == count
 
 
 def test_as_many_layers_as_there_are_is_the_identity():
