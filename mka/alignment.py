@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from mka.candidate import read_out
+from mka.candidate import read_out, sum_divergence
 from mka.families import Family, get_family
 from mka.merging import combine_layers
 from mka.plan import LayerRecipe
@@ -137,8 +137,7 @@ class Alignment:
         total, count = 0.0, 0
         for rows in self.heldout:
             for base, other in zip(self.teacher[rows], self.student[rows]):
-                log_base, log_other = (read_out(self.model, self.model.model.norm(x)) for x in (base, other))
-                total += float((log_base.exp() * (log_base - log_other)).sum(dtype=torch.float64))
+                total += sum_divergence(*(read_out(self.model, self.model.model.norm(x)) for x in (base, other)))
                 count += len(base)
         return total / count
 

@@ -63,6 +63,11 @@ def read_out(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(logits, dim=-1)
 
 
+def sum_divergence(base: torch.Tensor, other: torch.Tensor) -> float:
+    """Return KL(base || other) of log-probabilities, (R, V) each, summed over the R positions, in nats."""
+    return float((base.exp() * (base - other)).sum(dtype=torch.float64))
+
+
 class Oracle:
     """Runs planned models on calibration tokens, all in one padded batch.
 
@@ -151,7 +156,7 @@ class Divergence(Oracle):
             self._base = self.read_out(self.run(self.base_layers)[real])
         total = 0.0
         for base, hidden in zip(self._base.split(ROWS), self.run(layers)[real].split(ROWS)):
-            total += float((base.exp() * (base - self.read_out(hidden))).sum(dtype=torch.float64))
+            total += sum_divergence(base, self.read_out(hidden))
         return total / self._base.shape[0]
 
 

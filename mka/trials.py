@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from mka.alignment import Alignment
-from mka.candidate import read_out
+from mka.candidate import read_out, sum_divergence
 from mka.plan import LayerRecipe
 from mka.sublayers import run_sublayer
 
@@ -48,10 +48,7 @@ class AlignedTrials:
         """Run the base's layers from ``first`` on over held-out states, (S, T, D); return the divergence."""
         for index in range(first, len(self.model.model.layers)):
             states = self._run(index, states)
-        rows = [
-            float((base.exp() * (base - self._read_out(row))).sum(dtype=torch.float64)) / states.shape[1]
-            for base, row in zip(self.base, states)
-        ]
+        rows = [sum_divergence(base, self._read_out(row)) / states.shape[1] for base, row in zip(self.base, states)]
         texts = len(rows) - self.copies
         said_twice = sum(rows[texts:]) / self.copies if self.copies else 0.0
         return sum(rows[:texts]) / texts + self.copying * said_twice
