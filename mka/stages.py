@@ -231,11 +231,10 @@ def _open_trials(model: Any, tokenizer: Any, texts: Sequence[str], options: Any)
             f"{len(windows)} windows of {options.context} tokens in the calibration set, {fitted + heldout} needed; "
             f"give more samples, or lower the method's tokens, heldout_tokens or context"
         )
-    prose = torch.tensor(windows)
-    copies = make_copies(prose[:fitted], COPIES if options.copying else 0)
-    learnt = make_copies(prose[:fitted], len(copies) // 2, seed=1)
-    every = torch.cat([prose[:fitted], learnt, prose[fitted:], copies])
-    return AlignedTrials(model, every, heldout + len(copies), copies=len(copies), copying=options.copying)
+    # A trial is not fitted on copies: fitted on one, it hides which layers copy (DECISIONS.md).
+    copies = make_copies(torch.tensor(windows[:fitted]), COPIES if options.copying else 0)
+    windows = torch.cat([torch.tensor(windows), copies])
+    return AlignedTrials(model, windows, heldout + len(copies), copies=len(copies), copying=options.copying)
 
 
 def fit_folds(
