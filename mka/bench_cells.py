@@ -17,7 +17,8 @@ from mka.bench_parts import Bench, Get, Measured, NotStored, Part
 from mka.bench_recipe import Cell
 from mka.checkpoint import describe_checkpoint, open_checkpoint
 from mka.folds import bind_folds, folds_path, load_folds, serialise_folds
-from mka.methods import DIVERGENCE, LOSS, OUTPUT_SIMILARITY, REOBSERVE, get_method, method_settings
+from mka.methods import DIVERGENCE, LOSS, OUTPUT_SIMILARITY, REOBSERVE, resolve_method
+from mka.oracles import open_oracles
 from mka.plan import MergePlan
 from mka.products import Product
 from mka.recipe import Recipe
@@ -116,7 +117,7 @@ def _walk(bench: Bench, cell: Cell, get: Get) -> Measured:
 
 
 def _plan(bench: Bench, cell: Cell, recipe: Recipe, get: Get) -> tuple[Product, dict[str, float], bool]:
-    method, options = get_method(recipe.method.name), method_settings(recipe.method.name, recipe.method.settings)
+    method, options = resolve_method(recipe.method)
     resolved = options.model_dump(mode="json")
     base = {"base": bench.base.digest}
     read = {"calibration": bench.calibration.digest} if bench.calibration else {}
@@ -153,7 +154,7 @@ def _plan(bench: Bench, cell: Cell, recipe: Recipe, get: Get) -> tuple[Product, 
     def plan(folder: Path) -> Mapping[str, Any]:
         stored = scores.folder / SCORES_FILE if scores and scores.facts["scored"] else None
         looked_at = (bench.calibration, recipe.calibration, recipe.model)
-        oracles = bench.oracles.open(cell.entry, lambda: stages.open_oracles(recipe.method, bench.base, *looked_at))
+        oracles = bench.oracles.open(cell.entry, lambda: open_oracles(recipe.method, bench.base, *looked_at))
         scored = LayerScores.load(stored) if stored else None
         made = stages.plan_layers(recipe.method, recipe.target, bench.base, scored, *looked_at, oracles=oracles)
         folds = stages.fit_folds(recipe.method, made, bench.base, *looked_at)

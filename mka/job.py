@@ -11,7 +11,7 @@ from mka.alignment_table import AlignmentTable, estimate_memory, fit_windows, op
 from mka.calibration import CalibrationSet, load_calibration, read_heldout, read_texts, refuse_overlap
 from mka.checkpoint import Checkpoint, describe_checkpoint, open_checkpoint
 from mka.errors import RecipeError
-from mka.methods import REOBSERVE, Aim, check_alignment, get_method, method_settings
+from mka.methods import REOBSERVE, Aim, check_alignment, find_needs, get_method, resolve_method
 from mka.quantize import BITS
 from mka.recipe import EvaluationSettings, ModelSource, Recipe
 from mka.sources import materialize, resolve_revision
@@ -68,7 +68,7 @@ def prepare(recipe: Recipe, work: Path, *, evaluate: bool = True) -> Job:
         MkaError: whatever is wrong, before anything is computed.
     """
     check_alignment(recipe.method, recipe.alignment.enabled)
-    needs = get_method(recipe.method.name).needs(method_settings(recipe.method.name, recipe.method.settings))
+    needs = find_needs(recipe.method)
     heldout: Mapping[str, Sequence[str]] = {}
     if evaluate:
         heldout = check_evaluation(recipe.evaluation)
@@ -172,8 +172,8 @@ def _foresee_alignment(job: Job) -> dict[str, Any] | None:
     if job.alignment is None:
         return None
     method, table = job.recipe.method, job.alignment
-    competing = get_method(method.name).competing(method_settings(method.name, method.settings))
-    memory = estimate_memory(table, job.base, job.recipe.model, competing)
+    resolved, settings = resolve_method(method)
+    memory = estimate_memory(table, job.base, job.recipe.model, resolved.competing(settings))
     return {"tokens": table.tokens, "windows": dict(table.windows), "memory_bytes": memory}
 
 
@@ -200,7 +200,7 @@ def _memory_nbytes(job: Job, texts: int) -> int:
     recipe, config = job.recipe, job.base.config
     width = 4 if recipe.model.dtype == "float32" else 2
     parameters = sum(t.parameters for t in job.base.tensors.values())
-    needs = get_method(recipe.method.name).needs(method_settings(recipe.method.name, recipe.method.settings))
+    needs = find_needs(recipe.method)
     copies = 2 if REOBSERVE in needs or recipe.quantize.scheme != "off" else 1
     states = (job.base.layers + 1) * texts * config["hidden_size"] * 4
     windows = min(recipe.evaluation.batch_size, 4) * width + 2 * 4

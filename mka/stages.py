@@ -8,22 +8,11 @@ from typing import Any
 from mka.calibration import CalibrationSet
 from mka.checkpoint import Checkpoint
 from mka.cuts import CutEvidence, find_cuts
-from mka.errors import CalibrationError, CheckpointError, PlanError
+from mka.errors import CheckpointError, PlanError
 from mka.folds import Folds, require_finite
 from mka.merging import check_alignable, check_plan_fits, merge_checkpoint, plan_tensors
-from mka.methods import (
-    DIVERGENCE,
-    HIDDEN_STATES,
-    LOSS,
-    OUTPUT_SIMILARITY,
-    REOBSERVE,
-    TRIALS,
-    Aim,
-    Evidence,
-    Method,
-    get_method,
-    method_settings,
-)
+from mka.methods import HIDDEN_STATES, TRIALS, Aim, Evidence, find_needs, resolve_method
+from mka.oracles import observe_texts, open_oracles
 from mka.plan import MergePlan
 from mka.planning import resolve_target
 from mka.progress import show_progress
@@ -53,37 +42,17 @@ def observe_checkpoint(
     from mka.loading import load_model
 
     model, tokenizer = load_model(checkpoint.path, source.dtype, source.trust_remote_code)
-    return _observe(model, tokenizer, calibration.texts, settings, "observe layers")
-
-
-def _observe(
-    model: Any, tokenizer: Any, texts: Sequence[str], settings: CalibrationSettings, description: str
-) -> HiddenStates:
-    from mka.observe import observe, tokenize
-
-    total = sum(len(ids) for ids in tokenize(tokenizer, texts, settings.max_tokens))
-    with show_progress(description, total, "tok") as advance:
-        return observe(
-            model,
-            tokenizer,
-            texts,
-            max_tokens=settings.max_tokens,
-            pooling=settings.pooling,
-            batch_size=settings.batch_size,
-            on_batch=advance,
-        )
+    return observe_texts(model, tokenizer, calibration.texts, settings, "observe layers")
 
 
 def needs_hidden_states(choice: MethodChoice) -> bool:
     """Whether a method looks at hidden states at all."""
-    method, settings = _resolve(choice)
-    return HIDDEN_STATES in method.needs(settings)
+    return HIDDEN_STATES in find_needs(choice)
 
 
 def tries_alignments(choice: MethodChoice) -> bool:
     """Whether a method measures aligned merges while planning."""
-    method, settings = _resolve(choice)
-    return TRIALS in method.needs(settings)
+    return TRIALS in find_needs(choice)
 
 
 def alignment_version() -> int:
@@ -93,10 +62,6 @@ def alignment_version() -> int:
     return VERSION
 
 
-def _resolve(choice: MethodChoice) -> tuple[Method, Any]:
-    return get_method(choice.name), method_settings(choice.name, choice.settings)
-
-
 def score_layers(choice: MethodChoice, checkpoint: Checkpoint, states: HiddenStates | None) -> LayerScores | None:
     """Score a checkpoint's layers; None for a method that does not look at them.
 
@@ -104,7 +69,7 @@ def score_layers(choice: MethodChoice, checkpoint: Checkpoint, states: HiddenSta
         NumericsError: if scores come out NaN, infinite or out of range.
         PlanError: if the hidden states are of another model.
     """
-    method, settings = _resolve(choice)
+    method, settings = resolve_method(choice)
     if method.score is None:
         return None
     if states is None or states.layers != checkpoint.layers:
@@ -169,7 +134,7 @@ def plan_layers(
         RecipeError: if the target cannot be met.
         PlanError: if protection and layer kinds leave nothing to merge.
     """
-    method, method_options = _resolve(choice)
+    method, method_options = resolve_method(choice)
     aim = resolve_aim(target, checkpoint)
     if oracles is None:
         oracles = open_oracles(choice, checkpoint, calibration, settings, source)
@@ -178,63 +143,6 @@ def plan_layers(
         plan = method.plan(replace(evidence, on_progress=advance), scores, aim, method_options)
     base = {"model": source.label, "digest": checkpoint.digest, "model_type": checkpoint.family.model_type}
     return replace(plan, base=base)
-
-
-def open_oracles(
-    choice: MethodChoice,
-    checkpoint: Checkpoint,
-    calibration: CalibrationSet | None,
-    settings: CalibrationSettings,
-    source: ModelSource,
-) -> dict[str, Any]:
-    """Return the parts of `Evidence` that run planned models, by their names; loads the model only for such parts.
-
-    Raises:
-        PlanError: if the method wants one and there is no calibration set.
-    """
-    method, method_options = _resolve(choice)
-    wanted = method.needs(method_options) & {REOBSERVE, DIVERGENCE, LOSS, OUTPUT_SIMILARITY, TRIALS}
-    if not wanted:
-        return {}
-    if calibration is None:
-        raise PlanError(f"method {choice.name!r} with these settings needs a calibration set; give one")
-    from mka.candidate import Divergence, Loss, OutputSimilarity, build_candidate
-    from mka.loading import load_model
-
-    texts = calibration.texts
-    model, tokenizer = load_model(checkpoint.path, source.dtype, source.trust_remote_code)
-    oracles = {DIVERGENCE: Divergence, LOSS: Loss, OUTPUT_SIMILARITY: OutputSimilarity}
-    opened: dict[str, Any] = {
-        need: oracle(model, tokenizer, texts, max_tokens=settings.max_tokens, tokens=settings.search_tokens)
-        for need, oracle in oracles.items()
-        if need in wanted
-    }
-    if TRIALS in wanted:
-        opened[TRIALS] = _open_trials(model, tokenizer, texts, method_options)
-    if REOBSERVE in wanted:
-        opened[REOBSERVE] = lambda layers: _observe(
-            build_candidate(model, layers), tokenizer, texts, settings, f"observe {len(layers)} layers"
-        )
-    return opened
-
-
-def _open_trials(model: Any, tokenizer: Any, texts: Sequence[str], options: Any) -> Any:
-    import torch
-
-    from mka.trials import COPIES, AlignedTrials
-    from mka.windows import make_copies, pack_windows
-
-    fitted, heldout = (max(1, tokens // options.context) for tokens in (options.tokens, options.heldout_tokens))
-    windows = pack_windows(tokenizer, texts, options.context, fitted + heldout)
-    if len(windows) < fitted + heldout:
-        raise CalibrationError(
-            f"{len(windows)} windows of {options.context} tokens in the calibration set, {fitted + heldout} needed; "
-            f"give more samples, or lower the method's tokens, heldout_tokens or context"
-        )
-    # A trial is not fitted on copies: fitted on one, it hides which layers copy (DECISIONS.md).
-    copies = make_copies(torch.tensor(windows[:fitted]), COPIES if options.copying else 0)
-    windows = torch.cat([torch.tensor(windows), copies])
-    return AlignedTrials(model, windows, heldout + len(copies), copies=len(copies), copying=options.copying)
 
 
 def fit_folds(
@@ -251,7 +159,7 @@ def fit_folds(
         PlanError: if there is no calibration set to fit on.
         NumericsError: if the fit is singular or not finite.
     """
-    method, method_options = _resolve(choice)
+    method, method_options = resolve_method(choice)
     cuts = find_cuts(plan) if method.fit else ()
     if method.fit is None or not cuts:
         return None

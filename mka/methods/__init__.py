@@ -155,13 +155,24 @@ def method_settings(name: str, given: Mapping[str, Any], where: str = "method") 
         raise RecipeError(explain_validation(error, model, f"{where}: settings of method {name!r}")) from None
 
 
+def resolve_method(choice: MethodChoice, where: str = "method") -> tuple[Method, Any]:
+    """Return the method a recipe names and its validated settings; refusals are those of `method_settings`."""
+    return get_method(choice.name), method_settings(choice.name, choice.settings, where)
+
+
+def find_needs(choice: MethodChoice) -> frozenset[str]:
+    """Return which parts of `Evidence` a recipe's method wants; refusals are those of `method_settings`."""
+    method, settings = resolve_method(choice)
+    return method.needs(settings)
+
+
 def check_alignment(choice: MethodChoice, enabled: bool, where: str = "method") -> None:
     """Refuse a method that cannot do with, or without, an alignment.
 
     Raises:
         RecipeError: if it fits its own correction and alignment is on, or leaves a choice to it and alignment is off.
     """
-    method, settings = get_method(choice.name), method_settings(choice.name, choice.settings, where)
+    method, settings = resolve_method(choice, where)
     if enabled and method.fit:
         raise RecipeError(
             f"{where}: method {method.name!r} fits its own correction; alignment is for methods that do not"

@@ -67,8 +67,8 @@ def test_compress_refits_what_it_merges_and_says_on_what(capsys, arguments, tmp_
     assert not output.exists()
     said = succeed(capsys, *arguments, "--output", output, "--dry-run")
     assert f"on {foreseen['alignment']['tokens']:,} tokens of {len(foreseen['alignment']['windows'])} sources" in said
-    # Six arrays of states and one of the features of four layers, 32 bit; three matrices of moments, 64 bit. A window of
-    # tokens said twice is walked along for every ten of text.
+    # Six arrays of states and one of the features of four layers, 32 bit; three matrices of moments, 64 bit. One window
+    # of tokens said twice is walked along for every ten of text.
     tokens, width, inner = round(1.1 * foreseen["alignment"]["tokens"]), 32, 4 * 64
     assert foreseen["alignment"]["memory_bytes"] == tokens * (6 * width + inner) * 4 + 3 * inner**2 * 8
     made = json.loads(succeed(capsys, *arguments, "--output", output, "--json"))
