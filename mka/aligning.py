@@ -77,13 +77,10 @@ class Aligner:
         fitted.append(self.copies[: round(PROBE * len(self.copies))])
         measured = self.windows[heldout][: max(1, round(PROBE * sum(map(len, fitted)) / 2))]
         walk = Alignment(self.model, torch.cat([*fitted, measured]), heldout=len(measured))
-        found = {}
-        with show_progress("choose penalty", len(PENALTIES), "walk") as advance:
-            for penalty in PENALTIES:
-                for _ in walk.walk(layers, penalty=penalty):
-                    pass
-                found[penalty] = walk.measure_divergence()
-                advance(1)
+        with show_progress("choose penalty", len(walk.contexts), "layer") as advance:
+            for _ in walk.walk_students(layers, PENALTIES, on_layer=advance):
+                pass
+        found = {penalty: walk.measure_divergence(index) for index, penalty in enumerate(PENALTIES)}
         best = min(found, key=found.__getitem__)
         facts = {"source": heldout, "tokens": sum(map(torch.Tensor.numel, fitted)), "heldout": measured.numel()}
         return best, facts | {"divergence": {str(penalty): value for penalty, value in found.items()}}

@@ -75,7 +75,8 @@ def find_ends(layers: Sequence[LayerRecipe], count: int) -> list[int]:
 class Alignment:
     """A walk of teacher and student through the layers.
 
-    Memory: some six arrays of hidden states (S, T, D) and one of features (S, T, F), beside the model.
+    Memory: some six arrays of hidden states (S, T, D) and one of features (S, T, F), beside the model; one more array of
+    states for every further student.
     """
 
     def __init__(self, model: Any, windows: torch.Tensor, heldout: int = 0) -> None:
@@ -96,7 +97,6 @@ class Alignment:
         self.start = embed_windows(model, windows)
         self.teacher_seconds = 0.0
 
-    @torch.inference_mode()
     def walk(
         self,
         layers: Sequence[LayerRecipe],
@@ -115,28 +115,46 @@ class Alignment:
             PlanError: if a layer selects what this family cannot.
             NumericsError: if hidden states are not finite.
         """
-        student = teacher = self.start
+        for (made,) in self.walk_students(layers, (penalty,), on_layer=on_layer):
+            yield made
+
+    @torch.inference_mode()
+    def walk_students(
+        self,
+        layers: Sequence[LayerRecipe],
+        penalties: Sequence[float],
+        *,
+        on_layer: Callable[[int], Any] | None = None,
+    ) -> Iterator[tuple[AlignedLayer, ...]]:
+        """Yield the output layers in order, refitted with each penalty: one student per penalty beside one teacher.
+
+        Arguments and refusals are those of `walk`.
+        """
+        students, teacher = [self.start] * len(penalties), self.start
         first = 0
         for position, (layer, end) in enumerate(zip(layers, find_ends(layers, len(self.contexts)))):
             group = self.run_teacher(teacher, first, end, layer.used)
-            if student is teacher and layer.is_copy and layer.sources == (first,) and end == first:
-                student = group.after
-                yield AlignedLayer(position, {})
-            else:
-                student, tensors, facts = self.fit_layer(layer, student, group, penalty)
-                yield AlignedLayer(position, tensors, facts)
+            made = []
+            for index, (student, penalty) in enumerate(zip(students, penalties)):
+                if student is teacher and layer.is_copy and layer.sources == (first,) and end == first:
+                    students[index] = group.after
+                    made.append(AlignedLayer(position, {}))
+                else:
+                    students[index], tensors, facts = self.fit_layer(layer, student, group, penalty)
+                    made.append(AlignedLayer(position, tensors, facts))
+            yield tuple(made)
             teacher = group.after
             if on_layer:
                 on_layer(end + 1 - first)
             first = end + 1
-        self.student, self.teacher = student, teacher
+        self.students, self.teacher = students, teacher
 
     @torch.inference_mode()
-    def measure_divergence(self) -> float:
-        """Return KL(base || student) on the held-out windows after a walk, nats per token."""
+    def measure_divergence(self, student: int = 0) -> float:
+        """Return KL(base || student) on the held-out windows after a walk, nats per token; students are numbered."""
         total, count = 0.0, 0
         for rows in self.heldout:
-            for base, other in zip(self.teacher[rows], self.student[rows]):
+            for base, other in zip(self.teacher[rows], self.students[student][rows]):
                 total += sum_divergence(*(read_out(self.model, self.model.model.norm(x)) for x in (base, other)))
                 count += len(base)
         return total / count

@@ -85,6 +85,20 @@ def test_what_the_walk_made_is_what_a_model_of_its_tensors_does(family):
         )
 
 
+def test_students_with_different_penalties_walk_beside_one_teacher_as_they_would_alone():
+    model, layers, penalties = make_sharp_model("llama"), replace(concatenate(1, 3, (1,))), (0.3, 3.0)
+    windows = torch.cat([WINDOWS[:8], WINDOWS[8:12]])
+    together = Alignment(model, windows, 4)
+    made = list(together.walk_students(layers, penalties))
+    for index, penalty in enumerate(penalties):
+        alone, layers_alone = run_walk(model, windows, layers, heldout=4, penalty=penalty)
+        assert together.measure_divergence(index) == alone.measure_divergence()
+        for group, single in zip(made, layers_alone, strict=True):
+            assert set(group[index].tensors) == set(single.tensors)
+            assert all(torch.equal(group[index].tensors[name], tensor) for name, tensor in single.tensors.items())
+    assert together.measure_divergence(0) != together.measure_divergence(1)
+
+
 def test_every_source_layer_of_the_teacher_is_run_once_per_batch(monkeypatch):
     monkeypatch.setattr("mka.alignment.BATCH_TOKENS", 5 * 24)
     model = make_sharp_model("llama")
