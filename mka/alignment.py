@@ -75,8 +75,8 @@ def find_ends(layers: Sequence[LayerRecipe], count: int) -> list[int]:
 class Alignment:
     """A walk of teacher and student through the layers.
 
-    Memory: some six arrays of hidden states (S, T, D) and one of features (S, T, F), beside the model; one more array of
-    states for every further student.
+    Memory: some six arrays of hidden states (S, T, D) and one of features (S, T, F), beside the model, and one
+    more of states for every further student.
     """
 
     def __init__(self, model: Any, windows: torch.Tensor, heldout: int = 0) -> None:

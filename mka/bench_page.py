@@ -156,10 +156,9 @@ def _costs(comparison: Comparison) -> list[str]:
             facts = _find_alignment(cell.facts.get("written") or {})
             if facts:
                 assert cell.cell is not None
-                teacher, seconds = facts.get("teacher_seconds"), facts.get("seconds")
-                times = f"{seconds / teacher:.2f}" if teacher and seconds else "–"
-                shown = ["–" if v is None else format_value(float(v)) for v in (facts.get("tokens"), teacher, seconds)]
-                aligned.append([row, str(cell.cell.layers), *shown, times])
+                spans = [facts[name] for name in ("tokens", "teacher_seconds", "seconds", "probe_seconds")]
+                times = (facts["seconds"] + facts["probe_seconds"]) / facts["teacher_seconds"]
+                aligned.append([row, str(cell.cell.layers), *(format_value(float(v)) for v in spans), f"{times:.2f}"])
     which = " / ".join(map(str, targets))
     lines = [
         f"Seconds at {which} layers, as they were when each part was made. Hidden states and scores are made once for "
@@ -169,8 +168,13 @@ def _costs(comparison: Comparison) -> list[str]:
         *_markdown((["method", "observe and score", "plan", "merge or align, write and check"], rows)),
     ]
     if aligned:
-        headers = ["aligned", "layers", "tokens", "teacher's forward pass, s", "alignment, s", "alignment / teacher"]
-        lines += _markdown((headers, aligned))
+        headers = ["aligned", "layers", "tokens", "teacher's forward pass, s", "alignment, s", "choosing penalty, s"]
+        lines += [
+            "The teacher's forward pass is the base's share of the alignment, over the same tokens and without the "
+            "language-model head.",
+            "",
+            *_markdown(([*headers, "both / teacher"], aligned)),
+        ]
     return lines
 
 

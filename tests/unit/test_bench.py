@@ -258,7 +258,7 @@ def test_alignment_is_handed_its_texts_by_source_and_tells_its_cost(root, monkey
     def write_aligned(plan, checkpoint, texts, settings, source, output):
         calls.append((plan.layers_out, list(texts), settings.enabled, source.dtype))
         stages.write_merged(plan, checkpoint, output)
-        return {"tokens": 2048, "teacher_seconds": 2.0, "seconds": 5.0}
+        return {"tokens": 2048, "teacher_seconds": 2.0, "seconds": 5.0, "probe_seconds": 0.5}
 
     monkeypatch.setattr(stages, "write_aligned", write_aligned, raising=False)
     methods = [{"name": "mka", "alignment": [False, True], "targets": [5]}]
@@ -269,7 +269,7 @@ def test_alignment_is_handed_its_texts_by_source_and_tells_its_cost(root, monkey
     from mka.bench_page import render_page
 
     page = render_page(Comparison(results), None)
-    assert "| mka, aligned | 5 | 2,048 | 2.000 | 5.000 | 2.50 |" in page
+    assert "| mka, aligned | 5 | 2,048 | 2.000 | 5.000 | 0.500 | 2.75 |" in page
     # Other texts to align on are another candidate; the plain one stays.
     (root / "alignment.jsonl").unlink()
     (root / "alignment.jsonl").write_text(json.dumps({"text": "w9 w8 w7", "source": "more"}) + "\n")
