@@ -269,7 +269,7 @@ def test_alignment_is_handed_its_texts_by_source_and_tells_its_cost(root, monkey
     from mka.bench_page import render_page
 
     page = render_page(Comparison(results), None)
-    assert "| mka, aligned | 5 | 2,048 | 2.000 | 5.000 | 0.500 | 2.75 |" in page
+    assert "| mka, aligned | 5 | 2,048 | 2.000 | 5.000 | 0.5000 | 2.75 |" in page
     # Other texts to align on are another candidate; the plain one stays.
     (root / "alignment.jsonl").unlink()
     (root / "alignment.jsonl").write_text(json.dumps({"text": "w9 w8 w7", "source": "more"}) + "\n")

@@ -84,7 +84,8 @@ def test_the_recipe_on_smollm2_takes_4_7_10_and_13_layers_out_on_seen_and_unseen
 
 def test_the_recipe_on_gemma_differs_from_that_on_smollm2_in_model_and_size_only():
     gemma, smollm2 = (load_bench(ROOT / f"recipes/bench_{name}.yaml") for name in ("gemma3", "smollm2"))
-    assert sorted(18 - target for target in gemma.targets) == [3, 5]
+    (target,) = gemma.targets
+    assert target == round(18 * 23 / 30)  # as much of it as 7 of 30
     assert [text.path for text in gemma.texts] == [text.path for text in smollm2.texts]
     assert {entry.row for entry in gemma.methods} <= {entry.row for entry in smollm2.methods}
     assert [entry.name for entry in gemma.methods if entry.ours] == ["aligned"]
