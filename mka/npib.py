@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import Field
 
 from mka.errors import NumericsError
-from mka.recipe import Section
+from mka.sections import Section
 from mka.states import HiddenStates, LayerScores
 
 

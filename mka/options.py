@@ -184,7 +184,7 @@ def build_section(section: type[Section], values: Mapping[str, Any]) -> Section:
     """
     from pydantic import ValidationError
 
-    from mka.recipe import explain_validation
+    from mka.sections import explain_validation
 
     try:
         return section.model_validate(dict(values))

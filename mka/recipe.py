@@ -2,19 +2,13 @@
 
 import re
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from mka.errors import RecipeError, nearest
-
-
-class Section(BaseModel):
-    """A part of the recipe: frozen, and closed to keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from mka.errors import RecipeError
+from mka.sections import Section, explain_validation, read_yaml
 
 
 class ModelSource(Section):
@@ -181,13 +175,22 @@ class GateSettings(Section):
 
     perplexity_recovery: float = Field(0.5, gt=0, le=1, description="Base perplexity / candidate perplexity")
     task_recovery: float = Field(0.9, gt=0, le=1, description="Mean task score of the candidate / that of the base")
+    champion_recovery: float = Field(
+        0.95, gt=0, le=1, description="Both of these with the current champion in the base's place, for promotion"
+    )
 
 
 class RegistrySettings(Section):
     """Where the result is remembered."""
 
     name: str | None = Field(None, description="Registered model name; default: the recipe's name")
-    tracking_uri: str | None = Field(None, description="MLflow tracking server; default: SQLite in the work folder")
+    tracking_uri: str | None = Field(
+        None, description="MLflow tracking server; default: MLFLOW_TRACKING_URI, else SQLite in the work folder"
+    )
+    promote: Literal["auto", "manual"] = Field(
+        "auto", description="'auto': a run whose gate passes promotes its version; 'manual': a person does"
+    )
+    approvers: tuple[str, ...] = Field((), description="People of whom one must be named to promote; none: nobody must")
 
     @field_validator("tracking_uri")
     @classmethod
@@ -219,37 +222,6 @@ class Recipe(Section):
         return self.registry.name or self.name
 
 
-def explain_validation(error: ValidationError, model: type[BaseModel], where: str) -> str:
-    """Turn pydantic's report into one line that names the key, what was given and the nearest valid key."""
-    parts = []
-    for item in error.errors():
-        location = [str(step) for step in item["loc"]]
-        key = ".".join(location) or "recipe"
-        if item["type"] == "extra_forbidden":
-            allowed = _fields_at(model, location[:-1])
-            hint = nearest(location[-1], allowed) or f" (allowed: {', '.join(allowed)})"
-            parts.append(f"unknown key '{key}'{hint}")
-        elif item["type"] == "missing":
-            parts.append(f"missing key '{key}'")
-        else:
-            silent = isinstance(item["input"], dict) or "holds a password" in item["msg"]
-            given = "" if silent else f", got {item['input']!r}"
-            parts.append(f"'{key}': {item['msg'].removeprefix('Value error, ')}{given}")
-    return f"{where}: " + "; ".join(parts)
-
-
-def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:
-    for step in location:
-        if step.isdecimal():  # an entry of a list of sections
-            continue
-        annotation = model.model_fields[step].annotation if step in model.model_fields else None
-        sections = [t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)]
-        if not sections:
-            return []
-        model = sections[0]
-    return list(model.model_fields)
-
-
 def validate_recipe(raw: Any, where: str = "recipe") -> Recipe:
     """Validate a mapping as a recipe.
 
@@ -270,25 +242,6 @@ def validate_recipe(raw: Any, where: str = "recipe") -> Recipe:
 
     check_alignment(recipe.method, recipe.alignment.enabled, where)
     return recipe
-
-
-def read_yaml(path: str | Path, hint: str) -> Any:
-    """Read a recipe's YAML.
-
-    Args:
-        path: the file.
-        hint: where recipes are to be found, for the refusal of a file that is not there.
-
-    Raises:
-        RecipeError: if the file cannot be read.
-    """
-    path = Path(path)
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"recipe not found: {path}; {hint}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None
 
 
 def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:

@@ -11,7 +11,8 @@ from mka.cuts import CutEvidence
 from mka.errors import RecipeError, nearest
 from mka.folds import Folds
 from mka.plan import LayerRecipe, MergePlan
-from mka.recipe import MethodChoice, Section, explain_validation
+from mka.recipe import MethodChoice
+from mka.sections import Section, explain_validation
 from mka.states import HiddenStates, LayerScores
 
 # A row per method: the name in recipes, and the module that holds its METHOD.

@@ -19,7 +19,7 @@ from mka.methods import HIDDEN_STATES, TRIALS, Aim, Evidence, Method
 from mka.npib import SimilaritySettings, score_similarity
 from mka.plan import LayerRecipe, MergePlan, Step, take_layers
 from mka.planning import deletable_layers, merge_adjacent, partition_layers
-from mka.recipe import Section
+from mka.sections import Section
 from mka.states import LayerScores
 
 

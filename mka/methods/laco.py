@@ -30,7 +30,7 @@ from pydantic import Field
 from mka.methods import OUTPUT_SIMILARITY, Aim, Evidence, Method
 from mka.plan import LayerRecipe, MergePlan, Step, identity_layers
 from mka.planning import refuse_unreachable
-from mka.recipe import Section
+from mka.sections import Section
 from mka.states import LayerScores
 
 Layers = tuple[LayerRecipe, ...]

@@ -6,7 +6,7 @@ from pydantic import Field
 from mka.methods import Aim, Evidence, Method
 from mka.plan import MergePlan
 from mka.planning import delete_least_important
-from mka.recipe import Section
+from mka.sections import Section
 from mka.states import LayerScores
 
 

@@ -7,7 +7,7 @@ without its last N layers, whatever the similarities were. It is kept as a basel
 
 from mka.methods import Aim, Evidence, Method
 from mka.plan import MergePlan, Step, keep_layers
-from mka.recipe import Section
+from mka.sections import Section
 from mka.states import LayerScores
 
 

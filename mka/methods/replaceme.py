@@ -27,7 +27,7 @@ from mka.cuts import Cut, CutEvidence
 from mka.folds import Folds, fold_output_map
 from mka.methods import HIDDEN_STATES, Aim, Evidence, Method
 from mka.plan import MergePlan
-from mka.recipe import Section
+from mka.sections import Section
 from mka.states import LayerScores
 
 

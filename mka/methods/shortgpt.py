@@ -3,7 +3,7 @@
 from mka.methods import HIDDEN_STATES, Aim, Evidence, Method
 from mka.plan import MergePlan
 from mka.planning import delete_least_important
-from mka.recipe import Section
+from mka.sections import Section
 from mka.states import LayerScores
 
 

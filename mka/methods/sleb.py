@@ -10,7 +10,7 @@ samples of WikiText-2.
 from mka.methods import LOSS, Aim, Evidence, Method
 from mka.plan import MergePlan, Step, identity_layers
 from mka.planning import deletable_layers
-from mka.recipe import Section
+from mka.sections import Section
 from mka.states import LayerScores
 
 

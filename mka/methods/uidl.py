@@ -16,7 +16,7 @@ import numpy as np
 from mka.blocks import delete_block, measure_blocks
 from mka.methods import HIDDEN_STATES, Aim, Evidence, Method
 from mka.plan import MergePlan
-from mka.recipe import Section
+from mka.sections import Section
 from mka.states import LayerScores
 
 
