@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,25 @@ if __name__ == "__main__":
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 
 from prefect import flow, get_run_logger
+from prefect.events import emit_event
 from prefect.runtime import flow_run
 
-from mka.errors import GateRefused, MkaError
+from mka.errors import GateRefused, MkaError, PromotionError
 from mka.products import Product
 from mka.recipe import Recipe, load_recipe
 from mka.stages import needs_hidden_states
 from tasks import guard
 from tasks.base_model import fetch_base_model
 from tasks.calibration import read_tables, select_alignment, select_calibration
+from tasks.challenge import promote_measured
 from tasks.compression import MODEL_FOLDER, PLAN_FILE, Job, merge, observe, plan, quantize, score
 from tasks.evaluation import compare_speeds, decide_gate, evaluate
+from tasks.index import write_index_page
 from tasks.pages import print_summary, publish_artifacts
-from tasks.registry import as_facts, reach_registry, register
+from tasks.promotion import find_reign, name_person, read_aliases, read_version
+from tasks.registry import Registration, as_facts, reach_registry, register
 from tasks.reporting import Evidence, report
+from tasks.slots import compute_slot, hold_slot
 from tasks.workplace import Workplace, find_workplace
 
 
@@ -128,6 +133,41 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
         texts = log.product("alignment", select_alignment(place, recipe, base, versions, tables, run))
     job = Job(place, recipe, base, run, log.facts["command"], versions, tables)
 
+    with hold_slot(compute_slot()):
+        evidence = compress(job, calibration, texts, log)
+    gate = evidence.gate
+    log.facts["verdict"] = gate.facts["verdict"]
+    page = log.product("report", report(job, evidence, {n: s["seconds"] for n, s in log.facts["stages"].items()}))
+    log.facts["report"] = str(page.folder / "report.html")
+    log.facts["checks"] = str(open_checks(place, log))
+
+    clock = time.perf_counter()
+    registration = register(job, evidence, page)
+    why = "found in the registry" if registration.reused else f"verdict {gate.facts['verdict']}"
+    log.stage("register", round(time.perf_counter() - clock, 3), registration.reused, why)
+    log.facts["mlflow_run_id"] = registration.run_id
+    log.facts |= {"registered_name": registration.name, "registered_version": registration.version}
+    log.facts["promotion"], registration = promote_on_pass(job, evidence, registration)
+    log.facts["registry"] = as_facts(registration)
+    log.facts["index"] = str(write_index_page(place, registration.tracking_uri))
+    publish_artifacts(job, evidence, page, log.facts)
+    print_summary(job, evidence, log.facts)
+    announce_verdict(recipe, gate.facts["verdict"], f"{log.facts['report']} and MLflow run {registration.run_id}")
+    if gate.facts["verdict"] == "fail":
+        raise GateRefused(f"gate refused {recipe.name}; nothing was registered. Evidence: {log.facts['report']}")
+
+
+def announce_verdict(recipe: Recipe, verdict: str, evidence: str) -> None:
+    """Say where the evidence is, in the log and as an event: whoever watches a remote run sees events only."""
+    get_run_logger().info("evidence: %s", evidence)
+    name = f"{recipe.registered_name}: evidence in {evidence}"
+    resource = {"prefect.resource.id": f"mka.model.{recipe.registered_name}", "prefect.resource.name": name}
+    emit_event(event=f"gate.{verdict}", resource=resource, payload={"recipe": recipe.name, "evidence": evidence})
+
+
+def compress(job: Job, calibration: Product, texts: Product | None, log: Log) -> Evidence:
+    """The stages that compute, from hidden states to the verdict."""
+    recipe, base = job.recipe, job.base
     scores = None
     if needs_hidden_states(recipe.method):
         states = log.product("observe", observe(job, calibration))
@@ -146,23 +186,37 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
     after = log.product("evaluate candidate", evaluate(job, "candidate", measured))
     speeds = log.product("compare speed", compare_speeds(job, measured))
     gate = log.product("gate", decide_gate(job, before, after))
-    log.facts["verdict"] = gate.facts["verdict"]
     fit = {"alignment": texts, "merged": merged} if texts else {}
-    evidence = Evidence(calibration, scores, planned, candidate, before, after, speeds, gate, **fit)
-    page = log.product("report", report(job, evidence, {n: s["seconds"] for n, s in log.facts["stages"].items()}))
-    log.facts["report"] = str(page.folder / "report.html")
-    log.facts["checks"] = str(open_checks(place, log))
+    return Evidence(calibration, scores, planned, candidate, before, after, speeds, gate, **fit)
 
-    clock = time.perf_counter()
-    registration = register(job, evidence, page)
-    why = "found in the registry" if registration.reused else f"verdict {gate.facts['verdict']}"
-    log.stage("register", round(time.perf_counter() - clock, 3), registration.reused, why)
-    log.facts |= {"registry": as_facts(registration), "mlflow_run_id": registration.run_id}
-    log.facts |= {"registered_name": registration.name, "registered_version": registration.version}
-    publish_artifacts(job, evidence, page)
-    print_summary(job, evidence, log.facts)
-    if gate.facts["verdict"] == "fail":
-        raise GateRefused(f"gate refused {recipe.name}; nothing was registered. Evidence: {log.facts['report']}")
+
+def promote_on_pass(job: Job, evidence: Evidence, registration: Registration) -> tuple[str, Registration]:
+    """Promote what the gate passed, where the recipe leaves that to the run; return what came of it, in words."""
+    settings = job.recipe.registry
+    if registration.name is None or registration.version is None:
+        return "none: nothing was registered", registration
+    chosen = read_version(registration.tracking_uri, registration.name, registration.version)
+    by_hand = f"python -m flows.promote {registration.name} --version {registration.version} --because TEXT"
+    if evidence.gate.facts["verdict"] != "pass":
+        said = "none: the gate is undecided"
+    elif "champion" in registration.aliases:
+        said = "is champion"
+    elif (before := find_reign(chosen)) is not None:
+        said = f"none: the same model is or was champion as version {before}; by hand: {by_hand}"
+    elif settings.approvers:
+        said = f"waits for {' or '.join(settings.approvers)}: {by_hand} --approver NAME"
+    elif settings.promote == "manual":
+        said = f"waits for a person: {by_hand}"
+    else:
+        try:
+            with hold_slot(compute_slot()):
+                move = promote_measured(job, chosen, evidence.candidate_report, who=name_person(), why="gate passed")
+            said = f"became champion, before version {move.old}" if move.old else "became champion, the first"
+        except PromotionError as error:
+            said = f"none: {error}"
+    aliases = read_aliases(registration.tracking_uri, registration.name)
+    now = tuple(sorted(alias for alias, version in aliases.items() if version == registration.version))
+    return said, replace(registration, aliases=now)
 
 
 def open_checks(place: Workplace, log: Log) -> Path:

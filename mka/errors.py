@@ -52,6 +52,18 @@ class GateRefused(MkaError):
     exit_code = 1
 
 
+class WatchError(MkaError):
+    """Base models of which some could not be looked at."""
+
+
+class ServerError(MkaError):
+    """Local servers that do not start, or run already."""
+
+
+class PromotionError(GateRefused):
+    """A version that may not become champion: stale, not approved, or worse than the champion."""
+
+
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the allowed name closest to ``given``, or an empty string."""
     matches = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)

@@ -247,7 +247,7 @@ def _plain(mapping: Mapping[str, Any]) -> dict[str, str]:
             return ", ".join(f"{key} {show(inner)}" for key, inner in value.items())
         return ", ".join(map(show, value)) if isinstance(value, list | tuple) else "–" if value is None else str(value)
 
-    return {str(key).replace("_", " "): show(value) for key, value in mapping.items()}
+    return {str(key).replace("_", " "): show(value) or "–" for key, value in mapping.items()}
 
 
 def escape_markdown(value: Any) -> Any:

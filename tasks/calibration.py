@@ -23,7 +23,7 @@ VERSION = 1
 CALIBRATION_FILE, ALIGNMENT_FILE = "calibration.jsonl", "alignment.jsonl"
 
 
-@task(task_run_name="read tables at {recipe.calibration.rev}", cache_policy=NO_CACHE)
+@task(task_run_name="read tables", cache_policy=NO_CACHE)
 def read_tables(place: Workplace, recipe: Recipe) -> tuple[dict[str, Version], Product]:
     """Look up every table the recipe names at its DVC revision and copy them aside.
 

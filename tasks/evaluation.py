@@ -1,6 +1,6 @@
 """Base and candidate measured from disk under equal conditions; then the gate."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from mka.calibration import read_heldout
+from mka.checkpoint import describe_checkpoint, open_checkpoint
 from mka.gate import GateDecision, decide
 from mka.measurements import EvalReport
 from mka.products import Product, produce
+from mka.recipe import GateSettings
 from tasks import suites, tables
 from tasks.compression import Job
 from tasks.versioned import table_name
@@ -21,13 +23,14 @@ REPORT_FILE = "evaluation.json"
 
 
 @task(task_run_name="evaluate {role}", cache_policy=NO_CACHE)
-def evaluate(job: Job, role: str, facts: Mapping[str, Any]) -> Product:
+def evaluate(job: Job, role: str, facts: Mapping[str, Any], fetch: Callable[[], Path] | None = None) -> Product:
     """Measure one checkpoint from disk.
 
     Args:
         job: the run.
-        role: "base" or "candidate".
-        facts: path, digest, layers, parameters, bytes of the checkpoint.
+        role: "base", "candidate" or "champion".
+        facts: path, digest, layers, parameters, bytes of the checkpoint; its digest alone, if ``fetch`` is given.
+        fetch: brings the checkpoint here; called only if its measurement is not stored.
 
     Raises:
         CheckpointError: if it does not load whole.
@@ -41,8 +44,9 @@ def evaluate(job: Job, role: str, facts: Mapping[str, Any]) -> Product:
     def make(folder: Path) -> Mapping[str, Any]:
         text = settings.text
         tasks_folder = settings.tasks_folder
+        found = describe_checkpoint(open_checkpoint(fetch(), verify=False)) if fetch else facts
         report = evaluate_checkpoint(
-            facts["path"],
+            found["path"],
             settings.model_copy(
                 update={"tasks_folder": job.tables.folder / table_name(tasks_folder) if tasks_folder else None}
             ),
@@ -50,7 +54,7 @@ def evaluate(job: Job, role: str, facts: Mapping[str, Any]) -> Product:
             seed=recipe.seed,
             trust_remote_code=recipe.model.trust_remote_code,
             heldout=read_heldout(job.tables.folder / table_name(text)) if text else {},
-            checkpoint_facts=facts,
+            checkpoint_facts=found,
             command=job.command,
             speed=False,
         )
@@ -89,20 +93,27 @@ def compare_speeds(job: Job, candidate: Mapping[str, Any]) -> Product:
 
 
 @task(task_run_name="gate", cache_policy=NO_CACHE)
-def decide_gate(job: Job, base: Product, candidate: Product) -> Product:
+def decide_gate(job: Job, base: Product, candidate: Product, thresholds: GateSettings | None = None) -> Product:
     """Guard both reports and decide whether the candidate keeps enough of its base.
+
+    Args:
+        job: the run.
+        base: measurement of the base, or of whatever else the candidate is held against.
+        candidate: measurement of the candidate.
+        thresholds: default: those of the recipe.
 
     Raises:
         GuardError: if the reports break an expectation or were not measured alike.
     """
+    thresholds = thresholds or job.recipe.gate
 
     def make(folder: Path) -> Mapping[str, Any]:
         before, after = open_report(base), open_report(candidate)
         job.guard("evaluation_report", tables.evaluation_report_table(before, after), suites.evaluation_report())
-        decision: GateDecision = decide(before, after, job.recipe.gate, seed=job.recipe.seed)
+        decision: GateDecision = decide(before, after, thresholds, seed=job.recipe.seed)
         return decision.to_dict() | {"lines": decision.describe()}
 
-    keyed = job.recipe.gate.model_dump() | {"seed": job.recipe.seed}
+    keyed = thresholds.model_dump(exclude={"champion_recovery"}) | {"seed": job.recipe.seed}
     inputs = {"base": base.digest, "candidate": candidate.digest}
     return produce(job.place.stages, "gate", version=VERSION, settings=keyed, inputs=inputs, make=make)
 

@@ -40,7 +40,8 @@ td:last-child { overflow-wrap: anywhere } .passed { color: #14692f } .failed { c
 .warning { color: #8a5a00; font-weight: 600 } small, .note { color: #5b6470 } summary { cursor: pointer }
 </style></head><body><h1>Data checks</h1>
 <p>One suite of expectations at the door of every stage. Newest validation first.
-<a href="{{ data_docs }}/index.html">Data Docs</a> hold the same with more detail (their styles need a network).</p>
+<a href="{{ data_docs }}/index.html">Data Docs</a> hold the same
+with more detail (but styles and list need a network).</p>
 {% for v in validations %}
 <details id="{{ v.anchor }}"{% if v.newest %} open{% endif %}><summary><strong>{{ v.name }}</strong>
 <span class="{{ 'failed' if v.failed else 'passed' }}">{{ 'failed' if v.failed else 'passed' }}</span>

@@ -8,7 +8,6 @@ from typing import Any
 
 from prefect.artifacts import (
     create_image_artifact,
-    create_link_artifact,
     create_markdown_artifact,
     create_table_artifact,
 )
@@ -18,20 +17,21 @@ from mka.alignment_report import summarise_alignment
 from mka.products import Product
 from mka.report import result_table
 from tasks.compression import Job
-from tasks.registry import CANDIDATE
 from tasks.reporting import Evidence, registered_address
+from tasks.tracking import CANDIDATE
 
 
-def publish_artifacts(job: Job, evidence: Evidence, page: Product) -> None:
-    """Put the result table, the gate's numbers, the similarity picture and a link to the report on the run's page."""
+def publish_artifacts(job: Job, evidence: Evidence, page: Product, facts: Mapping[str, Any]) -> None:
+    """Put the result table, the verdict, where the report is and the similarity picture on the run's page."""
     key = job.recipe.name.replace("_", "-").replace(".", "-")
     rows = result_table(*evidence.open_reports())
     create_table_artifact(rows, key=f"{key}-results", description=f"{job.recipe.name}: base and candidate")
     lines = "\n".join(evidence.gate.facts["lines"])
-    create_markdown_artifact(f"```\n{lines}\n```", key=f"{key}-gate", description="Gate")
-    create_link_artifact(
-        (page.folder / "report.html").as_uri(), link_text="report.html", key=f"{key}-report", description="Report"
+    # Not a link: no browser follows one from a served page to a file, and the MLflow run has the report too.
+    places = (
+        f"Report: `{facts['report']}`, and in MLflow run `{facts['mlflow_run_id']}`. Promotion: {facts['promotion']}."
     )
+    create_markdown_artifact(f"```\n{lines}\n```\n\n{places}", key=f"{key}-gate", description="Gate")
     picture = page.folder / "similarity.png"
     if picture.exists():
         encoded = base64.b64encode(picture.read_bytes()).decode()
@@ -70,9 +70,11 @@ def print_summary(job: Job, evidence: Evidence, facts: Mapping[str, Any]) -> Non
                 ("report", facts["report"]),
                 ("plan", facts["plan"]),
                 ("registered", where),
+                ("promotion", facts["promotion"]),
                 ("load it", _load_command(job, registration)),
                 ("MLflow pages", _mlflow_command(registration["tracking_uri"])),
                 ("Prefect pages", f"PREFECT_HOME={job.place.work / 'prefect'} {_command('prefect')} server start"),
+                ("all of them", f"{_command('python')} -m webbrowser {facts['index']}"),
                 ("data checks", f"{_command('python')} -m webbrowser {facts['checks']}"),
             ],
             tablefmt="plain",

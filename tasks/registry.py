@@ -5,8 +5,6 @@ store: a version with the same key is found there and never made twice.
 """
 
 import io
-import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
@@ -23,12 +21,10 @@ from tasks import guard
 from tasks.base_model import is_worth_retrying
 from tasks.compression import MODEL_FOLDER, Job, open_scores
 from tasks.reporting import Evidence, calibration_revision, describe_alignment_table, read_code_commit
+from tasks.tracking import CANDIDATE, COMPLETE, EXPERIMENT, connect_registry, registry_address
 from tasks.workplace import Workplace
 
 VERSION = 1
-EXPERIMENT = "mka"
-CANDIDATE, CHAMPION = "candidate", "champion"
-COMPLETE = "mka.complete"
 # Same environment for serving; named here so that MLflow does not import the model to guess them.
 REQUIREMENTS = ("torch", "transformers", "compressed-tensors", "accelerate", "safetensors")
 
@@ -54,35 +50,6 @@ class Registration:
     reused: bool
 
 
-@contextmanager
-def _connected(place: Workplace, recipe: Recipe) -> Iterator[Any]:
-    """Yield an MLflow client on the recipe's store.
-
-    Raises:
-        RegistryError: if it cannot be reached.
-    """
-    uri = recipe.registry.tracking_uri or place.tracking_uri
-    place.work.mkdir(parents=True, exist_ok=True)
-    # Fail in seconds, not after MLflow's default of minutes of back-off.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    import mlflow
-    from sqlalchemy.exc import SQLAlchemyError
-
-    for logger in ("mlflow", "alembic"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
-    try:
-        mlflow.set_tracking_uri(uri)
-        mlflow.set_registry_uri(uri)
-        yield mlflow.MlflowClient(uri)
-    except (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RegistryError(
-            f"registry {uri} cannot be used: {reason}; nothing was registered. Start it, or set registry.tracking_uri"
-        ) from None
-
-
 @task(task_run_name="reach registry", cache_policy=NO_CACHE)
 def reach_registry(place: Workplace, recipe: Recipe) -> str:
     """Find out that the registry answers before hours are spent on what it has to remember.
@@ -90,7 +57,7 @@ def reach_registry(place: Workplace, recipe: Recipe) -> str:
     Raises:
         RegistryError: if it cannot be reached.
     """
-    with _connected(place, recipe) as client:
+    with connect_registry(registry_address(place, recipe)) as client:
         client.search_registered_models(max_results=1)
         return str(client.tracking_uri)
 
@@ -105,7 +72,7 @@ def reach_registry(place: Workplace, recipe: Recipe) -> str:
 def register(job: Job, evidence: Evidence, report: Product) -> Registration:
     """Record the run with its evidence; register the candidate unless the gate refused it.
 
-    The alias "candidate" moves to the new version; "champion" moves only if the gate's verdict is "pass".
+    The alias "candidate" moves to the new version; "champion" is moved by promotion only.
 
     Raises:
         RegistryError: if the registry cannot be reached, or does not hold the whole model afterwards.
@@ -113,7 +80,7 @@ def register(job: Job, evidence: Evidence, report: Product) -> Registration:
     verdict = evidence.gate.facts["verdict"]
     inputs = {name: product.digest for name, product in vars(evidence).items() if product is not None}
     key = stage_key("register", VERSION, {"name": job.recipe.registered_name}, inputs | {"report": report.digest})
-    with _connected(job.place, job.recipe) as client:
+    with connect_registry(registry_address(job.place, job.recipe)) as client:
         name = job.recipe.registered_name
         if verdict == "fail":
             if (refused := _find_refused(client, key)) is not None:
@@ -157,13 +124,11 @@ def _find_refused(client: Any, key: str) -> str | None:
 
 
 def _complete(client: Any, name: str, version: str, evidence: Evidence) -> tuple[str, ...]:
-    """Check that the version is whole, then point the aliases at it: "champion" only if the gate passed it."""
+    """Check that the version is whole, then point "candidate" at it."""
     _require_whole(client, name, version, evidence.candidate)
-    aliases = (CANDIDATE, CHAMPION) if evidence.gate.facts["verdict"] == "pass" else (CANDIDATE,)
-    for alias in aliases:
-        client.set_registered_model_alias(name, alias, version)
+    client.set_registered_model_alias(name, CANDIDATE, version)
     client.set_model_version_tag(name, version, COMPLETE, "true")
-    return aliases
+    return (CANDIDATE,)
 
 
 @contextmanager
@@ -209,7 +174,8 @@ def _log_evidence(job: Job, evidence: Evidence, report: Product) -> None:
         metrics |= {f"{role}/{name}": value for name, value in measured.speed.items()}
         metrics |= {f"{role}/{name}": float(measured.checkpoint[name]) for name in ("layers", "parameters", "bytes")}
     for check in evidence.gate.facts["checks"]:
-        metrics |= {f"gate/{check['name']}/{part}": check[part] for part in ("recovery", "lower")}
+        bounds = {part: check[part] for part in ("recovery", "lower", "upper") if check[part] is not None}
+        metrics |= {f"gate/{check['name']}/{part}": value for part, value in bounds.items()}
     metrics["layer_ratio"] = evidence.plan.facts["layer_ratio"]
     metrics["size_ratio"] = 1.0 - metrics["candidate/bytes"] / metrics["base/bytes"]
     mlflow.log_metrics({name: float(value) for name, value in metrics.items() if value == value})

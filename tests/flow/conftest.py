@@ -13,6 +13,7 @@ os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
 
 import pytest
+import torch
 import yaml
 from conftest import make_texts, make_tiny_model, save_model
 
@@ -73,6 +74,31 @@ class Project:
         path.write_text(yaml.safe_dump(self.recipe(**changes)), encoding="utf-8")
         return path
 
+    def run(self, **changes) -> int:
+        """Run the command line's main in this process; return its exit code."""
+        from flows.recompress import main
+
+        return main([str(self.write_recipe(**changes))])
+
+    def teach_base_its_own_text(self) -> None:
+        """Hold out what a sharpened base writes itself, window by window, so that losing layers costs it dearly."""
+        model = make_tiny_model("llama")
+        with torch.no_grad():
+            model.lm_head.weight.mul_(20.0)
+        save_model(model, self.base)
+        torch.manual_seed(0)
+        start = torch.randint(3, 97, (12, 1))
+        options = {"do_sample": True, "top_k": 0, "suppress_tokens": [0, 1, 2], "pad_token_id": 0}
+        written = model.generate(start, max_new_tokens=31, min_new_tokens=31, **options)
+        self.write_rows(self.heldout, [" ".join(f"w{token}" for token in row) for row in written.tolist()], "words")
+
+    @property
+    def client(self):
+        """MLflow client on the store that runs use."""
+        from mlflow import MlflowClient
+
+        return MlflowClient(f"sqlite:///{self.work / 'mlflow.db'}")
+
     @property
     def last_run(self) -> dict:
         return json.loads((self.work / "last_run.json").read_text())
@@ -82,4 +108,6 @@ class Project:
 def project(tmp_path, monkeypatch):
     made = Project(tmp_path)
     monkeypatch.setenv("MKA_WORK", str(made.work))
+    # MLflow leaves the store it was set to there, and a run would take it for the user's wish.
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return made

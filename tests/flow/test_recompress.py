@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_texts, make_tiny_model, save_model
+from conftest import make_texts
 from safetensors.torch import load_file
 
 from mka.sums import file_sha256
@@ -14,16 +14,11 @@ pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
 
 
 def run(project, **changes):
-    """Run the command line's main in this process; return its exit code."""
-    from flows.recompress import main
-
-    return main([str(project.write_recipe(**changes))])
+    return project.run(**changes)
 
 
 def client(project):
-    from mlflow import MlflowClient
-
-    return MlflowClient(f"sqlite:///{project.work / 'mlflow.db'}")
+    return project.client
 
 
 def versions(project):
@@ -110,21 +105,8 @@ def test_what_a_method_fits_is_stored_with_its_plan_and_folded_in(project):
     assert not torch.equal(load_file(merged)[name], before[source])
 
 
-def teach_base_its_own_text(project):
-    """Hold out what a sharpened base writes itself, window by window, so that losing layers costs it dearly."""
-    model = make_tiny_model("llama")
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20.0)
-    save_model(model, project.base)
-    torch.manual_seed(0)
-    start = torch.randint(3, 97, (12, 1))
-    options = {"do_sample": True, "top_k": 0, "suppress_tokens": [0, 1, 2], "pad_token_id": 0}
-    written = model.generate(start, max_new_tokens=31, min_new_tokens=31, **options)
-    project.write_rows(project.heldout, [" ".join(f"w{token}" for token in row) for row in written.tolist()], "words")
-
-
 def test_a_refusing_gate_registers_nothing_and_keeps_the_evidence(project, capsys):
-    teach_base_its_own_text(project)
+    project.teach_base_its_own_text()
     changes = {"gate__perplexity_recovery": 0.9, "target__layers": 3, "method__name": "reference_code"}
     assert run(project, **changes) == 1
     assert "gate refused tiny" in one_line(capsys)

@@ -1,0 +1,110 @@
+"""Make a registered version champion: today's gate, today's base, and the champion there is are asked first.
+
+python -m flows.promote smollm2-135m-mka --because "evidence read"
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from flows.command_line import run_command, silence_prefect
+
+if __name__ == "__main__":
+    silence_prefect()
+
+from prefect import flow, get_run_logger
+from prefect.runtime import flow_run
+
+from tasks.base_model import fetch_base_model
+from tasks.calibration import read_tables
+from tasks.challenge import promote_measured, read_recipe, refuse_stale, refuse_unapproved, require_pass
+from tasks.compression import Job
+from tasks.index import write_index_page
+from tasks.promotion import Move, find_candidate, name_person, read_version
+from tasks.slots import compute_slot, hold_slot
+from tasks.tracking import registry_address
+from tasks.workplace import find_workplace
+
+
+@flow(name="promote", validate_parameters=False)
+def promote(
+    model: str,
+    because: str,
+    version: str | None = None,
+    approver: str | None = None,
+    compare: bool = True,
+    registry: str | None = None,
+) -> Move:
+    """Promote a version to champion; the champion before it becomes "previous".
+
+    The gate is decided anew on the tables of today, from stored measurements where base, candidate and tables are what
+    they were, and the version is held against the current champion on the same windows and items.
+
+    Args:
+        model: registered model.
+        because: why, for the record.
+        version: its version; default: the one "candidate" points at.
+        approver: who stands for it, where the recipe wants a name.
+        compare: hold it against the champion.
+        registry: MLflow store; default: `MLFLOW_TRACKING_URI`, else that of the work folder.
+
+    Raises:
+        PromotionError: if it is stale, not approved, does not pass the gate or is not as good as the champion.
+        MkaError: if anything it needs cannot be had.
+    """
+    place = find_workplace()
+    place.prepare()
+    uri = registry or registry_address(place)
+    chosen = read_version(uri, model, str(version)) if version else find_candidate(uri, model)
+    recipe = read_recipe(chosen)
+    refuse_unapproved(recipe, approver)
+    refuse_stale(place, recipe, chosen)
+    base = fetch_base_model(place, recipe)
+    versions, tables = read_tables(place, recipe)
+    command = f"python -m flows.promote {model} --version {chosen.version}"
+    job = Job(place, recipe, base, str(flow_run.name), command, versions, tables)
+    who = f"{approver} (run by {name_person()})" if approver else name_person()
+    with hold_slot(compute_slot()):
+        measured = require_pass(job, chosen, base)
+        move = promote_measured(job, chosen, measured, who=who, why=because, compare=compare)
+    say_move(move)
+    write_index_page(place, uri)
+    return move
+
+
+def say_move(move: Move) -> None:
+    """Tell the terminal and the run's log."""
+    before = f"version {move.old}" if move.old else "none"
+    line = f"{move.model}: champion is version {move.new}, before {before}; {move.action} by {move.who}: {move.why}"
+    print(line, flush=True)
+    get_run_logger().info(line)
+
+
+def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read the command line."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.promote",
+        description="Make a registered version champion, if today's gate passes it and it is as good as the champion.",
+        epilog='example: python -m flows.promote smollm2-135m-mka --approver alice --because "evidence read"',
+    )
+    parser.add_argument("model", help="registered model")
+    parser.add_argument("--because", required=True, metavar="TEXT", help="why, for the record")
+    parser.add_argument("--version", metavar="N", help="default: what the alias candidate points at")
+    parser.add_argument("--approver", metavar="NAME", help="who stands for it, where the recipe wants a name")
+    parser.add_argument(
+        "--without-comparison", dest="compare", action="store_false", help="do not hold it against the champion"
+    )
+    parser.add_argument("--registry", metavar="URI", help="MLflow store; default as for runs")
+    return vars(parser.parse_args(arguments))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the flow on this machine."""
+    given = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    return run_command("promote", lambda: promote(**given))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Point champion back at the version before: one command, nothing is measured.
+
+python -m flows.rollback smollm2-135m-mka --because "answers in the wrong language"
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from flows.command_line import run_command, silence_prefect
+
+if __name__ == "__main__":
+    silence_prefect()
+
+from prefect import flow
+
+from flows.promote import say_move
+from mka.errors import PromotionError
+from tasks.index import write_index_page
+from tasks.promotion import Move, find_previous, move_champion, name_person
+from tasks.tracking import registry_address
+from tasks.workplace import find_workplace
+
+
+@flow(name="rollback", validate_parameters=False)
+def rollback(model: str, because: str, approver: str | None = None, registry: str | None = None) -> Move:
+    """Exchange "champion" and "previous".
+
+    Args:
+        model: registered model.
+        because: why, for the record.
+        approver: who stands for it.
+        registry: MLflow store; default: `MLFLOW_TRACKING_URI`, else that of the work folder.
+
+    Raises:
+        PromotionError: if there is no previous champion, or somebody moved it meanwhile.
+        RegistryError: if the registry cannot be reached.
+    """
+    place = find_workplace()
+    place.prepare()
+    uri = registry or registry_address(place)
+    champion, previous = find_previous(uri, model)
+    who = f"{approver} (run by {name_person()})" if approver else name_person()
+    move = move_champion(previous, expected=champion, action="rollback", who=who, why=because)
+    if move is None:
+        raise PromotionError(f"{model}: somebody moved champion away from version {champion} meanwhile; look again")
+    say_move(move)
+    write_index_page(place, uri)
+    return move
+
+
+def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read the command line."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.rollback",
+        description="Make the previous champion champion again. Nothing is measured; running it twice undoes it.",
+        epilog='example: python -m flows.rollback smollm2-135m-mka --because "answers in the wrong language"',
+    )
+    parser.add_argument("model", help="registered model")
+    parser.add_argument("--because", required=True, metavar="TEXT", help="why, for the record")
+    parser.add_argument("--approver", metavar="NAME", help="who stands for it")
+    parser.add_argument("--registry", metavar="URI", help="MLflow store; default as for runs")
+    return vars(parser.parse_args(arguments))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the flow on this machine."""
+    given = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    return run_command("rollback", lambda: rollback(**given))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
