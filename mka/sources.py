@@ -72,7 +72,8 @@ def materialize(source: ModelSource, work: Path, cache_dir: Path | None = None) 
         verify_sums(folder)
         return folder
     if source.hub is not None:
-        folder = _check_folder(_fetch_snapshot(source, cache_dir), source.label)
+        files = [*HUB_FILES, *(["*.py"] if source.trust_remote_code else [])]
+        folder = _check_folder(_fetch_snapshot(source, cache_dir, files), source.label)
         verify_hub_blobs(folder)
         return folder
     return _materialize_package(source, work)
@@ -88,6 +89,20 @@ def resolve_revision(source: ModelSource, path: Path) -> str:
     if source.hub is not None:
         return path.name
     return ", ".join(source.packages) or "folder"
+
+
+def find_commit(source: ModelSource, cache_dir: Path | None = None) -> str:
+    """Return the commit a hub model's revision is at now; fetches its config.json at most.
+
+    Args:
+        source: a model that names a hub id.
+        cache_dir: the hub cache; default: the one `huggingface_hub` is configured to use.
+
+    Raises:
+        CheckpointError: if the model or the revision cannot be found.
+        UnreachableError: if the hub does not answer.
+    """
+    return _fetch_snapshot(source, cache_dir, ["config.json"]).name
 
 
 def verify_hub_blobs(path: Path) -> int:
@@ -133,7 +148,7 @@ def _check_folder(folder: Path, label: str) -> Path:
     return folder
 
 
-def _fetch_snapshot(source: ModelSource, cache_dir: Path | None) -> Path:
+def _fetch_snapshot(source: ModelSource, cache_dir: Path | None, files: list[str]) -> Path:
     import httpx2
     from huggingface_hub import errors as hub_errors
     from huggingface_hub import is_offline_mode, snapshot_download
@@ -144,7 +159,7 @@ def _fetch_snapshot(source: ModelSource, cache_dir: Path | None) -> Path:
             str(source.hub),
             revision=source.revision,
             cache_dir=cache_dir,
-            allow_patterns=[*HUB_FILES, *(["*.py"] if source.trust_remote_code else [])],
+            allow_patterns=files,
             ignore_patterns=HUB_IGNORED,
         )
     except hub_errors.GatedRepoError:

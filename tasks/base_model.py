@@ -9,7 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from mka.checkpoint import describe_checkpoint, open_checkpoint
 from mka.errors import MkaError, RegistryError, UnreachableError
-from mka.recipe import Recipe
+from mka.recipe import ModelSource, Recipe
 from mka.stages import check_feasible
 from mka.sums import SUMS_NAME
 from tasks.workplace import Workplace
@@ -60,6 +60,24 @@ def fetch_base_model(place: Workplace, recipe: Recipe) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 3),
         "reused": source.hub is None and _built_folders(place) == before,
     }
+
+
+def pin_base_model(place: Workplace, source: ModelSource) -> dict[str, str]:
+    """Return what pins a base model as it is now, under the name its registered versions have it as a tag.
+
+    A hub model is pinned by its commit and a package by its version (``base_revision``), a folder by its digest
+    (``base_digest``), for which all of it is read.
+
+    Raises:
+        CheckpointError: if it cannot be found.
+    """
+    from mka.sources import find_commit, resolve_revision
+
+    if source.hub is not None:
+        return {"base_revision": find_commit(source)}
+    if source.folder is not None:
+        return {"base_digest": open_checkpoint(place.path(source.folder), verify=False).digest}
+    return {"base_revision": resolve_revision(source, place.work)}
 
 
 def _built_folders(place: Workplace) -> dict[str, int]:

@@ -7,7 +7,7 @@ import pytest
 
 from mka.errors import CheckpointError
 from mka.recipe import ModelSource
-from mka.sources import materialize, parse_model, resolve_revision, verify_hub_blobs
+from mka.sources import find_commit, materialize, parse_model, resolve_revision, verify_hub_blobs
 from mka.sums import SUMS_NAME, verify_sums, write_sums
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -163,6 +163,19 @@ def test_the_hubs_refusals_are_told_apart(monkeypatch, tmp_path, failure, messag
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(CheckpointError, match=message):
         materialize(ModelSource(hub="org/name", revision="v9"), tmp_path)
+
+
+def test_the_commit_of_a_branch_is_where_the_branch_is_now(hub):
+    model = hub / "models--org--name"
+    assert find_commit(ModelSource(hub="org/name"), cache_dir=hub) == COMMIT
+    moved = "f" * 40
+    (model / "snapshots" / moved).mkdir()
+    (model / "snapshots" / moved / "config.json").write_text("{}")
+    (model / "refs" / "main").write_text(moved)
+    assert find_commit(ModelSource(hub="org/name"), cache_dir=hub) == moved
+    assert find_commit(ModelSource(hub="org/name", revision=COMMIT), cache_dir=hub) == COMMIT
+    with pytest.raises(CheckpointError, match="model org/other cannot be fetched"):
+        find_commit(ModelSource(hub="org/other"), cache_dir=hub)
 
 
 def test_no_pickle_and_no_code_is_asked_of_the_hub(monkeypatch, tmp_path, folder):

@@ -1,0 +1,111 @@
+"""Have the base models changed? If so, start one recompression for each recipe concerned, however often this runs.
+
+python -m flows.watch recipes/smollm2_135m.yaml --dry-run
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from flows.command_line import run_command, silence_prefect
+
+if __name__ == "__main__":
+    silence_prefect()
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_table_artifact
+
+from mka.errors import MkaError, UnreachableError, WatchError
+from tasks.slots import is_on_server
+from tasks.watching import compare_base_model, start_recompression
+from tasks.workplace import find_workplace
+
+DEPLOYMENT = "recompress/default"
+
+
+@flow(name="watch-base-models", validate_parameters=False)
+def watch_base_models(recipes: list[str], deployment: str = DEPLOYMENT, dry_run: bool = False) -> list[dict[str, Any]]:
+    """Compare each recipe's base model with the one its champion was made from; start what is due.
+
+    A run is started once per base revision and recipe: the Prefect server refuses a second one with the same key, so
+    watchers may overlap. A base whose recompression failed is not tried again by itself; the line says how to.
+
+    Args:
+        recipes: paths of recipes, relative to the project's root or absolute.
+        deployment: what to start, ``flow/deployment``.
+        dry_run: only compare.
+
+    Returns:
+        One row per recipe.
+
+    Raises:
+        WatchError: after all recipes were looked at, if any could not be.
+        UnreachableError: if something is due and there is no Prefect server to start it.
+    """
+    place = find_workplace()
+    place.prepare()
+    rows, failures = [], []
+    for recipe in recipes:
+        try:
+            rows.append(look_at(place, recipe, deployment, dry_run))
+        except UnreachableError:
+            raise
+        except MkaError as error:
+            failures.append(f"{recipe}: {error}")
+            say(f"{recipe}: {error}")
+    if rows:
+        create_table_artifact(rows, key="base-models", description="Base models and what was done about them")
+    if failures:
+        raise WatchError(f"{len(failures)} of {len(recipes)} recipes could not be looked at: {'; '.join(failures)}")
+    return rows
+
+
+def look_at(place: Any, recipe: str, deployment: str, dry_run: bool) -> dict[str, Any]:
+    """Look at one recipe's base, start what is due, say so; return its row."""
+    change = compare_base_model(place, recipe)
+    done = "nothing to do"
+    if change.is_due and dry_run:
+        done = f"would start {deployment}"
+    elif change.is_due:
+        if not is_on_server():
+            raise UnreachableError(
+                f"{change.describe()}, and no Prefect server to start its recompression on: set PREFECT_API_URL "
+                f"(`make up` starts one), or run python -m flows.recompress {recipe}"
+            )
+        run = start_recompression(change, deployment)
+        done = f"started {run.run}" if run.is_new else f"{run.run} was started for it before ({run.state})"
+        if not run.is_new and run.state in ("Failed", "Crashed", "Cancelled"):
+            done += f"; again by hand: prefect deployment run {deployment} --param recipe={recipe}"
+    say(f"{change.describe()}; {done}")
+    return {"recipe": recipe, "base model": change.base_model, "now": change.now, "known": change.known, "done": done}
+
+
+def say(line: str) -> None:
+    """Tell the terminal and the run's log."""
+    print(line, flush=True)
+    get_run_logger().info(line)
+
+
+def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read the command line."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.watch",
+        description="Compare base models with those the champions were made from; start recompressions that are due.",
+        epilog="example: python -m flows.watch recipes/smollm2_135m.yaml --dry-run",
+    )
+    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="recipe files (YAML)")
+    parser.add_argument("--deployment", default=DEPLOYMENT, metavar="FLOW/NAME", help="what to start (%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="only say what has changed")
+    return vars(parser.parse_args(arguments))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the flow on this machine."""
+    given = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    return run_command("watch", lambda: watch_base_models(**given))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
