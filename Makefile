@@ -1,7 +1,7 @@
 # `make` lists the targets. Works with GNU make 3.81 (what macOS ships) and any POSIX shell.
 # VENV=DIR uses another environment, PYTHON=EXE another interpreter to make it with.
 .DEFAULT_GOAL := help
-.PHONY: help setup data demo test check lock clean FORCE
+.PHONY: help setup data demo test check up down lock clean FORCE
 .DELETE_ON_ERROR:
 
 VENV ?= .venv
@@ -43,6 +43,12 @@ check: setup ## Style, formatting, docstrings, types, import contracts, lock aga
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m pytest --quiet --noconftest tests/unit/test_project.py
+
+up: setup ## Start a local Prefect server, MLflow server and worker; prints their addresses
+	@$(BIN)/python -m flows.servers up
+
+down: ## Stop exactly what `make up` started
+	@$(BIN)/python -m flows.servers down
 
 # One version of each package for every Python ("fewest"), so that results do not depend on the interpreter.
 lock: | $(BIN)/uv ## Make requirements.lock from pyproject.toml; LOCK_ARGS=--upgrade moves every pin

@@ -65,6 +65,16 @@ class Workplace:
         return path if path.is_absolute() else self.root / path
 
 
+def enter_checkout() -> dict[str, str]:
+    """Change into the checkout this file lies in: the pull step of every deployment.
+
+    A worker runs it in its own environment, so a deployment made on one machine finds the checkout of another.
+    """
+    root = find_workplace().root
+    os.chdir(root)
+    return {"directory": str(root)}
+
+
 def find_workplace() -> Workplace:
     """Return the workplace of the checkout this file lies in."""
     root = Path(__file__).resolve().parents[1]

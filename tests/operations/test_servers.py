@@ -1,0 +1,128 @@
+"""The servers of `make up` and what they run, as an operator uses them: typed commands against real processes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.operations
+
+
+@pytest.fixture
+def client(stack):
+    from prefect.client.orchestration import SyncPrefectClient
+
+    with SyncPrefectClient(f"{stack.prefect}/api") as made:
+        yield made
+
+
+def test_everything_listens_on_this_machine_only(stack):
+    found = set()
+    for server in json.loads((stack.work / "servers" / "servers.json").read_text()):
+        process = psutil.Process(server["pid"])
+        for member in [process, *process.children(recursive=True)]:
+            found |= {c.laddr.ip for c in member.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    assert found == {"127.0.0.1"}
+
+
+def test_all_deployments_are_there_and_the_watch_is_scheduled(stack, client):
+    names = {f"{client.read_flow(d.flow_id).name}/{d.name}" for d in client.read_deployments()}
+    assert names == {
+        "recompress/default",
+        "watch-base-models/default",
+        "promote/default",
+        "rollback/default",
+        "sweep/default",
+    }
+    watch = client.read_deployment_by_name("watch-base-models/default")
+    assert [(s.active, s.schedule.cron) for s in watch.schedules] == [(True, "17 * * * *")]
+    deadline = time.monotonic() + 90
+    while not (runs := [r for r in client.read_flow_runs() if r.deployment_id == watch.id and r.auto_scheduled]):
+        assert time.monotonic() < deadline, "the scheduler made no run of a cron schedule"
+        time.sleep(1)
+    assert all(run.expected_start_time.minute == 17 for run in runs)
+
+
+def test_the_pull_step_enters_the_checkout_of_whoever_runs_it(stack, client, tmp_path):
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(clone)], check=True)
+    # Uncommitted work counts: this is about where the file lies, not which commit it is of.
+    (clone / "tasks" / "workplace.py").write_text((ROOT / "tasks" / "workplace.py").read_text())
+    steps = client.read_deployment_by_name("recompress/default").pull_steps
+    code = (
+        "import asyncio, json, os, sys\n"
+        "from prefect.deployments.steps.core import run_steps\n"
+        "print(asyncio.run(run_steps(json.loads(sys.argv[1])))['directory'] == os.getcwd(), os.getcwd())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(steps)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(clone)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.split() == ["True", str(clone)]
+
+
+def test_a_completed_recompression_names_its_evidence(stack):
+    said = "".join(stack.watched.split())
+    assert "gate.pass" in said and "model.promoted" in said
+    assert stack.facts["report"] in said and stack.facts["mlflow_run_id"] in said
+
+
+def test_a_refused_recompression_fails_whoever_waits_and_names_the_evidence(stack):
+    project = stack.project
+    project.teach_base_its_own_text()
+    changes = {"name": "refused", "gate__perplexity_recovery": 0.9, "target__layers": 3}
+    recipe = project.folder / "refused.yaml"
+    recipe.write_text(yaml.safe_dump(project.recipe(**changes, method__name="reference_code")))
+    done = stack.run_deployment(recipe)
+    said = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == 1, said
+    assert "gate.fail" in said and "gate refused refused" in said
+    facts = project.last_run
+    assert facts["status"] == "refused" and facts["report"] in said.replace(" ", "") and facts["mlflow_run_id"] in said
+    assert Path(facts["report"]).is_file()
+
+
+def test_up_again_starts_nothing_and_down_ends_exactly_what_up_started(stack, tmp_path):
+    def run(action, **environment):
+        command = [sys.executable, "-m", "flows.servers", action]
+        return subprocess.run(
+            command, cwd=ROOT, env={**stack.environment, **environment}, capture_output=True, text=True, timeout=300
+        )
+
+    before = json.loads((stack.work / "servers" / "servers.json").read_text())
+    assert run("up").returncode == 0
+    assert json.loads((stack.work / "servers" / "servers.json").read_text()) == before
+
+    # Another work folder that wants the same port is refused and ends nothing.
+    other = run("up", MKA_WORK=str(tmp_path / "other"))
+    assert other.returncode == 2
+    port = stack.prefect.rpartition(":")[2]
+    assert other.stderr.startswith(f"servers: prefect: something else listens on 127.0.0.1:{port}; stop it, or set")
+    assert run("down", MKA_WORK=str(tmp_path / "other")).stdout == "nothing runs\n"
+
+    record = stack.work / "servers" / "servers.json"
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as bystander:
+        try:
+            # A process that has got the number of one that is gone is not ours.
+            stranger = {**before[0], "name": "stranger", "pid": bystander.pid}
+            record.write_text(json.dumps([*before, stranger]))
+            done = run("down")
+            assert done.returncode == 0 and bystander.poll() is None
+        finally:
+            bystander.kill()
+    assert sorted(line.split()[1] for line in done.stdout.splitlines()) == ["mlflow", "prefect", "worker"]
+    assert not any(psutil.pid_exists(server["pid"]) for server in before)
+    assert run("status").stdout == "nothing runs\n"
