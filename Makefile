@@ -1,7 +1,7 @@
 # `make` lists the targets. Works with GNU make 3.81 (what macOS ships) and any POSIX shell.
 # VENV=DIR uses another environment, PYTHON=EXE another interpreter to make it with.
 .DEFAULT_GOAL := help
-.PHONY: help setup data demo test check up down lock clean FORCE
+.PHONY: help setup data demo test test-operations check up down lock clean FORCE
 .DELETE_ON_ERROR:
 
 VENV ?= .venv
@@ -25,7 +25,7 @@ export DVC_NO_ANALYTICS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(INSTALLED) ## Install the locked environment into .venv (nothing to do if it is up to date)
 
@@ -34,8 +34,11 @@ data: $(BUILT) $(FETCHED) ## Build the tables (dvc repro) and fetch the demo's b
 demo: setup data ## Recompress SmolLM2-135M-Instruct: the whole road, on CPU
 	@$(BIN)/python -m flows.recompress $(RECIPE)
 
-test: setup data ## Run the tests that need no network and no GPU; PYTEST_ARGS="-k gate" narrows them
+test: setup data ## Run the tests that need no network, no GPU and no server; PYTEST_ARGS="-k gate" narrows them
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-operations: setup ## Run the tests that start servers, PostgreSQL and a browser (Chromium or Chrome, if installed)
+	@$(BIN)/python -m pytest -m "operations or browser or production" tests/operations tests/production $(PYTEST_ARGS)
 
 check: setup ## Style, formatting, docstrings, types, import contracts, lock against pyproject.toml
 	@$(BIN)/ruff check .

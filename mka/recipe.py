@@ -176,7 +176,10 @@ class GateSettings(Section):
     perplexity_recovery: float = Field(0.5, gt=0, le=1, description="Base perplexity / candidate perplexity")
     task_recovery: float = Field(0.9, gt=0, le=1, description="Mean task score of the candidate / that of the base")
     champion_recovery: float = Field(
-        0.95, gt=0, le=1, description="Both of these with the current champion in the base's place, for promotion"
+        0.95,
+        gt=0,
+        le=1,
+        description="For promotion, the champion in the base's place: perplexity must reach it, tasks not be below",
     )
 
 

@@ -62,6 +62,7 @@ class Servers:
         """Name the folder of records and logs."""
         self.place, self.folder = place, place.work / "servers"
         self.record = self.folder / "servers.json"
+        self.prefect = address_of("prefect")
 
     def read(self) -> list[Server]:
         """Return what was started and still runs."""
@@ -87,6 +88,8 @@ class Servers:
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".lock"):
             running = {server.name: server for server in self.read()}
+            if "prefect" in running:
+                self.prefect = running["prefect"].address
             started: list[Server] = []
             try:
                 for name in PORTS:
@@ -131,7 +134,7 @@ class Servers:
             process = subprocess.Popen(
                 command,
                 cwd=self.place.root,
-                env=server_environment(self.place),
+                env=server_environment(self.place, self.prefect),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -140,16 +143,30 @@ class Servers:
         return Server(name, process.pid, psutil.Process(process.pid).create_time(), address, str(log))
 
     def _deploy(self) -> None:
-        for command in (
-            [program("prefect"), "work-pool", "create", POOL, "--type", "process", "--overwrite"],
-            [program("prefect"), "--no-prompt", "deploy", "--all"],
-        ):
-            done = subprocess.run(
-                command, cwd=self.place.root, env=server_environment(self.place), capture_output=True, text=True
-            )
-            if done.returncode:
-                said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-                raise ServerError(f"`{' '.join(command[1:])}` failed: {said[-1] if said else 'it said nothing'}")
+        make_work_pool(f"{self.prefect}/api")
+        command = [program("prefect"), "--no-prompt", "deploy", "--all"]
+        done = subprocess.run(
+            command,
+            cwd=self.place.root,
+            env=server_environment(self.place, self.prefect),
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+            raise ServerError(f"`{' '.join(command[1:])}` failed: {said[-1] if said else 'it said nothing'}")
+
+
+def make_work_pool(api: str) -> None:
+    """Make the work pool unless it is there; one that an operator has changed stays as it is."""
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectAlreadyExists
+    from prefect.workers.process import ProcessWorker
+
+    template = ProcessWorker.get_default_base_job_template()
+    with SyncPrefectClient(api) as client, suppress(ObjectAlreadyExists):
+        client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
 
 
 def program(name: str) -> str:
@@ -182,11 +199,11 @@ def server_commands(place: Workplace) -> dict[str, list[str]]:
     }
 
 
-def server_environment(place: Workplace) -> dict[str, str]:
-    """Return the environment of servers, worker and deployments."""
+def server_environment(place: Workplace, prefect: str) -> dict[str, str]:
+    """Return the environment of servers, worker and deployments, which find the Prefect server at an address."""
     return os.environ | {
         "MKA_WORK": str(place.work),
-        "PREFECT_API_URL": f"{address_of('prefect')}/api",
+        "PREFECT_API_URL": f"{prefect}/api",
         "PREFECT_HOME": os.environ.get("PREFECT_HOME", str(place.work / "prefect")),
         # The default keeps leases in memory: a holder that dies with the server would keep its slot for ever.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",

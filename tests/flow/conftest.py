@@ -37,6 +37,7 @@ class Project:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        folder.mkdir(exist_ok=True)
         self.work = folder / "work"
         self.base = save_model(make_tiny_model("llama"), folder / "base")
         self.calibration = write_rows(folder / "calibration.jsonl", make_texts(60, seed=1), "words")

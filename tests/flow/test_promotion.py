@@ -163,6 +163,23 @@ def test_a_promotion_that_comes_second_is_held_against_the_new_champion(project,
     assert aliases(project) == {"champion": 3, "previous": 2}
 
 
+@pytest.mark.parametrize(
+    ("name", "verdict", "met"),
+    [
+        ("perplexity words", "pass", True),
+        ("perplexity words", "undecided", False),
+        ("perplexity words", "fail", False),
+        ("tasks", "pass", True),
+        ("tasks", "undecided", True),
+        ("tasks", "fail", False),
+    ],
+)
+def test_perplexity_must_be_proven_tasks_must_not_be_disproven(name, verdict, met):
+    from tasks.challenge import is_met
+
+    assert is_met({"name": name, "verdict": verdict}) is met
+
+
 def test_a_version_that_was_never_finished_is_refused(project, registered, capsys):
     project.client.delete_model_version_tag("tiny", "5", "mka.complete")
     assert promote("--version", "5") == 2

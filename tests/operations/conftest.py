@@ -57,6 +57,10 @@ class Stack:
         """Type what CI types."""
         return run_deployment(self.environment, recipe)
 
+    def read_aliases(self) -> dict[str, dict[str, str]]:
+        """Registered model -> alias -> version."""
+        return read_aliases(self.mlflow)
+
 
 def run_deployment(environment: dict[str, str], recipe: Path) -> subprocess.CompletedProcess[str]:
     program = Path(sys.prefix) / "bin" / "prefect"
@@ -125,7 +129,7 @@ def stack(tmp_path_factory):
         index = run_module(environment, "flows.index", "--registry", mlflow)
         facts = project.last_run
         runs = ask(f"{prefect}/api/flow_runs/filter", {"flow_runs": {"name": {"any_": [facts["run"]]}}})
-        aliases = read_aliases(mlflow, facts["registered_name"])
+        aliases = read_aliases(mlflow)[facts["registered_name"]]
         flow_run = runs[0]["id"]
         yield Stack(
             prefect, mlflow, project, environment, Path(index.strip()), facts, flow_run, aliases, watched.stdout
@@ -148,13 +152,11 @@ def make_project(folder: Path) -> Any:
     return importlib.import_module("tests.flow.conftest").Project(folder)
 
 
-def read_aliases(mlflow: str, name: str) -> dict[str, str]:
+def read_aliases(mlflow: str) -> dict[str, dict[str, str]]:
     from mlflow import MlflowClient
 
-    return {
-        alias: str(version)
-        for alias, version in MlflowClient(mlflow, mlflow).get_registered_model(name).aliases.items()
-    }
+    registered = MlflowClient(mlflow, mlflow).search_registered_models()
+    return {model.name: {alias: str(version) for alias, version in model.aliases.items()} for model in registered}
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -71,7 +73,7 @@ def test_the_pull_step_enters_the_checkout_of_whoever_runs_it(stack, client, tmp
         timeout=120,
         check=True,
     )
-    assert done.stdout.split() == ["True", str(clone)]
+    assert done.stdout.splitlines()[-1].split() == ["True", str(clone)]
 
 
 def test_a_completed_recompression_names_its_evidence(stack):
@@ -80,19 +82,25 @@ def test_a_completed_recompression_names_its_evidence(stack):
     assert stack.facts["report"] in said and stack.facts["mlflow_run_id"] in said
 
 
-def test_a_refused_recompression_fails_whoever_waits_and_names_the_evidence(stack):
+def test_two_models_at_once_do_not_disturb_each_other_and_a_refusal_fails_whoever_waits(stack):
     project = stack.project
     project.teach_base_its_own_text()
-    changes = {"name": "refused", "gate__perplexity_recovery": 0.9, "target__layers": 3}
-    recipe = project.folder / "refused.yaml"
-    recipe.write_text(yaml.safe_dump(project.recipe(**changes, method__name="reference_code")))
-    done = stack.run_deployment(recipe)
-    said = " ".join((done.stdout + done.stderr).split())
-    assert done.returncode == 1, said
-    assert "gate.fail" in said and "gate refused refused" in said
-    facts = project.last_run
-    assert facts["status"] == "refused" and facts["report"] in said.replace(" ", "") and facts["mlflow_run_id"] in said
-    assert Path(facts["report"]).is_file()
+    other = type(project)(project.folder / "other")
+    lossy = {"gate__perplexity_recovery": 0.9, "target__layers": 3, "method__name": "reference_code"}
+    recipes = {"refused": project.recipe(name="refused", **lossy), "beside": other.recipe(name="beside")}
+    for name, recipe in recipes.items():
+        (project.folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    with ThreadPoolExecutor(2) as pool:
+        refused, beside = pool.map(stack.run_deployment, [project.folder / f"{name}.yaml" for name in recipes])
+
+    assert beside.returncode == 0, beside.stdout + beside.stderr
+    assert "gate.pass" in beside.stdout and "beside" in stack.read_aliases()
+    said = "".join((refused.stdout + refused.stderr).split())
+    assert refused.returncode == 1, said
+    assert "gate.fail" in said and "gaterefusedrefused;nothingwasregistered" in said
+    assert "refused" not in stack.read_aliases()
+    (report,) = {Path(found) for found in re.findall(r"evidencein(\S+?report\.html)andMLflowrun", said)}
+    assert report.is_file() and report.is_relative_to(project.work)
 
 
 def test_up_again_starts_nothing_and_down_ends_exactly_what_up_started(stack, tmp_path):
