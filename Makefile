@@ -35,7 +35,7 @@ demo: setup data ## Recompress SmolLM2-135M-Instruct: the whole road, on CPU
 	@$(BIN)/python -m flows.recompress $(RECIPE)
 
 test: setup data ## Run the tests that need no network, no GPU and no server; PYTEST_ARGS="-k gate" narrows them
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-operations: setup ## Run the tests that start servers, PostgreSQL and a browser (Chromium or Chrome, if installed)
 	@$(BIN)/python -m pytest -m "operations or browser or production" tests/operations tests/production $(PYTEST_ARGS)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 import mka
-from mka import benching, commands, compressing, measuring
+from mka import benching, clean_command, commands, compressing, measuring
 from mka.console import ARGUMENTS, examples
 from mka.errors import MkaError
 
@@ -86,6 +86,7 @@ for command in (
     measuring.evaluate,
     measuring.report,
     benching.bench,
+    clean_command.clean,
 ):
     cli.add_command(command)
 

@@ -4,8 +4,10 @@ A result's key is the digest of its stage, the stage's version, its settings and
 name, a date or a path. It is reused only if every file it consists of still has its recorded digest.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -116,7 +118,7 @@ def produce(
 def find(
     store: Path, stage: str, *, version: int, settings: Mapping[str, Any], inputs: Mapping[str, str]
 ) -> Product | None:
-    """Return the stored result if it is there and whole; waits for nobody and writes nothing."""
+    """Return the stored result if it is there and whole; waits for nobody and makes nothing."""
     key = stage_key(stage, version, settings, inputs)
     return _read(store / f"{stage}-{key[:16]}", key)[0]
 
@@ -137,6 +139,9 @@ def _read(folder: Path, key: str) -> tuple[Product | None, str]:
             return None, f"stored file {name} is gone"
         if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
             return None, f"stored file {name} has changed"
+    # `mka clean` removes what was not used for long. A store that cannot be written is no reason to stop.
+    with contextlib.suppress(OSError):
+        os.utime(folder / MANIFEST)
     count = len(body["files"])
     why = "same inputs and settings" + (f"; {count} file{'s' if count > 1 else ''} intact" if count else "")
     return _describe(body, folder, reused=True, why=why), why

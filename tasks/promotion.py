@@ -131,19 +131,21 @@ def fetch_version(place: Workplace, version: RegisteredVersion) -> Iterator[Path
         RegistryError: if it cannot be had, or is altered.
     """
     recorded = version.tags.get("candidate_digest", "")
-    with tempfile.TemporaryDirectory(dir=place.work, prefix=".version-") as aside:
+    folder = place.work / "registry"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".version-") as aside:
         with connect_registry(version.uri):
             import mlflow
 
             address = f"models:/{version.model}/{version.version}/artifacts/model"
-            folder = Path(mlflow.artifacts.download_artifacts(address, dst_path=aside))
-        found = open_checkpoint(folder, verify=False).digest
+            fetched = Path(mlflow.artifacts.download_artifacts(address, dst_path=aside))
+        found = open_checkpoint(fetched, verify=False).digest
         if found != recorded:
             raise RegistryError(
                 f"{version.label} is not what was registered: digest {found[:16]}, registered {recorded[:16]}; its "
                 f"files were changed in {version.uri}, run its recipe again"
             )
-        yield folder
+        yield fetched
 
 
 def name_person() -> str:

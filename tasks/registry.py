@@ -136,7 +136,7 @@ def _experiment_run(job: Job, key: str) -> Iterator[Any]:
     import mlflow
 
     if mlflow.get_experiment_by_name(EXPERIMENT) is None:
-        uses_default = job.recipe.registry.tracking_uri is None
+        uses_default = registry_address(job.place, job.recipe) == job.place.tracking_uri
         mlflow.create_experiment(EXPERIMENT, artifact_location=job.place.model_artifacts if uses_default else None)
     mlflow.set_experiment(EXPERIMENT)
     with mlflow.start_run(run_name=job.run, tags={"mka.key": key}) as run:

@@ -44,6 +44,7 @@ def overlap(name, holders):
 def no_server(monkeypatch, tmp_path):
     monkeypatch.setattr("tasks.slots.is_on_server", lambda: False)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("MKA_SLOTS", "1")
 
 
 def test_on_one_machine_a_slot_has_one_holder_unless_told_otherwise(no_server, monkeypatch, capsys):

@@ -27,7 +27,7 @@ from mka.sums import file_sha256, verify_sums
 ROOT = Path(__file__).parents[2]
 SAMPLES = 60
 HEAVY = {"torch", "transformers", "pandas", "scipy", "matplotlib", "datasets", "lm_eval", "mlflow", "prefect"}
-STAGES = ("compress", "methods", "observe", "score", "plan", "merge", "evaluate", "report", "bench")
+STAGES = ("compress", "methods", "observe", "score", "plan", "merge", "evaluate", "report", "bench", "clean")
 
 
 @pytest.fixture(scope="module")
