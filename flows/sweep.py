@@ -22,6 +22,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from mka.bench_recipe import load_bench
 from mka.errors import MkaError
+from tasks.slots import compute_slot, hold_slot
 from tasks.workplace import Workplace, find_workplace
 
 
@@ -42,7 +43,8 @@ def sweep(recipe: str) -> Any:
     """
     place = find_workplace()
     place.prepare()
-    return walk(place, recipe)
+    with hold_slot(compute_slot()):
+        return walk(place, recipe)
 
 
 def walk(place: Workplace, recipe: str) -> Any:

@@ -2,8 +2,11 @@
 
 import os
 
-# Two test processes share two cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two processes share two cores. With two threads each they wait for one another at every product, eight times as
+    # long; the variable is set in whoever started this process, so it is replaced.
+    os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 # Flows of other test processes must not keep this one's waiting.
 os.environ.setdefault("MKA_SLOTS", "8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -53,6 +53,16 @@ def test_all_deployments_are_there_and_the_watch_is_scheduled(stack, client):
     assert all(run.expected_start_time.minute == 17 for run in runs)
 
 
+def test_a_pushed_base_model_makes_the_watch_look_at_once(stack, client):
+    watch = client.read_deployment_by_name("watch-base-models/default")
+    found = client.request("POST", "/automations/filter").json()
+    (automation,) = [a for a in found if a["name"] == "mka-base-model-pushed"]
+    assert automation["enabled"] and automation["trigger"]["expect"] == ["base-model.pushed"]
+    assert [(action["type"], action["deployment_id"]) for action in automation["actions"]] == [
+        ("run-deployment", str(watch.id))
+    ]
+
+
 def test_the_pull_step_enters_the_checkout_of_whoever_runs_it(stack, client, tmp_path):
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(clone)], check=True)

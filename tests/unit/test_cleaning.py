@@ -263,7 +263,11 @@ def test_candidates_of_a_killed_comparison_go_and_those_being_measured_stay(work
 
 
 def test_temporary_folders_go_when_nobody_wrote_to_them_for_a_day(work):
-    for area, name in (("models", ".llm-1.0-abcd12_x"), ("packages", ".fetch-abcd12_x")):
+    for area, name in (
+        ("models", ".llm-1.0-abcd12_x"),
+        ("packages", ".fetch-abcd12_x"),
+        ("registry", ".version-abcd12_x"),
+    ):
         for days, suffix in ((2.0, "y"), (0.5, "z"), (2.0, "w")):
             folder = work / area / name.replace("x", suffix)
             folder.mkdir(parents=True)
@@ -274,6 +278,7 @@ def test_temporary_folders_go_when_nobody_wrote_to_them_for_a_day(work):
     assert gone(work, timedelta(days=300)) == {
         "models/.llm-1.0-abcd12_y": "unfinished model",
         "packages/.fetch-abcd12_y": "unfinished download",
+        "registry/.version-abcd12_y": "killed promotion",
     }
     assert (work / "packages" / ".fetch-abcd12_w" / "deep" / "half").exists()
 
