@@ -92,7 +92,7 @@ def require_as_good(job: Job, champion: RegisteredVersion, version: RegisteredVe
         before = evaluate(job, "champion", digest, lambda: stack.enter_context(fetched))
     thresholds = GateSettings(perplexity_recovery=needed, task_recovery=needed)
     try:
-        held = decide_gate(job, before, measured, thresholds)
+        held = decide_gate.with_options(task_run_name="compare with champion")(job, before, measured, thresholds)
     except GuardError as error:
         raise PromotionError(
             f"{version.label} cannot be held against champion version {champion.version}: {error}; to promote it "

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ from tasks.tracking import CHAMPION, COMPLETE, connect_registry, registry_addres
 from tasks.workplace import Workplace
 
 EVENT = "base-model.updated"
+
+
+def shorten(pin: str) -> str:
+    """Cut a commit or digest to what a person compares; a package's version stays whole."""
+    return pin[:16] if re.fullmatch("[0-9a-f]{40,}", pin) else pin
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,8 @@ class BaseChange:
 
     def describe(self) -> str:
         """Say it in one line."""
-        known = self.known[:16] if self.known else "nothing registered"
-        line = f"{self.base_model} at {self.now[:16]}, {self.model} knows {known}"
+        known = shorten(self.known) if self.known else "nothing registered"
+        line = f"{self.base_model} at {shorten(self.now)}, {self.model} knows {known}"
         if self.now == self.known:
             return f"{line}: unchanged"
         return f"{line}: version {self.made} was made from it" if self.made else f"{line}: changed"

