@@ -18,7 +18,7 @@ from prefect.artifacts import create_table_artifact
 from mka.errors import MkaError, UnreachableError, WatchError
 from tasks.slots import is_on_server
 from tasks.watching import compare_base_model, start_recompression
-from tasks.workplace import find_workplace
+from tasks.workplace import Workplace, find_workplace
 
 DEPLOYMENT = "recompress/default"
 
@@ -39,7 +39,7 @@ def watch_base_models(recipes: list[str], deployment: str = DEPLOYMENT, dry_run:
         One row per recipe.
 
     Raises:
-        WatchError: after all recipes were looked at, if any could not be.
+        WatchError: after all recipes were looked at, if any could not be, or its recompression not be started.
         UnreachableError: if something is due and there is no Prefect server to start it.
     """
     place = find_workplace()
@@ -60,7 +60,7 @@ def watch_base_models(recipes: list[str], deployment: str = DEPLOYMENT, dry_run:
     return rows
 
 
-def look_at(place: Any, recipe: str, deployment: str, dry_run: bool) -> dict[str, Any]:
+def look_at(place: Workplace, recipe: str, deployment: str, dry_run: bool) -> dict[str, Any]:
     """Look at one recipe's base, start what is due, say so; return its row."""
     change = compare_base_model(place, recipe)
     done = "nothing to do"

@@ -53,7 +53,7 @@ class GateRefused(MkaError):
 
 
 class WatchError(MkaError):
-    """Base models of which some could not be looked at."""
+    """Base models that could not be looked at, or whose recompression could not be started."""
 
 
 class ServerError(MkaError):

@@ -11,7 +11,7 @@ from uuid import uuid4
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from mka.errors import RegistryError
+from mka.errors import WatchError
 from mka.recipe import Recipe, load_recipe
 from tasks.base_model import is_worth_retrying, pin_base_model
 from tasks.tracking import CHAMPION, COMPLETE, connect_registry, registry_address
@@ -123,7 +123,7 @@ def start_recompression(change: BaseChange, deployment: str) -> Started:
     """Start a deployment for a changed base, once: the server keeps one run per key, however many ask for it.
 
     Raises:
-        UnreachableError: if there is no such deployment on the server.
+        WatchError: if there is no such deployment on the server.
     """
     from prefect.client.orchestration import get_client
     from prefect.events import emit_event
@@ -134,7 +134,7 @@ def start_recompression(change: BaseChange, deployment: str) -> Started:
         try:
             found = client.read_deployment_by_name(deployment)
         except ObjectNotFound:
-            raise RegistryError(
+            raise WatchError(
                 f"the Prefect server has no deployment {deployment!r}; `prefect deploy --all` makes it, `make up` does"
             ) from None
         run = client.create_flow_run_from_deployment(
