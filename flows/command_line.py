@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from mka.errors import MkaError
+from mka.errors import MkaError, ServerError
 
 
 def silence_prefect() -> None:
@@ -13,9 +13,33 @@ def silence_prefect() -> None:
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 
 
-def run_command(program: str, run: Callable[[], Any]) -> int:
-    """Run a command; return its exit code."""
+def require_server() -> None:
+    """Make sure that the Prefect server answers, if one was named; a flow would end in a traceback.
+
+    Raises:
+        ServerError: if it does not.
+    """
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.settings import get_current_settings
+
+    settings = get_current_settings()
+    if settings.api.url is None:
+        return
+    # One try: Prefect's own patience is meant for a server that is there.
+    client = SyncPrefectClient(settings.api.url, httpx_settings={"timeout": 10.0})
+    if (failure := client.api_healthcheck()) is not None:
+        reason = " ".join(str(failure).split()) or type(failure).__name__
+        raise ServerError(
+            f"Prefect server {settings.api.url} does not answer: {reason}; start it (`make up` on this machine), name "
+            f"another in PREFECT_API_URL, or unset that to run without one"
+        )
+
+
+def run_command(program: str, run: Callable[[], Any], *, is_flow: bool = True) -> int:
+    """Run a command; return its exit code. A flow is not begun on a server that does not answer."""
     try:
+        if is_flow:
+            require_server()
         run()
     except (MkaError, OSError) as error:
         print(f"{program}: {error}", file=sys.stderr)

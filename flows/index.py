@@ -33,7 +33,7 @@ def parse_arguments(arguments: Sequence[str]) -> str | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page and print its path; a registry that cannot be read is one line on stderr and exit code 2."""
     uri = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    return run_command("index", lambda: rebuild(uri))
+    return run_command("index", lambda: rebuild(uri), is_flow=False)
 
 
 def rebuild(uri: str | None) -> None:

@@ -16,9 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from flows.command_line import require_server, silence_prefect
+
 if __name__ == "__main__":
-    # Before Prefect sets up its loggers: its own log belongs on the run's page, the terminal shows stages and refusals.
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    silence_prefect()
 
 from prefect import flow, get_run_logger
 from prefect.events import emit_event
@@ -267,6 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         load_recipe(recipe, overrides)
         find_workplace().prepare()
+        require_server()
         hint = " (finished stages are kept: the same command resumes)"
         recompress(str(recipe), overrides)
     except GateRefused as error:

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("action", choices=["up", "down", "status"], help="start, stop, or say what runs")
     given = parser.parse_args(arguments)
-    return run_command("servers", lambda: act(given.action))
+    return run_command("servers", lambda: act(given.action), is_flow=False)
 
 
 def act(action: str) -> None:

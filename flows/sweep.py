@@ -4,7 +4,6 @@ python -m flows.sweep recipes/bench_smollm2.yaml
 python -m flows.sweep recipes/bench_smollm2.yaml --workers 4
 """
 
-import os
 import shlex
 import sys
 import time
@@ -12,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flows.command_line import require_server, silence_prefect
+
 if __name__ == "__main__":
-    # Before Prefect sets up its loggers: its own log belongs on the run's page, the terminal shows cells and refusals.
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    silence_prefect()
 
 from prefect import flow, get_run_logger
 from prefect.futures import as_completed
@@ -121,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         load_bench(recipe)
         find_workplace().prepare()
+        require_server()
         hint = " (finished cells are kept: the same command resumes)"
         runner: Any = ThreadPoolTaskRunner(max_workers=workers)
         outcome = sweep.with_options(task_runner=runner)(str(recipe))

@@ -157,3 +157,27 @@ def test_a_broken_recipe_is_refused_before_anything_starts(project, capsys):
     assert run(project, targett={"layers": 5}) == 2
     assert "did you mean 'target'" in one_line(capsys)
     assert not project.work.exists()
+
+
+@pytest.mark.parametrize("module", ["recompress", "sweep", "promote", "rollback", "watch"])
+def test_a_prefect_server_that_does_not_answer_is_one_line_and_nothing_is_begun(project, module, monkeypatch, capsys):
+    import importlib
+
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    recipe = str(project.write_recipe())
+    arguments = {
+        "recompress": [recipe],
+        "sweep": [recipe],
+        "promote": ["tiny", "--because", "x"],
+        "rollback": ["tiny", "--because", "x"],
+        "watch": [recipe],
+    }
+    # A sweep's recipe is of another kind; what it is does not matter before the server has answered.
+    monkeypatch.setattr("flows.sweep.load_bench", lambda path: None)
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        assert importlib.import_module(f"flows.{module}").main(arguments[module]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"{module}: Prefect server http://127.0.0.1:9/api does not answer: ")
+    assert "unset that to run without one" in line
+    assert not (project.work / "stages").exists()
