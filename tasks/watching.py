@@ -30,7 +30,7 @@ class BaseChange:
     """What was found out about the base model of one recipe.
 
     Attributes:
-        recipe: path of the recipe as given.
+        recipe: path of the recipe, relative to the project's root if it lies below it.
         model: registered model it leads to.
         base_model: what the base is called.
         pinned_by: tag that pins it, "base_revision" or "base_digest".
@@ -82,7 +82,10 @@ def compare_base_model(place: Workplace, recipe: str) -> BaseChange:
         CheckpointError: if the base model cannot be found.
         RegistryError: if the registry cannot be reached.
     """
-    loaded = load_recipe(place.path(Path(recipe)))
+    path = place.path(Path(recipe)).resolve()
+    # One spelling for all watchers: it is part of what makes two recompressions the same.
+    recipe = str(path.relative_to(place.root) if path.is_relative_to(place.root) else path)
+    loaded = load_recipe(path)
     ((pinned_by, now),) = pin_base_model(place, loaded.model).items()
     known, made = _read_known(place, loaded, pinned_by, now)
     return BaseChange(recipe, loaded.registered_name, loaded.model.label, pinned_by, now, known, made)

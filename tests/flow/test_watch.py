@@ -1,6 +1,7 @@
 """Watching base models: what counts as changed, and one recompression for it, whoever asks and however often."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import yaml
@@ -85,7 +86,8 @@ def test_a_changed_base_starts_one_run_however_many_watch(project, deployment, c
     assert sorted(run.is_new for run in started) == [False, False, False, True]
     assert len({run.run_id for run in started}) == 1
 
-    assert watch(recipe, other, deployment=deployment) == 0
+    spelled = str(Path(recipe).parent / ".." / Path(recipe).parent.name / Path(recipe).name)
+    assert watch(spelled, other, deployment=deployment) == 0
     said = capsys.readouterr().out
     assert "was started for it before (Scheduled)" in said and said.count("started") == 2
     assert [len(runs_of(path)) for path in (recipe, other)] == [1, 1]
