@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 from mka.errors import MkaError, ServerError
 
@@ -11,6 +11,14 @@ from mka.errors import MkaError, ServerError
 def silence_prefect() -> None:
     """Keep Prefect's own log off the terminal, on the run's page; to be called before Prefect is imported."""
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+
+
+def say(line: str, stream: TextIO | None = None) -> None:
+    """Tell the terminal, on stdout unless told otherwise, and the flow run's log."""
+    from prefect import get_run_logger
+
+    print(line, file=stream, flush=True)
+    get_run_logger().info(line)
 
 
 def require_server() -> None:

@@ -4,15 +4,16 @@ python -m flows.promote smollm2-135m-mka --because "evidence read"
 """
 
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from typing import Any
 
-from flows.command_line import run_command, silence_prefect
+from flows.command_line import run_command, say, silence_prefect
 
 if __name__ == "__main__":
     silence_prefect()
 
-from prefect import flow, get_run_logger
+from prefect import flow
 from prefect.runtime import flow_run
 
 from tasks.base_model import fetch_base_model
@@ -63,10 +64,9 @@ def promote(
     versions, tables = read_tables(place, recipe)
     command = f"python -m flows.promote {model} --version {chosen.version}"
     job = Job(place, recipe, base, str(flow_run.name), command, versions, tables)
-    who = f"{approver} (run by {name_person()})" if approver else name_person()
     with hold_slot(compute_slot()):
         measured = require_pass(job, chosen, base)
-        move = promote_measured(job, chosen, measured, who=who, why=because, compare=compare)
+        move = promote_measured(job, chosen, measured, who=name_person(approver), why=because, compare=compare)
     say_move(move)
     write_index_page(place, uri)
     return move
@@ -75,28 +75,29 @@ def promote(
 def say_move(move: Move) -> None:
     """Tell the terminal and the run's log."""
     before = f"version {move.old}" if move.old else "none"
-    line = f"{move.model}: champion is version {move.new}, before {before}; {move.action} by {move.who}: {move.why}"
-    print(line, flush=True)
-    get_run_logger().info(line)
+    say(f"{move.model}: champion is version {move.new}, before {before}; {move.action} by {move.who}: {move.why}")
+
+
+def add_move_arguments(parser: ArgumentParser) -> None:
+    """Add what every move of a champion is told: which model, why, on whose word, in which registry."""
+    parser.add_argument("model", help="registered model")
+    parser.add_argument("--because", required=True, metavar="TEXT", help="why, for the record")
+    parser.add_argument("--approver", metavar="NAME", help="who stands for it; a recipe may want one to promote")
+    parser.add_argument("--registry", metavar="URI", help="MLflow store; default as for runs")
 
 
 def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     """Read the command line."""
-    import argparse
-
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m flows.promote",
         description="Make a registered version champion, if today's gate passes it and it is as good as the champion.",
         epilog='example: python -m flows.promote smollm2-135m-mka --approver alice --because "evidence read"',
     )
-    parser.add_argument("model", help="registered model")
-    parser.add_argument("--because", required=True, metavar="TEXT", help="why, for the record")
+    add_move_arguments(parser)
     parser.add_argument("--version", metavar="N", help="default: what the alias candidate points at")
-    parser.add_argument("--approver", metavar="NAME", help="who stands for it, where the recipe wants a name")
     parser.add_argument(
         "--without-comparison", dest="compare", action="store_false", help="do not hold it against the champion"
     )
-    parser.add_argument("--registry", metavar="URI", help="MLflow store; default as for runs")
     return vars(parser.parse_args(arguments))
 
 

@@ -41,6 +41,7 @@ from tasks.promotion import find_reign, name_person, read_aliases, read_version
 from tasks.registry import Registration, as_facts, reach_registry, register
 from tasks.reporting import Evidence, report
 from tasks.slots import compute_slot, hold_slot
+from tasks.tracking import CHAMPION
 from tasks.workplace import Workplace, find_workplace
 
 
@@ -112,8 +113,7 @@ def recompress(recipe: str, overrides: dict[str, Any] | None = None) -> dict[str
 
 def describe_command(place: Workplace, recipe: str, overrides: dict[str, Any] | None) -> str:
     """Return the command line that does the same again, with a path relative to the project where it can be."""
-    path = place.path(Path(recipe))
-    shown = path.relative_to(place.root) if path.is_relative_to(place.root) else path
+    shown = place.relative(place.path(Path(recipe)))
     options = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in (overrides or {}).items())
     return f"python -m flows.recompress {shown}{options}"
 
@@ -200,7 +200,7 @@ def promote_on_pass(job: Job, evidence: Evidence, registration: Registration) ->
     by_hand = f"python -m flows.promote {registration.name} --version {registration.version} --because TEXT"
     if evidence.gate.facts["verdict"] != "pass":
         said = "none: the gate is undecided"
-    elif "champion" in registration.aliases:
+    elif CHAMPION in registration.aliases:
         said = "is champion"
     elif (before := find_reign(chosen)) is not None:
         said = f"none: the same model is or was champion as version {before}; by hand: {by_hand}"

@@ -14,7 +14,7 @@ if __name__ == "__main__":
 
 from prefect import flow
 
-from flows.promote import say_move
+from flows.promote import add_move_arguments, say_move
 from mka.errors import PromotionError
 from tasks.index import write_index_page
 from tasks.promotion import Move, find_previous, move_champion, name_person
@@ -40,8 +40,7 @@ def rollback(model: str, because: str, approver: str | None = None, registry: st
     place.prepare()
     uri = registry or registry_address(place)
     champion, previous = find_previous(uri, model)
-    who = f"{approver} (run by {name_person()})" if approver else name_person()
-    move = move_champion(previous, expected=champion, action="rollback", who=who, why=because)
+    move = move_champion(previous, expected=champion, action="rollback", who=name_person(approver), why=because)
     if move is None:
         raise PromotionError(f"{model}: somebody moved champion away from version {champion} meanwhile; look again")
     say_move(move)
@@ -58,10 +57,7 @@ def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
         description="Make the previous champion champion again. Nothing is measured; running it twice undoes it.",
         epilog='example: python -m flows.rollback smollm2-135m-mka --because "answers in the wrong language"',
     )
-    parser.add_argument("model", help="registered model")
-    parser.add_argument("--because", required=True, metavar="TEXT", help="why, for the record")
-    parser.add_argument("--approver", metavar="NAME", help="who stands for it")
-    parser.add_argument("--registry", metavar="URI", help="MLflow store; default as for runs")
+    add_move_arguments(parser)
     return vars(parser.parse_args(arguments))
 
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.command_line import require_server, silence_prefect
+from flows.command_line import require_server, say, silence_prefect
 
 if __name__ == "__main__":
     silence_prefect()
 
-from prefect import flow, get_run_logger
+from prefect import flow
 from prefect.futures import as_completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -63,7 +63,7 @@ def walk(place: Workplace, recipe: str) -> Any:
         bench = prepare(load_bench(path), place.work, root=place.root, command=describe_command(place, path))
         sweep_leftovers(place.work)
         base = measure_base_model(bench)
-        say(f"{'base':<44} {'stored' if base.reused else f'{sum(base.seconds.values()):.1f} s'}")
+        say(f"{'base':<44} {'stored' if base.reused else f'{sum(base.seconds.values()):.1f} s'}", sys.stderr)
         todo = [cell for cell in bench.recipe.cells if find_cell(bench, cell) is None]
         futures = {run_bench_cell.submit(bench, cell): cell for cell in todo}
         made: list[Measured] = []
@@ -78,22 +78,15 @@ def walk(place: Workplace, recipe: str) -> Any:
                 made.append(result)
             del waiting[futures[future].key]
             rest = sum(estimate_cell(bench, other, base, made) for other in waiting.values())
-            say(describe_progress(result, number, len(todo), time.perf_counter() - started, rest))
+            say(describe_progress(result, number, len(todo), time.perf_counter() - started, rest), sys.stderr)
         results = collect_results(bench, base, failed)
         publish_tables(Comparison(results))
         return publish_results(results)
 
 
-def say(line: str) -> None:
-    """Tell the terminal and the run's log."""
-    print(line, file=sys.stderr, flush=True)
-    get_run_logger().info(line)
-
-
 def describe_command(place: Workplace, path: Path) -> str:
     """Return the command line that makes all of it again, with a path relative to the project where it can be."""
-    shown = path.relative_to(place.root) if path.is_relative_to(place.root) else path
-    return f"mka bench {shlex.quote(str(shown))}"
+    return f"mka bench {shlex.quote(str(place.relative(path)))}"
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[str, int]:

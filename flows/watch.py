@@ -7,15 +7,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from flows.command_line import run_command, silence_prefect
+from flows.command_line import run_command, say, silence_prefect
 
 if __name__ == "__main__":
     silence_prefect()
 
-from prefect import flow, get_run_logger
+from prefect import flow
 from prefect.artifacts import create_table_artifact
 
-from mka.errors import MkaError, UnreachableError, WatchError
+from mka.errors import MkaError, ServerError, WatchError
 from tasks.slots import is_on_server
 from tasks.watching import compare_base_model, start_recompression
 from tasks.workplace import Workplace, find_workplace
@@ -40,7 +40,7 @@ def watch_base_models(recipes: list[str], deployment: str = DEPLOYMENT, dry_run:
 
     Raises:
         WatchError: after all recipes were looked at, if any could not be, or its recompression not be started.
-        UnreachableError: if something is due and there is no Prefect server to start it.
+        ServerError: if something is due and there is no Prefect server to start it.
     """
     place = find_workplace()
     place.prepare()
@@ -48,7 +48,7 @@ def watch_base_models(recipes: list[str], deployment: str = DEPLOYMENT, dry_run:
     for recipe in recipes:
         try:
             rows.append(look_at(place, recipe, deployment, dry_run))
-        except UnreachableError:
+        except ServerError:
             raise
         except MkaError as error:
             failures.append(f"{recipe}: {error}")
@@ -68,7 +68,7 @@ def look_at(place: Workplace, recipe: str, deployment: str, dry_run: bool) -> di
         done = f"would start {deployment}"
     elif change.is_due:
         if not is_on_server():
-            raise UnreachableError(
+            raise ServerError(
                 f"{change.describe()}, and no Prefect server to start its recompression on: set PREFECT_API_URL "
                 f"(`make up` starts one), or run python -m flows.recompress {recipe}"
             )
@@ -78,12 +78,6 @@ def look_at(place: Workplace, recipe: str, deployment: str, dry_run: bool) -> di
             done += f"; again by hand: prefect deployment run {deployment} --param recipe={recipe}"
     say(f"{change.describe()}; {done}")
     return {"recipe": recipe, "base model": change.base_model, "now": change.now, "known": change.known, "done": done}
-
-
-def say(line: str) -> None:
-    """Tell the terminal and the run's log."""
-    print(line, flush=True)
-    get_run_logger().info(line)
 
 
 def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:

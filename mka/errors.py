@@ -57,7 +57,7 @@ class WatchError(MkaError):
 
 
 class ServerError(MkaError):
-    """Local servers that do not start, or run already."""
+    """Servers that do not start, do not answer, or are not there."""
 
 
 class PromotionError(GateRefused):

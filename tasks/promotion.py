@@ -148,9 +148,10 @@ def fetch_version(place: Workplace, version: RegisteredVersion) -> Iterator[Path
         yield fetched
 
 
-def name_person() -> str:
-    """Say who runs this: user and machine."""
-    return f"{getpass.getuser()}@{socket.gethostname()}"
+def name_person(approver: str | None = None) -> str:
+    """Say who asks: who stands for it, if somebody was named, and user and machine that run this."""
+    runner = f"{getpass.getuser()}@{socket.gethostname()}"
+    return f"{approver} (run by {runner})" if approver else runner
 
 
 def move_champion(

@@ -84,7 +84,7 @@ def compare_base_model(place: Workplace, recipe: str) -> BaseChange:
     """
     path = place.path(Path(recipe)).resolve()
     # One spelling for all watchers: it is part of what makes two recompressions the same.
-    recipe = str(path.relative_to(place.root) if path.is_relative_to(place.root) else path)
+    recipe = str(place.relative(path))
     loaded = load_recipe(path)
     ((pinned_by, now),) = pin_base_model(place, loaded.model).items()
     known, made = _read_known(place, loaded, pinned_by, now)

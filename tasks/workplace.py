@@ -64,6 +64,10 @@ class Workplace:
         """Resolve a recipe's path against the root."""
         return path if path.is_absolute() else self.root / path
 
+    def relative(self, path: Path) -> Path:
+        """Name a path as seen from the root, or as it is if it lies elsewhere."""
+        return path.relative_to(self.root) if path.is_relative_to(self.root) else path
+
 
 def enter_checkout() -> dict[str, str]:
     """Change into the checkout this file lies in: the pull step of every deployment.

@@ -125,6 +125,26 @@ def test_a_recipe_that_fails_does_not_keep_the_others_from_being_watched(project
     assert "nothing registered: changed" in said.out
 
 
+def test_a_hub_that_does_not_answer_does_not_stop_the_watch(project, deployment, capsys, monkeypatch):
+    from mka.errors import UnreachableError
+    from tasks import watching
+
+    pin = watching.pin_base_model
+
+    def pin_unless_hub(place, source):
+        if source.hub:
+            raise UnreachableError("model org/name cannot be fetched: the hub cannot be reached")
+        return pin(place, source)
+
+    monkeypatch.setattr(watching, "pin_base_model", pin_unless_hub)
+    monkeypatch.setattr(watching, "compare_base_model", watching.compare_base_model.with_options(retries=0))
+    monkeypatch.setattr("flows.watch.compare_base_model", watching.compare_base_model)
+    away, here = write_recipe(project, "away", model={"hub": "org/name"}), write_recipe(project, "here")
+    assert watch(away, here, deployment=deployment) == 2
+    assert "1 of 2 recipes could not be looked at" in capsys.readouterr().err
+    assert len(runs_of(here)) == 1
+
+
 def test_without_the_deployment_or_a_server_the_refusal_says_what_to_do(project, capsys, monkeypatch):
     recipe = write_recipe(project, "alone")
     assert watch(recipe, deployment="recompress/nosuch") == 2
