@@ -2,19 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mka.errors import CheckpointError
 from mka.families import LAYER_KEY, Family, get_family, layer_kinds
+from mka.reading import TensorReader, read_header
 from mka.sums import SUMS_NAME, file_sha256, verify_sums
-
-if TYPE_CHECKING:
-    import torch
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -23,12 +21,21 @@ _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2,
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies and what it is, without reading it. ``dtype`` is safetensors' name, e.g. "BF16"."""
+    """Where one tensor lies and what it is, without reading it.
+
+    Attributes:
+        name: of the tensor.
+        file: of the folder.
+        dtype: safetensors' name, e.g. "BF16".
+        shape: of the tensor.
+        start: byte of the file its data begin at.
+    """
 
     name: str
     file: str
     dtype: str
     shape: tuple[int, ...]
+    start: int = 0
 
     @property
     def parameters(self) -> int:
@@ -105,24 +112,14 @@ class Checkpoint:
             lines = (self.path / SUMS_NAME).read_text(encoding="utf-8").splitlines()
             listed = {name: value for value, name in (line.split("  ", 1) for line in lines)}
         names = sorted(f.name for f in self.path.iterdir() if f.is_file() and f.name not in ("README.md", SUMS_NAME))
-        pairs = [f"{listed.get(name) or file_sha256(self.path / name)}  {name}" for name in names]
+        with ThreadPoolExecutor() as pool:  # hashing runs outside Python's lock
+            found = pool.map(lambda name: listed.get(name) or file_sha256(self.path / name), names)
+            pairs = [f"{value}  {name}" for value, name in zip(found, names)]
         return hashlib.sha256("\n".join(pairs).encode()).hexdigest()
 
-    @contextmanager
-    def reader(self) -> Iterator[Callable[[str], "torch.Tensor"]]:
-        """Open the shards and yield ``read(name) -> tensor``; each tensor is read when asked for."""
-        from safetensors import safe_open
-
-        with ExitStack() as stack:
-            files: dict[str, Any] = {}
-
-            def read(name: str) -> "torch.Tensor":
-                file = self.tensors[name].file
-                if file not in files:
-                    files[file] = stack.enter_context(safe_open(self.path / file, framework="pt"))
-                return files[file].get_tensor(name)
-
-            yield read
+    def reader(self) -> TensorReader:
+        """Return ``read(name) -> tensor``, to be used in a ``with``; each tensor is read when asked for."""
+        return TensorReader(self.path, self.tensors)
 
 
 def open_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
@@ -181,10 +178,13 @@ def _read_header(path: Path, file: str) -> Iterator[TensorInfo]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        # The library checks the header against the file's length; where tensors lie it does not tell.
         with safe_open(path / file, framework="numpy") as shard:
-            for name in shard.keys():  # noqa: SIM118 - not a mapping
-                part = shard.get_slice(name)
-                yield TensorInfo(name, file, part.get_dtype(), tuple(part.get_shape()))
+            names = list(shard.keys())
+        begin, header = read_header(path / file)
+        for name in names:
+            entry = header[name]
+            yield TensorInfo(name, file, entry["dtype"], tuple(entry["shape"]), begin + entry["data_offsets"][0])
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path / file}: damaged or truncated safetensors shard ({error}); fetch the model again"

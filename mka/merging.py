@@ -15,13 +15,15 @@ from mka.errors import CheckpointError, NumericsError, PlanError
 from mka.families import LAYER_KEY, Family
 from mka.folds import Folds, apply_fold, check_folds, find_fold
 from mka.plan import LayerRecipe, MergePlan
+from mka.reading import TensorReader, torch_dtype
 from mka.sums import write_sums
-from mka.writing import MAX_SHARD_BYTES, TORCH_NAMES, copy_companions, publish, write_tensors
+from mka.writing import MAX_SHARD_BYTES, copy_companions, publish, write_tensors
 
 if TYPE_CHECKING:
     import torch
 
-Read = Callable[[str], "torch.Tensor"]
+# Elements of a sum that are in memory as float32 at a time, 2 MiB of each source: they stay in the cache.
+BLOCK = 1 << 19
 
 
 def check_plan_fits(plan: MergePlan, source: Checkpoint) -> None:
@@ -98,11 +100,11 @@ def combine_layers(layer: LayerRecipe, suffix: str, family: Family, read: Callab
     for index, weight in active:
         value = read(index, suffix)
         dtype = value.dtype
-        value = value.to(torch.float32)
+        value = value.to(torch.float32, copy=True)
         if norm is not None:
             gain = read(index, f"{norm}.weight").to(torch.float32) + family.gain_offset
-            value = value * gain  # (out, in) * (in,)
-        total = value.mul(weight) if total is None else total.add_(value, alpha=weight)
+            value.mul_(gain)  # (out, in) * (in,)
+        total = value.mul_(weight) if total is None else total.add_(value, alpha=weight)
     assert total is not None and dtype is not None
     return total.to(dtype)
 
@@ -187,25 +189,23 @@ def merge_checkpoint(
         with source.reader() as read:
             specs = [info for info, _, _ in planned]
             stream = _stream(planned, source.family, read, folds, aligned, on_tensor)
-            write_tensors(partial, specs, stream, max_shard_bytes)
+            sums = write_tensors(partial, specs, stream, max_shard_bytes)
         config = cut_config(source.config, source.kinds, source.family, plan.layers)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_companions(source.path, partial)
         result = verify(partial) if verify else None
-        write_sums(partial)
+        write_sums(partial, sums)
         return result
 
 
 def _stream(
     planned: Sequence[tuple[TensorInfo, LayerRecipe | None, str]],
     family: Family,
-    read: Read,
+    read: TensorReader,
     folds: Folds | None,
     aligned: Iterator[Mapping[str, "torch.Tensor"]] | None,
     on_tensor: Callable[[int], Any] | None,
 ) -> Iterator["torch.Tensor"]:
-    import torch
-
     refitted: Mapping[str, torch.Tensor] = {}
     current: LayerRecipe | None = None
     for info, layer, name in planned:
@@ -214,16 +214,43 @@ def _stream(
         if layer is None:
             tensor = read(name)
         elif name in refitted:
-            tensor = refitted[name].to(dtype=getattr(torch, TORCH_NAMES[info.dtype]), device="cpu")
+            tensor = refitted[name].to(dtype=torch_dtype(info), device="cpu")
         else:
-            tensor = combine_layers(layer, name, family, lambda i, suffix: read(f"model.layers.{i}.{suffix}"))
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            tensor = _make_tensor(info, layer, name, family, read)
+        if not is_finite(tensor):
             cause = "the refit gave no number" if name in refitted else "the source checkpoint is damaged"
             raise NumericsError(f"{info.name}: NaN or infinite weights; {cause}")
         if (fold := find_fold(folds or {}, info.name)) is not None:
             tensor = apply_fold(fold, tensor, family.gain_offset if info.name.endswith("norm.weight") else 0.0)
-            if not bool(tensor.isfinite().all()):
+            if not is_finite(tensor):
                 raise NumericsError(f"{info.name}: NaN or infinite after its fold, which {info.dtype} cannot hold")
         yield tensor
         if on_tensor:
             on_tensor(info.nbytes)
+
+
+def _make_tensor(
+    info: TensorInfo, layer: LayerRecipe, suffix: str, family: Family, read: TensorReader
+) -> "torch.Tensor":
+    """Compute one tensor of an output layer; a sum in blocks of rows, so that its sources are never there whole."""
+    import torch
+
+    def read_source(index: int, name: str) -> "torch.Tensor":
+        return read(f"model.layers.{index}.{name}", rows if name == suffix else None)
+
+    rows: slice | None = None
+    if layer.verb == "take" or len(layer.used) == 1 or len(info.shape) < 2:
+        return combine_layers(layer, suffix, family, read_source)
+    made = torch.empty(info.shape, dtype=torch_dtype(info))
+    step = max(1, BLOCK // (info.parameters // info.shape[0]))
+    for first in range(0, info.shape[0], step):
+        rows = slice(first, first + step)
+        made[rows] = combine_layers(layer, suffix, family, read_source)
+    return made
+
+
+def is_finite(tensor: "torch.Tensor") -> bool:
+    """Whether a tensor holds neither NaN nor infinity; both survive a minimum or a maximum."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(bool(bound.isfinite()) for bound in tensor.aminmax())

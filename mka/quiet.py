@@ -20,7 +20,8 @@ def quiet_libraries(quantized: bool = False) -> Iterator[None]:
     from transformers.utils import logging as hf_logging
 
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    loggers = [logging.getLogger(name) for name in ("compressed_tensors", "lm_eval", "datasets", "huggingface_hub")]
+    names = ("accelerate", "compressed_tensors", "lm_eval", "datasets", "huggingface_hub")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()

@@ -1,6 +1,8 @@
 """SHA256SUMS of a folder, in the format of ``sha256sum``: written when a folder is published, checked when reused."""
 
 import hashlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mka.errors import CheckpointError
@@ -14,14 +16,19 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_sums(folder: Path) -> Path:
+def write_sums(folder: Path, known: Mapping[str, str] | None = None) -> Path:
     """Write ``SHA256SUMS`` over every file below ``folder``, so that ``sha256sum -c SHA256SUMS`` passes there.
+
+    Args:
+        folder: the folder.
+        known: file -> SHA-256 of what was written to it, for files that need not be read again.
 
     Returns:
         The path of the file written.
     """
+    known = known or {}
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    lines = [f"{file_sha256(folder / name)}  {name}\n" for name in names if name != SUMS_NAME]
+    lines = [f"{known.get(name) or file_sha256(folder / name)}  {name}\n" for name in names if name != SUMS_NAME]
     target = folder / SUMS_NAME
     target.write_text("".join(lines), encoding="utf-8", newline="\n")
     return target
@@ -45,6 +52,7 @@ def verify_sums(folder: Path) -> bool:
         raise CheckpointError(f"{listing} cannot be read ({error}); fetch the folder again") from None
     if not lines:
         raise CheckpointError(f"{listing} is empty; fetch the folder again")
+    listed: dict[Path, str] = {}
     for number, line in enumerate(lines, start=1):
         expected, separator, name = line.partition("  ")
         if not separator or len(expected) != 64 or not name:
@@ -52,7 +60,11 @@ def verify_sums(folder: Path) -> bool:
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, though {SUMS_NAME} lists it; fetch it again")
-        found = file_sha256(path)
-        if found != expected:
-            raise CheckpointError(f"{path} is altered: expected sha256 {expected}, found {found}; fetch it again")
+        listed[path] = expected
+    with ThreadPoolExecutor() as pool:  # hashing runs outside Python's lock
+        for path, found in zip(listed, pool.map(file_sha256, listed)):
+            if found != listed[path]:
+                raise CheckpointError(
+                    f"{path} is altered: expected sha256 {listed[path]}, found {found}; fetch it again"
+                )
     return True

@@ -1,18 +1,21 @@
 """Folders written whole or not at all: tensors streamed into shards, published by one rename."""
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mka.checkpoint import INDEX, SINGLE, TensorInfo
 from mka.errors import CheckpointError, OutputError
+from mka.reading import torch_dtype
 from mka.sums import SUMS_NAME
 
 if TYPE_CHECKING:
@@ -25,7 +28,6 @@ _NOT_COPIED = re.compile(
     + SUMS_NAME
     + r"|\..*)"
 )
-TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @contextmanager
@@ -53,7 +55,9 @@ def publish(output: str | Path, *, needed_bytes: int = 0) -> Iterator[Path]:
                 f"disk full: {output} needs {needed_bytes / 1e6:,.0f} MB, {output.parent} has {free / 1e6:,.0f} MB free"
             )
         yield partial
+        _sync_files(partial)
         partial.replace(output)
+        _sync(output.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"disk full while writing {output}; free some space and run again") from None
@@ -75,6 +79,21 @@ def _make_room(parent: Path, partial: Path) -> None:
         raise OutputError(f"output cannot be written in {parent}: {error.strerror or error}") from None
 
 
+def _sync_files(folder: Path) -> None:
+    """Wait until the disk has every file below a folder: a rename must not outlive a power cut that they do not."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """Copy what belongs to a model beside its weights and config: tokenizer, generation config, licence."""
     for file in sorted(source.iterdir()):
@@ -87,8 +106,8 @@ def write_tensors(
     specs: Sequence[TensorInfo],
     tensors: Iterable["torch.Tensor"],
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Stream tensors into safetensors shards, one tensor in memory at a time.
+) -> dict[str, str]:
+    """Stream tensors into safetensors shards: while one is hashed and written, the next is made.
 
     Shapes and dtypes are known beforehand, so each shard's header is written first and its tensors follow.
 
@@ -97,6 +116,9 @@ def write_tensors(
         specs: name, dtype and shape of each tensor, in order (``file`` is ignored).
         tensors: the tensors themselves, in the same order.
         max_shard_bytes: a shard is closed before it would exceed this.
+
+    Returns:
+        Shard -> SHA-256 of its bytes.
     """
     shards: list[list[TensorInfo]] = [[]]
     for spec in specs:
@@ -106,8 +128,8 @@ def write_tensors(
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     stream = iter(tensors)
-    for name, shard in zip(names, shards):
-        _write_shard(folder / name, shard, stream)
+    with ThreadPoolExecutor(2) as pool:
+        sums = {name: _write_shard(folder / name, shard, stream, pool) for name, shard in zip(names, shards)}
     # Asked for one more, a generator also finishes what it does after its last tensor.
     if next(stream, None) is not None:
         raise CheckpointError(f"{folder}: more tensors than the {len(specs)} planned")
@@ -117,9 +139,10 @@ def write_tensors(
             "weight_map": {s.name: name for name, shard in zip(names, shards) for s in shard},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return sums
 
 
-def _write_shard(path: Path, specs: Sequence[TensorInfo], tensors: Iterator["torch.Tensor"]) -> None:
+def _write_shard(path: Path, specs: Sequence[TensorInfo], tensors: Iterator["torch.Tensor"], pool: Executor) -> str:
     import torch
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -133,12 +156,23 @@ def _write_shard(path: Path, specs: Sequence[TensorInfo], tensors: Iterator["tor
         offset += spec.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the format aligns tensor data to 8 bytes
+    digest = hashlib.sha256()
+    pending: list[Future[Any]] = []
+
+    def put(data: Any) -> None:
+        # At most one tensor waits: together with the one being made that is all there is in memory.
+        for future in pending:
+            future.result()
+        pending[:] = [pool.submit(digest.update, data), pool.submit(file.write, data)]
+
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)))
-        file.write(encoded)
+        put(struct.pack("<Q", len(encoded)) + encoded)
         for spec in specs:
             tensor = next(tensors)
-            expected = TORCH_NAMES.get(spec.dtype)
-            if tuple(tensor.shape) != spec.shape or (expected and tensor.dtype != getattr(torch, expected)):
+            if tuple(tensor.shape) != spec.shape or tensor.dtype != torch_dtype(spec):
                 raise CheckpointError(f"{spec.name}: {tuple(tensor.shape)} {tensor.dtype}, planned {spec}")
-            file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            put(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            del tensor
+        for future in pending:
+            future.result()
+    return digest.hexdigest()

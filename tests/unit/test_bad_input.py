@@ -281,7 +281,7 @@ def test_disk_too_small(refuse, unloadable, monkeypatch):
 
 
 def test_disk_that_fills_up_while_writing(refuse, monkeypatch):
-    def write(path, specs, tensors):
+    def write(path, *_):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
