@@ -24,7 +24,7 @@ class Aligner:
     def __init__(
         self, model: Any, tokenizer: Any, texts: Mapping[str, Sequence[str]], settings: AlignmentSettings
     ) -> None:
-        """Cut the windows.
+        """Cut the windows; the model may be a `mka.decoder.Decoder`.
 
         Raises:
             CalibrationError: if there is too little text.

@@ -23,18 +23,15 @@ from typing import Any
 import torch
 
 from mka.candidate import read_out, sum_divergence
-from mka.families import Family, get_family
+from mka.decoder import as_decoder
+from mka.families import Family
 from mka.merging import combine_layers
 from mka.plan import LayerRecipe
 from mka.refit import Refit, token_weights
-from mka.sublayers import (
-    BATCH_TOKENS,
-    catch_contexts,
-    embed_windows,
-    run_sublayer,
-)
+from mka.sublayers import run_sublayer
 
 VERSION = 3
+BATCH_TOKENS = 4096
 # Penalties of the three kinds of fit, relative to the one given: the fewer the features, the less they need.
 READERS, ATTENTION, MLP = 0.05, 0.3, 1.0
 
@@ -75,26 +72,26 @@ def find_ends(layers: Sequence[LayerRecipe], count: int) -> list[int]:
 class Alignment:
     """A walk of teacher and student through the layers.
 
-    Memory: some six arrays of hidden states (S, T, D) and one of features (S, T, F), beside the model, and one
-    more of states for every further student.
+    Memory: some six arrays of hidden states (S, T, D) and one of features (S, T, F), and one more of states for every
+    further student. Of a streamed decoder, the layers that make one output layer, and the layer made.
     """
 
     def __init__(self, model: Any, windows: torch.Tensor, heldout: int = 0) -> None:
         """Prepare a walk.
 
         Args:
-            model: the base, a transformers causal language model.
+            model: the base, a transformers causal language model or a `mka.decoder.Decoder`.
             windows: token ids, (S, T), without padding.
             heldout: windows at the end that are walked along but not fitted on; `measure_divergence` reads them.
         """
-        self.model = model
-        self.family: Family = get_family(model.config.model_type, "model")
+        self.decoder = as_decoder(model)
+        self.model = self.decoder.model
+        self.family: Family = self.decoder.family
         size, fitted = max(1, BATCH_TOKENS // windows.shape[1]), len(windows) - heldout
         self.fitted = [slice(i, min(i + size, fitted)) for i in range(0, fitted, size)]
         self.heldout = [slice(i, min(i + size, len(windows))) for i in range(fitted, len(windows), size)]
-        windows = windows.to(model.device)
-        self.contexts = catch_contexts(model, windows[:1])
-        self.start = embed_windows(model, windows)
+        _, self.contexts = self.decoder.enter(windows[:1])
+        self.start = torch.cat([self.decoder.enter(batch)[0] for batch in windows.split(size)])
         self.teacher_seconds = 0.0
 
     def walk(
@@ -133,15 +130,16 @@ class Alignment:
         students, teacher = [self.start] * len(penalties), self.start
         first = 0
         for position, (layer, end) in enumerate(zip(layers, find_ends(layers, len(self.contexts)))):
-            group = self.run_teacher(teacher, first, end, layer.used)
             made = []
-            for index, (student, penalty) in enumerate(zip(students, penalties)):
-                if student is teacher and layer.is_copy and layer.sources == (first,) and end == first:
-                    students[index] = group.after
-                    made.append(AlignedLayer(position, {}))
-                else:
-                    students[index], tensors, facts = self.fit_layer(layer, student, group, penalty)
-                    made.append(AlignedLayer(position, tensors, facts))
+            with self.decoder.hold(*layer.used):
+                group = self.run_teacher(teacher, first, end, layer.used)
+                for index, (student, penalty) in enumerate(zip(students, penalties)):
+                    if student is teacher and layer.is_copy and layer.sources == (first,) and end == first:
+                        students[index] = group.after
+                        made.append(AlignedLayer(position, {}))
+                    else:
+                        students[index], tensors, facts = self.fit_layer(layer, student, group, penalty)
+                        made.append(AlignedLayer(position, tensors, facts))
             yield tuple(made)
             teacher = group.after
             if on_layer:
@@ -153,10 +151,11 @@ class Alignment:
     def measure_divergence(self, student: int = 0) -> float:
         """Return KL(base || student) on the held-out windows after a walk, nats per token; students are numbered."""
         total, count = 0.0, 0
-        for rows in self.heldout:
-            for base, other in zip(self.teacher[rows], self.students[student][rows]):
-                total += sum_divergence(*(read_out(self.model, self.model.model.norm(x)) for x in (base, other)))
-                count += len(base)
+        with self.decoder.hold_head():
+            for rows in self.heldout:
+                for base, other in zip(self.teacher[rows], self.students[student][rows]):
+                    total += sum_divergence(*(read_out(self.model, self.model.model.norm(x)) for x in (base, other)))
+                    count += len(base)
         return total / count
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> torch.Tensor:
@@ -167,11 +166,12 @@ class Alignment:
         started = time.perf_counter()
         before, between = {}, {}
         for index in range(first, end + 1):
-            module, context = self.model.model.layers[index], self.contexts[index]
-            middle = self._map(partial(run_sublayer, module, self.family.attention, context=context), states)
-            if index in kept:
-                before[index], between[index] = states, middle
-            states = self._map(partial(run_sublayer, module, self.family.mlp, context=context), middle)
+            module, context = self.decoder.layers[index], self.contexts[index]
+            with self.decoder.hold(index):
+                middle = self._map(partial(run_sublayer, module, self.family.attention, context=context), states)
+                if index in kept:
+                    before[index], between[index] = states, middle
+                states = self._map(partial(run_sublayer, module, self.family.mlp, context=context), middle)
         self.teacher_seconds += time.perf_counter() - started
         return Teacher(before, between, states)
 
@@ -197,7 +197,7 @@ class Alignment:
 
     def _build(self, layer: LayerRecipe) -> tuple[torch.nn.Module, tuple[tuple[int, ...], tuple[int, ...]]]:
         """Return a new layer as the plan has it before any refit, and the source layers of its two halves."""
-        modules = self.model.model.layers
+        modules = self.decoder.layers
         if layer.verb == "take":
             halves = layer.attention, layer.mlp
         else:

@@ -1,11 +1,17 @@
 """A model from disk: whole or refused. Nothing is filled with random weights, nothing is left over."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mka.checkpoint import Checkpoint
 from mka.errors import CheckpointError
 from mka.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from mka.decoder import Decoder
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -25,7 +31,7 @@ def load_model(folder: str | Path, dtype: str, trust_remote_code: bool = False) 
             than the config says.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     folder = Path(folder)
     if dtype not in DTYPES:
@@ -33,15 +39,10 @@ def load_model(folder: str | Path, dtype: str, trust_remote_code: bool = False) 
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: config.json is missing; is this a model folder?")
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    with quiet_libraries(_is_quantized(folder)):
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **options
-            )
-            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        # Loaders raise whatever their parsers raise; a person needs the folder's name and the reason, in one line.
-        except Exception as error:
-            raise CheckpointError(f"{folder}: does not load: {' '.join(str(error).split())[:300]}") from None
+    options |= {"dtype": getattr(torch, dtype), "use_safetensors": True, "output_loading_info": True}
+    with _refusing(folder), quiet_libraries(_is_quantized(folder)):
+        model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+        tokenizer = load_tokenizer(folder, trust_remote_code)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found := sorted(str(key) for key in info.get(kind) or ()):
             raise CheckpointError(
@@ -54,6 +55,53 @@ def load_model(folder: str | Path, dtype: str, trust_remote_code: bool = False) 
         with quiet_libraries(quantized=True), torch.inference_mode():
             model(torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)
     return model, tokenizer
+
+
+def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a local folder.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    with _refusing(Path(folder)):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def open_decoder(
+    checkpoint: Checkpoint, dtype: str, trust_remote_code: bool = False
+) -> Iterator[tuple["Decoder", Any]]:
+    """Open a model to be walked layer by layer within the block; yields it and its tokenizer.
+
+    Weights are read when a layer is held. A quantized model, whose weights have to be unpacked, is loaded as a whole.
+
+    Raises:
+        CheckpointError: as `load_model`.
+    """
+    from mka.decoder import Decoder, StreamedDecoder
+
+    if checkpoint.is_quantized:
+        model, tokenizer = load_model(checkpoint.path, dtype, trust_remote_code)
+        yield Decoder(model), tokenizer
+        return
+    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code)
+    with checkpoint.reader() as read:
+        with _refusing(checkpoint.path), quiet_libraries():
+            decoder = StreamedDecoder(checkpoint, read, dtype, trust_remote_code)
+        yield decoder, tokenizer
+
+
+@contextmanager
+def _refusing(folder: Path) -> Iterator[None]:
+    """Loaders raise whatever their parsers raise; a person needs the folder's name and the reason, in one line."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{folder}: does not load: {' '.join(str(error).split())[:300]}") from None
 
 
 def _is_quantized(folder: Path) -> bool:

@@ -1,11 +1,13 @@
-"""Hidden states of every layer in one forward pass, pooled as they appear."""
+"""Hidden states of every layer in one walk, pooled as they appear."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from mka.decoder import as_decoder
 from mka.errors import CalibrationError
 from mka.states import HiddenStates
 
@@ -54,51 +56,31 @@ def batch_by_length(
         yield rows, *pad([sequences[i] for i in rows], device)
 
 
-class _LayerTap:
-    """Forward hooks that pool each layer's raw output the moment it exists."""
+@dataclass
+class _Batch:
+    """Texts of like length on their way through the layers.
 
-    def __init__(self, layers: torch.nn.ModuleList, pooled: np.ndarray, pooling: str) -> None:
-        self.pooled = pooled
-        self.pooling = pooling
-        self.cosine_sum = np.zeros(len(layers))
-        self.rows: np.ndarray = np.empty(0, dtype=int)
-        self.mask: torch.Tensor | None = None
-        self.previous: torch.Tensor | None = None
-        self.handles = [layers[0].register_forward_pre_hook(self._embedding, with_kwargs=True)]
-        self.handles += [layer.register_forward_hook(self._output(i)) for i, layer in enumerate(layers)]
+    Attributes:
+        rows: which texts, (S,).
+        mask: 1 for real tokens, (S, T).
+        states: hidden states before the next layer, (S, T, D).
+        contexts: what each layer is given beside them.
+    """
 
-    def _embedding(self, module: Any, args: Any, kwargs: Any) -> None:
-        self._take(0, args[0] if args else kwargs["hidden_states"])
+    rows: torch.Tensor
+    mask: torch.Tensor
+    states: torch.Tensor
+    contexts: list[dict[str, Any]]
 
-    def _output(self, index: int) -> Callable[[Any, Any, Any], None]:
-        def hook(module: Any, args: Any, output: Any) -> None:
-            current = output[0] if isinstance(output, tuple) else output
-            previous, mask = self.previous, self.mask
-            assert previous is not None and mask is not None
-            cosine = torch.nn.functional.cosine_similarity(previous.float(), current.float(), dim=-1)
-            self.cosine_sum[index] += float((cosine * mask).sum(dtype=torch.float64))
-            self._take(index + 1, current)
-
-        return hook
-
-    def _take(self, position: int, states: torch.Tensor) -> None:
-        mask = self.mask
-        assert mask is not None
-        if self.pooling == "last":
-            last = mask.sum(dim=1) - 1
-            vectors = states[torch.arange(states.shape[0], device=states.device), last].float()
-        else:
-            weights = mask.unsqueeze(-1).float()
-            vectors = (states.float() * weights).sum(dim=1) / weights.sum(dim=1)
-        self.pooled[position, self.rows] = vectors.cpu().numpy()
-        self.previous = states
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+    def pool(self, pooling: str) -> torch.Tensor:
+        """Return one vector per text, (S, D) float32."""
+        if pooling == "last":
+            last = self.mask.sum(dim=1) - 1
+            return self.states[torch.arange(len(last), device=last.device), last].float()
+        weights = self.mask.unsqueeze(-1).float()
+        return (self.states.float() * weights).sum(dim=1) / weights.sum(dim=1)
 
 
-@torch.inference_mode()
 def observe(
     model: Any,
     tokenizer: Any,
@@ -107,38 +89,61 @@ def observe(
     max_tokens: int,
     pooling: Literal["last", "mean"] = "last",
     batch_size: int = 16,
-    on_batch: Callable[[int], Any] | None = None,
+    on_layer: Callable[[int], Any] | None = None,
 ) -> HiddenStates:
-    """Observe all layers in one forward pass per batch, without the language-model head.
-
-    Args:
-        model: a transformers causal language model.
-        tokenizer: its tokenizer.
-        texts: N calibration texts.
-        max_tokens: tokens kept of each.
-        pooling: "last" real token, or "mean" over real tokens.
-        batch_size: texts per pass; texts of like length share a batch, so that little is padded.
-        on_batch: called with the number of real tokens of each batch.
-
-    Returns:
-        `HiddenStates` with pooled (L+1, N, D); memory is that array plus one batch.
+    """Observe all layers on texts cut to ``max_tokens`` tokens; see `observe_tokens` for the rest.
 
     Raises:
         CalibrationError: if a text has no tokens.
         NumericsError: if hidden states are not finite.
     """
     sequences = tokenize(tokenizer, texts, max_tokens)
-    decoder = model.model
-    layers = decoder.layers
-    pooled = np.empty((len(layers) + 1, len(sequences), model.config.hidden_size), dtype=np.float32)
-    tap = _LayerTap(layers, pooled, pooling)
-    try:
-        for rows, ids, mask in batch_by_length(sequences, batch_size, model.device):
-            tap.rows, tap.mask, tap.previous = rows, mask, None
-            decoder(input_ids=ids, attention_mask=mask, use_cache=False)
-            if on_batch:
-                on_batch(int(mask.sum()))
-    finally:
-        tap.remove()
+    return observe_tokens(model, sequences, pooling=pooling, batch_size=batch_size, on_layer=on_layer)
+
+
+@torch.inference_mode()
+def observe_tokens(
+    model: Any,
+    sequences: Sequence[Sequence[int]],
+    *,
+    pooling: Literal["last", "mean"] = "last",
+    batch_size: int = 16,
+    on_layer: Callable[[int], Any] | None = None,
+) -> HiddenStates:
+    """Walk all sequences through the layers, each layer run once and pooled as it ends; the head is not run.
+
+    Args:
+        model: a transformers causal language model, or a `mka.decoder.Decoder`, of which one layer is held at a time.
+        sequences: token ids of N texts.
+        pooling: "last" real token, or "mean" over real tokens.
+        batch_size: texts per pass; texts of like length share a batch, so that little is padded.
+        on_layer: called with the number of tokens that have passed a layer.
+
+    Returns:
+        `HiddenStates` with pooled (L+1, N, D). Memory is that array, one layer, and the hidden states of all tokens.
+
+    Raises:
+        NumericsError: if hidden states are not finite.
+    """
+    decoder = as_decoder(model)
+    device, count = decoder.device, len(decoder.layers)
+    # Both stay on the device: reading a number back would make it wait after every batch.
+    pooled = torch.empty((count + 1, len(sequences), decoder.model.config.hidden_size), device=device)
+    cosine_sum = torch.zeros(count, dtype=torch.float64, device=device)
+    batches = []
+    for rows, ids, mask in batch_by_length(sequences, batch_size, device):
+        batches.append(_Batch(torch.tensor(rows, device=device), mask, *decoder.enter(ids, mask)))
+        pooled[0, batches[-1].rows] = batches[-1].pool(pooling)
+    for index in range(count):
+        with decoder.hold(index):
+            for batch in batches:
+                before = batch.states
+                output = decoder.layers[index](before, **batch.contexts[index])
+                batch.states = output[0] if isinstance(output, tuple) else output
+                pooled[index + 1, batch.rows] = batch.pool(pooling)
+                cosine = torch.nn.functional.cosine_similarity(before.float(), batch.states.float(), dim=-1)
+                cosine_sum[index] += (cosine * batch.mask).sum(dtype=torch.float64)
+        if on_layer:
+            on_layer(sum(map(len, sequences)))
     tokens = np.array([len(s) for s in sequences], dtype=np.int64)
-    return HiddenStates(pooled, 1.0 - tap.cosine_sum / tokens.sum(), tokens)
+    return HiddenStates(pooled.cpu().numpy(), 1.0 - cosine_sum.cpu().numpy() / tokens.sum(), tokens)

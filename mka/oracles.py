@@ -20,18 +20,13 @@ def observe_texts(
     Raises:
         NumericsError: if hidden states are not finite.
     """
-    from mka.observe import observe, tokenize
+    from mka.decoder import as_decoder
+    from mka.observe import observe_tokens, tokenize
 
-    total = sum(len(ids) for ids in tokenize(tokenizer, texts, settings.max_tokens))
-    with show_progress(description, total, "tok") as advance:
-        return observe(
-            model,
-            tokenizer,
-            texts,
-            max_tokens=settings.max_tokens,
-            pooling=settings.pooling,
-            batch_size=settings.batch_size,
-            on_batch=advance,
+    decoder, sequences = as_decoder(model), tokenize(tokenizer, texts, settings.max_tokens)
+    with show_progress(description, len(decoder.layers) * sum(map(len, sequences)), "tok") as advance:
+        return observe_tokens(
+            decoder, sequences, pooling=settings.pooling, batch_size=settings.batch_size, on_layer=advance
         )
 
 

@@ -39,10 +39,10 @@ def observe_checkpoint(
         CheckpointError: if the model does not load whole.
         NumericsError: if hidden states are not finite.
     """
-    from mka.loading import load_model
+    from mka.loading import open_decoder
 
-    model, tokenizer = load_model(checkpoint.path, source.dtype, source.trust_remote_code)
-    return observe_texts(model, tokenizer, calibration.texts, settings, "observe layers")
+    with open_decoder(checkpoint, source.dtype, source.trust_remote_code) as (decoder, tokenizer):
+        return observe_texts(decoder, tokenizer, calibration.texts, settings, "observe layers")
 
 
 def needs_hidden_states(choice: MethodChoice) -> bool:
@@ -214,13 +214,13 @@ def write_aligned(
         OutputError: if it cannot be written.
     """
     from mka.aligning import Aligner
-    from mka.loading import load_model
+    from mka.loading import open_decoder
 
     check_alignable(plan, aligned=True)
     check_plan_fits(plan, checkpoint)
-    model, tokenizer = load_model(checkpoint.path, source.dtype, source.trust_remote_code)
-    aligner = Aligner(model, tokenizer, texts, settings)
-    found = merge_checkpoint(plan, checkpoint, output, aligned=aligner.align(plan.layers), verify=_verify)
+    with open_decoder(checkpoint, source.dtype, source.trust_remote_code) as (decoder, tokenizer):
+        aligner = Aligner(decoder, tokenizer, texts, settings)
+        found = merge_checkpoint(plan, checkpoint, output, aligned=aligner.align(plan.layers), verify=_verify)
     return found | {"alignment": aligner.facts}
 
 

@@ -5,14 +5,12 @@ Features are the heads' outputs (before ``o_proj``) or the inner activations (be
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from mka.families import Sublayer
-
-BATCH_TOKENS = 4096
 
 
 @contextmanager
@@ -42,7 +40,7 @@ def read_features(
         layer: a decoder layer.
         part: which half.
         normed: of `read_norm`, (S, T, D).
-        context: what the decoder hands to attention (positions, mask); of `catch_contexts`.
+        context: what the decoder hands to a layer (positions, mask); of `mka.decoder.Decoder.enter`.
     """
     with _without(layer, part.writer):
         module = layer.get_submodule(part.module)
@@ -60,50 +58,3 @@ def run_sublayer(layer: torch.nn.Module, part: Sublayer, states: torch.Tensor, c
     """Return the residual after a sublayer, (S, T, D)."""
     features = read_features(layer, part, read_norm(layer, part, states), context)
     return states + write_features(layer, part, features)
-
-
-class _Caught(Exception):
-    """Ends a forward pass once what was wanted is in hand."""
-
-
-@torch.inference_mode()
-def catch_contexts(model: Any, ids: torch.Tensor) -> list[dict[str, Any]]:
-    """Return what the decoder hands to each layer's attention beside hidden states, for sequences as long as ``ids``.
-
-    One sequence is run; masks and positions broadcast over a batch.
-
-    Args:
-        model: a transformers causal language model.
-        ids: one sequence, (1, T).
-    """
-    contexts: list[dict[str, Any]] = []
-
-    def catch(module: Any, args: Any, kwargs: Any) -> None:
-        contexts.append({name: value for name, value in kwargs.items() if name != "hidden_states"})
-
-    handles = [layer.self_attn.register_forward_pre_hook(catch, with_kwargs=True) for layer in model.model.layers]
-    try:
-        model.model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return contexts
-
-
-@torch.inference_mode()
-def embed_windows(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Return what enters the first layer, (S, T, D), as the decoder itself makes it of ids (S, T)."""
-    caught: list[torch.Tensor] = []
-
-    def catch(module: Any, args: Any, kwargs: Any) -> None:
-        caught.append(args[0] if args else kwargs["hidden_states"])
-        raise _Caught
-
-    handle = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        for batch in ids.split(max(1, BATCH_TOKENS // ids.shape[1])):
-            with suppress(_Caught):
-                model.model(input_ids=batch, use_cache=False)
-    finally:
-        handle.remove()
-    return torch.cat(caught)

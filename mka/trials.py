@@ -25,7 +25,7 @@ class AlignedTrials:
         """Run the base once.
 
         Args:
-            model: the base.
+            model: the base, a transformers causal language model or a `mka.decoder.Decoder`.
             windows: token ids, (S, T).
             heldout: windows at the end that are measured, not fitted on.
             copies: how many of those, at the very end, say their tokens twice (`mka.windows.make_copies`).
@@ -33,31 +33,34 @@ class AlignedTrials:
         """
         self.copies, self.copying = copies, copying
         self.walk = Alignment(model, windows, heldout)
-        self.model, self.heldout = model, heldout
+        self.decoder, self.heldout = self.walk.decoder, heldout
         self.inputs = [self.walk.start]
-        for index in range(len(model.model.layers)):
+        for index in range(len(self.decoder.layers)):
             group = self.walk.run_teacher(self.inputs[-1], index, index, ())
             self.inputs.append(group.after)
-        self.base = [self._read_out(row) for row in self.inputs[-1][-heldout:]]
+        with self.decoder.hold_head():
+            self.base = [self._read_out(row) for row in self.inputs[-1][-heldout:]]
         self.known: dict[Any, float] = {}
 
     def _read_out(self, states: torch.Tensor) -> torch.Tensor:
-        return read_out(self.model, self.model.model.norm(states))
+        return read_out(self.decoder.model, self.decoder.model.model.norm(states))
 
     def _finish(self, states: torch.Tensor, first: int) -> float:
         """Run the base's layers from ``first`` on over held-out states, (S, T, D); return the divergence."""
-        for index in range(first, len(self.model.model.layers)):
+        for index in range(first, len(self.decoder.layers)):
             states = self._run(index, states)
-        rows = [sum_divergence(base, self._read_out(row)) / states.shape[1] for base, row in zip(self.base, states)]
+        with self.decoder.hold_head():
+            rows = [sum_divergence(base, self._read_out(row)) / states.shape[1] for base, row in zip(self.base, states)]
         texts = len(rows) - self.copies
         said_twice = sum(rows[texts:]) / self.copies if self.copies else 0.0
         return sum(rows[:texts]) / texts + self.copying * said_twice
 
     def _run(self, index: int, states: torch.Tensor, *, without: str = "") -> torch.Tensor:
-        layer, context, family = self.model.model.layers[index], self.walk.contexts[index], self.walk.family
-        for half in (family.attention, family.mlp):
-            if half.module != without:
-                states = run_sublayer(layer, half, states, context)
+        layer, context, family = self.decoder.layers[index], self.walk.contexts[index], self.walk.family
+        with self.decoder.hold(index):
+            for half in (family.attention, family.mlp):
+                if half.module != without:
+                    states = run_sublayer(layer, half, states, context)
         return states
 
     def measure_attention(self, layer: int) -> float:
@@ -80,7 +83,8 @@ class AlignedTrials:
         """Return the divergence of the base with one group of layers replaced by one aligned layer."""
         if layer not in self.known:
             first, last = layer.sources[0], layer.sources[-1]
-            group = self.walk.run_teacher(self.inputs[first], first, last, layer.used)
-            student, _, _ = self.walk.fit_layer(layer, self.inputs[first], group, 1.0)
+            with self.decoder.hold(*layer.used):
+                group = self.walk.run_teacher(self.inputs[first], first, last, layer.used)
+                student, _, _ = self.walk.fit_layer(layer, self.inputs[first], group, 1.0)
             self.known[layer] = self._finish(student[-self.heldout :], last + 1)
         return self.known[layer]

@@ -24,11 +24,12 @@ from transformers import AutoModelForCausalLM
 from mka.alignment import Alignment, find_ends
 from mka.candidate import build_candidate
 from mka.checkpoint import open_checkpoint
+from mka.decoder import Decoder
 from mka.families import get_family
 from mka.merging import merge_checkpoint
 from mka.plan import LayerRecipe, MergePlan, identity_layers, keep_layers, take_layers
 from mka.refit import token_weights
-from mka.sublayers import catch_contexts, embed_windows, run_sublayer
+from mka.sublayers import run_sublayer
 
 every_family = pytest.mark.parametrize("family", FAMILY_NAMES)
 WINDOWS = draw_windows(24)
@@ -59,7 +60,7 @@ def layer_outputs(model, ids):
 def test_sublayers_run_apart_give_the_models_own_layers(family):
     model, ids = make_sharp_model(family), draw_windows(3)
     facts = get_family(family, "test")
-    contexts, states = catch_contexts(model, ids[:1]), embed_windows(model, ids)
+    states, contexts = Decoder(model).enter(ids)
     assert len(contexts) == LAYERS
     with torch.inference_mode():
         for layer, context, wanted in zip(model.model.layers, contexts, layer_outputs(model, ids)):

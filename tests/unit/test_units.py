@@ -7,9 +7,10 @@ import torch
 from conftest import make_tiny_model
 from torch.testing import assert_close
 
+from mka.decoder import Decoder
 from mka.errors import PlanError
 from mka.families import get_family
-from mka.sublayers import catch_contexts, read_features
+from mka.sublayers import read_features
 from mka.units import count_units, gather_units, reader_sections, unit_rows
 
 IDS = (torch.arange(1, 49) * 31 % 97).reshape(2, 24)
@@ -65,7 +66,7 @@ def test_all_units_of_two_layers_side_by_side_give_the_sum_of_both(family, half)
     with torch.inference_mode():
         every = torch.arange(count_units(layers[0], part))
         put_units(made, layers, part, [every, every])
-        context = catch_contexts(model, IDS[:1])[0]
+        context = Decoder(model).enter(IDS[:1])[1][0]
 
         def add(layer):
             return layer.get_submodule(part.writer)(read_features(layer, part, states, context))
