@@ -7,6 +7,7 @@ otherwise one layer's gains would scale another layer's weights.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +18,13 @@ from mka.folds import Folds, apply_fold, check_folds, find_fold
 from mka.plan import LayerRecipe, MergePlan
 from mka.reading import TensorReader, torch_dtype
 from mka.sums import write_sums
-from mka.writing import MAX_SHARD_BYTES, copy_companions, publish, write_tensors
+from mka.writing import BLOCK_BYTES, MAX_SHARD_BYTES, Blocks, copy_companions, publish, write_tensors
 
 if TYPE_CHECKING:
     import torch
 
-# Elements of a sum that are in memory as float32 at a time, 2 MiB of each source: they stay in the cache.
-BLOCK = 1 << 19
+# Bytes of each source of a sum at a time: as float32 they stay in the processor's cache.
+SUM_BYTES = 1 << 20
 
 
 def check_plan_fits(plan: MergePlan, source: Checkpoint) -> None:
@@ -186,7 +187,8 @@ def merge_checkpoint(
     check_folds(plan, folds, {info.name: info.shape for info, _, _ in planned})
     total = sum(info.nbytes for info, _, _ in planned)
     with publish(output, needed_bytes=total + 64_000_000) as partial:
-        with source.reader() as read:
+        # Without an alignment there is nothing to compute that a second thread would not lose by waiting.
+        with source.reader() as read, _limit_threads(None if aligned else 1):
             specs = [info for info, _, _ in planned]
             stream = _stream(planned, source.family, read, folds, aligned, on_tensor)
             sums = write_tensors(partial, specs, stream, max_shard_bytes)
@@ -198,6 +200,19 @@ def merge_checkpoint(
         return result
 
 
+@contextmanager
+def _limit_threads(count: int | None) -> Iterator[None]:
+    """Let torch use ``count`` threads within the block; None changes nothing."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _stream(
     planned: Sequence[tuple[TensorInfo, LayerRecipe | None, str]],
     family: Family,
@@ -205,48 +220,64 @@ def _stream(
     folds: Folds | None,
     aligned: Iterator[Mapping[str, "torch.Tensor"]] | None,
     on_tensor: Callable[[int], Any] | None,
-) -> Iterator["torch.Tensor"]:
+) -> Iterator[Blocks]:
+    """Yield the output's tensors in order, each as blocks of rows, to be used up before the next is asked for."""
+    import torch
+
     refitted: Mapping[str, torch.Tensor] = {}
     current: LayerRecipe | None = None
     for info, layer, name in planned:
         if aligned is not None and layer is not None and layer is not current:
             refitted, current = next(aligned), layer
-        if layer is None:
-            tensor = read(name)
-        elif name in refitted:
+        if layer is not None and name in refitted:
             tensor = refitted[name].to(dtype=torch_dtype(info), device="cpu")
+            blocks: Blocks = _check_finite([tensor], info, "weights; the refit gave no number")
         else:
-            tensor = _make_tensor(info, layer, name, family, read)
-        if not is_finite(tensor):
-            cause = "the refit gave no number" if name in refitted else "the source checkpoint is damaged"
-            raise NumericsError(f"{info.name}: NaN or infinite weights; {cause}")
+            blocks = _read_blocks(info, layer, name, family, read)
+            blocks = _check_finite(blocks, info, "weights; the source checkpoint is damaged")
         if (fold := find_fold(folds or {}, info.name)) is not None:
-            tensor = apply_fold(fold, tensor, family.gain_offset if info.name.endswith("norm.weight") else 0.0)
-            if not is_finite(tensor):
-                raise NumericsError(f"{info.name}: NaN or infinite after its fold, which {info.dtype} cannot hold")
-        yield tensor
+            offset = family.gain_offset if info.name.endswith("norm.weight") else 0.0
+            folded = apply_fold(fold, torch.cat([block.clone() for block in blocks]), offset)
+            blocks = _check_finite([folded], info, f"after its fold, which {info.dtype} cannot hold")
+        yield blocks
         if on_tensor:
             on_tensor(info.nbytes)
 
 
-def _make_tensor(
-    info: TensorInfo, layer: LayerRecipe, suffix: str, family: Family, read: TensorReader
-) -> "torch.Tensor":
-    """Compute one tensor of an output layer; a sum in blocks of rows, so that its sources are never there whole."""
+def _read_blocks(
+    info: TensorInfo, layer: LayerRecipe | None, suffix: str, family: Family, read: TensorReader
+) -> Iterator["torch.Tensor"]:
+    """Read, or compute, one tensor of the output in blocks of rows: neither it nor its sources are there whole.
+
+    A block is overwritten when the one after the next is asked for.
+    """
     import torch
 
-    def read_source(index: int, name: str) -> "torch.Tensor":
-        return read(f"model.layers.{index}.{name}", rows if name == suffix else None)
+    summed = layer is not None and layer.verb == "combine" and len(layer.used) > 1
+    row = info.nbytes // info.shape[0] if len(info.shape) > 1 and info.shape[0] else info.nbytes
+    size = max(row, SUM_BYTES if summed else BLOCK_BYTES)
+    buffers = [torch.empty(min(size, info.nbytes), dtype=torch.uint8) for _ in range(0 if summed else 2)]
+    vectors: dict[str, torch.Tensor] = {}
 
-    rows: slice | None = None
-    if layer.verb == "take" or len(layer.used) == 1 or len(info.shape) < 2:
-        return combine_layers(layer, suffix, family, read_source)
-    made = torch.empty(info.shape, dtype=torch_dtype(info))
-    step = max(1, BLOCK // (info.parameters // info.shape[0]))
-    for first in range(0, info.shape[0], step):
-        rows = slice(first, first + step)
-        made[rows] = combine_layers(layer, suffix, family, read_source)
-    return made
+    def read_source(index: int, name: str) -> "torch.Tensor":
+        if name == suffix:
+            return read(f"model.layers.{index}.{name}", rows, buffers[0] if buffers else None)
+        if (full := f"model.layers.{index}.{name}") not in vectors:
+            vectors[full] = read(full)
+        return vectors[full]
+
+    step = size // row if row else 1
+    for first in range(0, info.shape[0] if len(info.shape) > 1 else 1, step):
+        rows = slice(first, first + step) if len(info.shape) > 1 else None
+        buffers.reverse()
+        yield read(suffix, rows, buffers[0]) if layer is None else combine_layers(layer, suffix, family, read_source)
+
+
+def _check_finite(blocks: Blocks, info: TensorInfo, cause: str) -> Iterator["torch.Tensor"]:
+    for block in blocks:
+        if not is_finite(block):
+            raise NumericsError(f"{info.name}: NaN or infinite {cause}")
+        yield block
 
 
 def is_finite(tensor: "torch.Tensor") -> bool:

@@ -4,6 +4,8 @@ A mapped file counts as memory of the process for as long as it is open, page by
 """
 
 import json
+import math
+import os
 import struct
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     import torch
 
     from mka.checkpoint import TensorInfo
+
+# Bytes by which the disk runs ahead of what is read.
+AHEAD = 1 << 25
 
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
 TORCH_NAMES |= {"F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
@@ -57,12 +62,13 @@ class TensorReader:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def __call__(self, name: str, rows: slice | None = None) -> "torch.Tensor":
-        """Read a tensor into memory of its own.
+    def __call__(self, name: str, rows: slice | None = None, into: "torch.Tensor | None" = None) -> "torch.Tensor":
+        """Read a tensor.
 
         Args:
             name: of the tensor.
             rows: which of its rows; None for all. Without a step.
+            into: bytes to read into, uint8 and at least as many as the tensor's; None for new memory.
 
         Raises:
             CheckpointError: if the file has become shorter than its header says.
@@ -73,14 +79,19 @@ class TensorReader:
         first, stop, _ = (rows or slice(None)).indices(info.shape[0] if info.shape else 1)
         shape = (stop - first, *info.shape[1:]) if info.shape else ()
         width = info.nbytes // info.shape[0] if info.shape and info.shape[0] else info.nbytes
-        tensor = torch.empty(shape, dtype=torch_dtype(info))
+        dtype, nbytes = torch_dtype(info), math.prod(shape) * (info.nbytes // info.parameters if info.parameters else 0)
+        tensor = torch.empty(shape, dtype=dtype) if into is None else into[:nbytes].view(dtype).view(shape)
         if not tensor.nbytes:
             return tensor
         if info.file not in self._files:
             self._files[info.file] = self._stack.enter_context((self.folder / info.file).open("rb"))
         file = self._files[info.file]
-        file.seek(info.start + first * width)
-        found = file.readinto(memoryview(tensor.view(-1).view(torch.uint8).numpy()))  # type: ignore[attr-defined]
+        start = info.start + first * width
+        if hasattr(os, "posix_fadvise"):
+            # Reads jump between the sources of a sum; left alone, the system would fetch nothing ahead of them.
+            os.posix_fadvise(file.fileno(), start + AHEAD, nbytes, os.POSIX_FADV_WILLNEED)
+        file.seek(start)
+        found = file.readinto(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[attr-defined]
         if found != tensor.nbytes:
             raise CheckpointError(f"{self.folder / info.file}: ends within {name}; fetch the model again")
         return tensor

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mka.checkpoint import INDEX, SINGLE, TensorInfo
 from mka.errors import CheckpointError, OutputError
@@ -21,7 +21,12 @@ from mka.sums import SUMS_NAME
 if TYPE_CHECKING:
     import torch
 
+Blocks = Iterable["torch.Tensor"]
+
 MAX_SHARD_BYTES = 5_000_000_000
+# Bytes read or written at a time. Memory of this size is used again by the next block; a larger piece gets new pages
+# from the system every time, which costs more than the copy, and one write of it takes ten times as long.
+BLOCK_BYTES = 1 << 23
 # Left behind when a folder is derived from another: weights, what describes them, and code.
 _NOT_COPIED = re.compile(
     r"(.*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|py|index\.json)|config\.json|README\.md|"
@@ -104,17 +109,17 @@ def copy_companions(source: Path, target: Path) -> None:
 def write_tensors(
     folder: Path,
     specs: Sequence[TensorInfo],
-    tensors: Iterable["torch.Tensor"],
+    tensors: Iterable[Blocks],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> dict[str, str]:
-    """Stream tensors into safetensors shards: while one is hashed and written, the next is made.
+    """Stream tensors into safetensors shards: while one block of rows is hashed and written, the next is made.
 
     Shapes and dtypes are known beforehand, so each shard's header is written first and its tensors follow.
 
     Args:
         folder: where the shards go.
         specs: name, dtype and shape of each tensor, in order (``file`` is ignored).
-        tensors: the tensors themselves, in the same order.
+        tensors: the tensors themselves in the same order, each as blocks of its rows (or as one block, the whole).
         max_shard_bytes: a shard is closed before it would exceed this.
 
     Returns:
@@ -142,7 +147,7 @@ def write_tensors(
     return sums
 
 
-def _write_shard(path: Path, specs: Sequence[TensorInfo], tensors: Iterator["torch.Tensor"], pool: Executor) -> str:
+def _write_shard(path: Path, specs: Sequence[TensorInfo], tensors: Iterator[Blocks], pool: Executor) -> str:
     import torch
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -156,23 +161,41 @@ def _write_shard(path: Path, specs: Sequence[TensorInfo], tensors: Iterator["tor
         offset += spec.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the format aligns tensor data to 8 bytes
-    digest = hashlib.sha256()
-    pending: list[Future[Any]] = []
-
-    def put(data: Any) -> None:
-        # At most one tensor waits: together with the one being made that is all there is in memory.
-        for future in pending:
-            future.result()
-        pending[:] = [pool.submit(digest.update, data), pool.submit(file.write, data)]
-
     with path.open("wb") as file:
-        put(struct.pack("<Q", len(encoded)) + encoded)
+        output = _HashedFile(file, pool)
+        output.write(struct.pack("<Q", len(encoded)) + encoded)
         for spec in specs:
-            tensor = next(tensors)
-            if tuple(tensor.shape) != spec.shape or tensor.dtype != torch_dtype(spec):
-                raise CheckpointError(f"{spec.name}: {tuple(tensor.shape)} {tensor.dtype}, planned {spec}")
-            put(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
-            del tensor
-        for future in pending:
+            written = 0
+            for block in next(tensors):
+                if block.dtype != torch_dtype(spec) or block.shape[1:] != spec.shape[1:]:
+                    raise CheckpointError(f"{spec.name}: {tuple(block.shape)} {block.dtype}, planned {spec}")
+                written += block.nbytes
+                output.write(block.contiguous().view(-1).view(torch.uint8).numpy())
+            if written != spec.nbytes:
+                raise CheckpointError(f"{spec.name}: {written} bytes, planned {spec}")
+        return output.finish()
+
+
+class _HashedFile:
+    """Hashes and writes at the same time, while its caller makes what comes next."""
+
+    def __init__(self, file: BinaryIO, pool: Executor) -> None:
+        self.file, self.pool = file, pool
+        self.digest = hashlib.sha256()
+        self.pending: list[Future[Any]] = []
+
+    def write(self, data: Any) -> None:
+        """Take data over once what was given before is written; they must not be changed."""
+        for start in range(0, len(data), BLOCK_BYTES):
+            part = data[start : start + BLOCK_BYTES]
+            self._wait()
+            self.pending = [self.pool.submit(self.digest.update, part), self.pool.submit(self.file.write, part)]
+
+    def finish(self) -> str:
+        """Return the SHA-256 of everything written."""
+        self._wait()
+        return self.digest.hexdigest()
+
+    def _wait(self) -> None:
+        for future in self.pending:
             future.result()
-    return digest.hexdigest()
