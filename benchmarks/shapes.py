@@ -27,7 +27,7 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int]] = {
     "llama-3-1b": (16, 2048, 8192, 32, 8, 128256),
     # Many narrow layers: large beside any one of them.
     "deep-4b": (160, 1536, 4096, 24, 6, 32000),
-    "deep-2b": (190, 1024, 2816, 16, 4, 16000),
+    "deep-2b": (230, 1024, 2048, 16, 4, 16000),
     "tiny": (6, 64, 128, 4, 2, 97),
 }
 

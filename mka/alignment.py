@@ -140,6 +140,7 @@ class Alignment:
                     else:
                         students[index], tensors, facts = self.fit_layer(layer, student, group, penalty)
                         made.append(AlignedLayer(position, tensors, facts))
+                        self.decoder.tidy()
             yield tuple(made)
             teacher = group.after
             if on_layer:

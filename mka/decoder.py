@@ -1,7 +1,9 @@
 """A decoder that is walked layer by layer. Of a streamed one, only the layers somebody holds are in memory."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import ctypes
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +15,10 @@ from mka.families import Family, get_family
 from mka.reading import TensorReader
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+# Bytes of layers after which memory is tidied up.
+TRIM_BYTES = 1 << 28
 
 
 class Decoder:
@@ -43,6 +49,9 @@ class Decoder:
     def hold_head(self) -> Iterator[None]:
         """Have the language-model head in memory within the block."""
         yield
+
+    def tidy(self) -> None:
+        """Called when a lot of memory has been let go of."""
 
     @contextmanager
     def _hold_rows(self, ids: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -90,7 +99,8 @@ def as_decoder(model: Any) -> Decoder:
 class StreamedDecoder(Decoder):
     """A decoder whose weights are read when they are held, and let go of afterwards.
 
-    The final norm stays; of the embedding only the rows of the tokens that enter are read.
+    The final norm stays; of the embedding only the rows of the tokens that enter are read. The memory of a layer let go
+    of is that of the next one held.
     """
 
     def __init__(self, checkpoint: Checkpoint, read: TensorReader, dtype: str, trust_remote_code: bool = False) -> None:
@@ -123,15 +133,20 @@ class StreamedDecoder(Decoder):
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
-        self._fill(model.model.norm, "model.norm.")
         self._held: Counter[int] = Counter()
+        self._passed = 0
+        self._spare: defaultdict[torch.Size, list[torch.Tensor]] = defaultdict(list)
+        largest = max(t.nbytes for i in range(checkpoint.layers) for t in checkpoint.layer_tensors(i).values())
+        self._raw = torch.empty(largest, dtype=torch.uint8)
+        self._fill(model.model.norm, {"weight": "model.norm.weight"})
 
     @contextmanager
     def hold(self, *layers: int) -> Iterator[None]:
         """Have these layers in memory within the block; blocks may be nested."""
         for index in layers:
             if not self._held[index]:
-                self._fill(self.layers[index], f"model.layers.{index}.")
+                names = {name: f"model.layers.{index}.{name}" for name, _ in self.layers[index].named_parameters()}
+                self._fill(self.layers[index], names)
             self._held[index] += 1
         try:
             yield
@@ -139,13 +154,28 @@ class StreamedDecoder(Decoder):
             for index in layers:
                 self._held[index] -= 1
                 if not self._held[index]:
-                    _empty(self.layers[index])
+                    for value in _empty(self.layers[index]):
+                        self._spare[value.shape].append(value)
+                        self._passed += value.nbytes
+            if self._passed > TRIM_BYTES:
+                self._passed = 0
+                self.tidy()
+
+    def tidy(self) -> None:
+        """Give free memory back to the system.
+
+        Holes that aligned allocations leave in glibc's heap are seldom used again (before glibc 2.38): over hundreds of
+        layers they would add up to the size of the model.
+        """
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+        if trim is not None:
+            trim(0)
 
     @contextmanager
     def hold_head(self) -> Iterator[None]:
         """Have the language-model head in memory within the block."""
         name = HEAD if HEAD in self.read.tensors else EMBEDDING
-        self._fill(self.model.lm_head, "", lambda _: self.read(name))
+        _put(self.model.lm_head, "weight", self.read(name).to(self.device, self.dtype))
         try:
             yield
         finally:
@@ -155,25 +185,33 @@ class StreamedDecoder(Decoder):
     def _hold_rows(self, ids: torch.Tensor) -> Iterator[torch.Tensor]:
         wanted, held = ids.unique(return_inverse=True)
         rows = [self.read(EMBEDDING, slice(row, row + 1)) for row in wanted.tolist()]
-        self._fill(self.model.model.embed_tokens, "", lambda _: torch.cat(rows))
+        _put(self.model.model.embed_tokens, "weight", torch.cat(rows).to(self.device, self.dtype))
         try:
             yield held
         finally:
             _empty(self.model.model.embed_tokens)
 
-    def _fill(self, module: Any, prefix: str, read: Callable[[str], torch.Tensor] | None = None) -> None:
-        read = read or self.read
-        _put(module, {name: read(prefix + name).to(self.device, self.dtype) for name, _ in module.named_parameters()})
+    @torch.inference_mode()
+    def _fill(self, module: Any, names: Mapping[str, str]) -> None:
+        """Give a module's parameters the values of the checkpoint's tensors."""
+        for name, tensor in names.items():
+            shape = module.get_parameter(name).shape
+            spare = self._spare[shape]
+            value = spare.pop() if spare else torch.empty(shape, dtype=self.dtype, device=self.device)
+            _put(module, name, value.copy_(self.read(tensor, into=self._raw)))
 
 
-def _empty(module: Any) -> None:
-    _put(module, {name: torch.empty_like(value, device="meta") for name, value in module.named_parameters()})
-
-
-def _put(module: Any, values: Mapping[str, torch.Tensor]) -> None:
+def _empty(module: Any) -> list[torch.Tensor]:
+    """Take a module's values away; returns them."""
+    values = dict(module.named_parameters())
     for name, value in values.items():
-        holder, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(holder), leaf, torch.nn.Parameter(value, requires_grad=False))
+        _put(module, name, torch.empty_like(value, device="meta"))
+    return [value.data for value in values.values()]
+
+
+def _put(module: Any, name: str, value: torch.Tensor) -> None:
+    holder, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(holder), leaf, torch.nn.Parameter(value, requires_grad=False))
 
 
 def _check_weights(checkpoint: Checkpoint, model: Any) -> None:

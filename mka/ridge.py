@@ -28,8 +28,8 @@ class Moments:
     def add(self, features: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add tokens: features (n, F), targets (n, D), weights (n,); products in the features' precision."""
         weighted = features if weights is None else features * weights[:, None]
-        self.gram += (weighted.T @ features).double()
-        self.cross += (weighted.T @ targets).double()
+        self.gram += weighted.T @ features
+        self.cross += weighted.T @ targets
 
     def take(self, columns: torch.Tensor) -> "Moments":
         """Return the moments of some features, (F',) int64."""
@@ -51,7 +51,7 @@ def fit_ridge(moments: Moments, prior: torch.Tensor, penalty: float) -> torch.Te
     """
     prior = prior.double()
     _refuse_not_finite(moments)
-    factor = _factorise(moments.gram + torch.diag(penalty * _penalty_scale(moments.gram)))
+    factor = _factorise(moments.gram, penalty * _penalty_scale(moments.gram))
     return prior + torch.cholesky_solve(moments.cross - moments.gram @ prior, factor)
 
 
@@ -60,7 +60,10 @@ def _refuse_not_finite(moments: Moments) -> None:
         raise NumericsError("alignment: features or targets are NaN or infinite")
 
 
-def _factorise(system: torch.Tensor) -> torch.Tensor:
+def _factorise(gram: torch.Tensor, penalties: torch.Tensor) -> torch.Tensor:
+    """Return the Cholesky factor of G + P; each matrix of this size counts, they are the largest there are."""
+    system = gram.clone()
+    system.diagonal().add_(penalties)
     factor, failed = torch.linalg.cholesky_ex(system)
     if int(failed):
         raise NumericsError("alignment: the moments are not positive definite; give more tokens or a larger penalty")
@@ -107,8 +110,7 @@ def select_features(
         if drop <= 0:
             continue
         columns = torch.isin(units, alive).nonzero().squeeze(1)
-        system = gram[columns][:, columns] + torch.diag(scale[columns])
-        inverse = torch.cholesky_inverse(_factorise(system))
+        inverse = torch.cholesky_inverse(_factorise(gram[columns][:, columns], scale[columns]))
         weight = inverse @ (cross[columns] + scale[columns, None] * prior[columns])
         rise = weight.square().sum(1) / inverse.diagonal()
         per_unit = torch.zeros(int(units.max()) + 1, dtype=rise.dtype, device=rise.device)
