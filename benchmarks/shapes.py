@@ -83,22 +83,24 @@ def list_tensors(config: dict[str, Any]) -> list[TensorInfo]:
 def draw_tensor(tensor: TensorInfo, generator: torch.Generator) -> Iterator[torch.Tensor]:
     """Draw a tensor in blocks of rows, scaled so that hidden states neither vanish nor explode; norms near 1."""
     if len(tensor.shape) == 1:
-        yield (1 + 0.1 * torch.randn(tensor.shape, generator=generator)).bfloat16()
+        drawn = torch.randn(tensor.shape, generator=generator, device=generator.device)
+        yield (1 + 0.1 * drawn).bfloat16().cpu()
         return
     scale = 1.0 if "embed" in tensor.name else tensor.shape[1] ** -0.5
     step = max(1, (1 << 21) // tensor.shape[1])
     for first in range(0, tensor.shape[0], step):
         rows = min(step, tensor.shape[0] - first)
-        yield torch.randn((rows, tensor.shape[1]), generator=generator).mul_(scale).bfloat16()
+        drawn = torch.randn((rows, tensor.shape[1]), generator=generator, device=generator.device)
+        yield drawn.mul_(scale).bfloat16().cpu()
 
 
-def make_checkpoint(shape: str, output: Path, layers: int | None = None) -> int:
-    """Write a checkpoint; returns its bytes. A block of rows is in memory at a time."""
+def make_checkpoint(shape: str, output: Path, layers: int | None = None, device: str = "cpu") -> int:
+    """Write a checkpoint; returns its bytes. A block of rows is in memory at a time, drawn on the device."""
     config = make_config(shape, layers)
     tensors = list_tensors(config)
     total = sum(tensor.nbytes for tensor in tensors)
     with publish(output, needed_bytes=total) as partial:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         write_tensors(partial, tensors, (draw_tensor(tensor, generator) for tensor in tensors))
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return total

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -115,16 +116,15 @@ class StreamedDecoder(Decoder):
         Raises:
             CheckpointError: if a weight is missing, left over or of another shape than the config says.
         """
-        from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.read, self.dtype = read, getattr(torch, dtype)
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, **options)
-        with init_empty_weights(include_buffers=False):
+        with _without_values():
             model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, **options)
         model.tie_weights()
-        model.eval().requires_grad_(False)
+        model.eval()
         _check_weights(checkpoint, model)
         super().__init__(model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -199,6 +199,19 @@ class StreamedDecoder(Decoder):
             spare = self._spare[shape]
             value = spare.pop() if spare else torch.empty(shape, dtype=self.dtype, device=self.device)
             _put(module, name, value.copy_(self.read(tensor, into=self._raw)))
+
+
+@contextmanager
+def _without_values() -> Iterator[None]:
+    """Parameters made within the block have a shape only; buffers, which no checkpoint holds, have their values."""
+    register = torch.nn.Module.register_parameter
+
+    def register_empty(module: torch.nn.Module, name: str, value: torch.nn.Parameter | None) -> None:
+        empty = None if value is None else torch.nn.Parameter(value.to("meta"), requires_grad=False)
+        register(module, name, empty)
+
+    with mock.patch.object(torch.nn.Module, "register_parameter", register_empty):
+        yield
 
 
 def _empty(module: Any) -> list[torch.Tensor]:

@@ -162,7 +162,7 @@ from mka.merging import merge_checkpoint
 from mka.verification import inspect_checkpoint
 work = Path({work!r})
 peaks = []
-for layers in (4, 4, 30):  # the first run brings in what the libraries load late
+for layers in (4, 4, 40):  # the first run brings in what the libraries load late
     make_checkpoint("deep-2b", work / f"base-{{len(peaks)}}", layers)
     checkpoint = open_checkpoint(work / f"base-{{len(peaks)}}")
     merge_checkpoint(plan_pairs(layers), checkpoint, work / f"out-{{len(peaks)}}", verify=inspect_checkpoint)
@@ -173,7 +173,7 @@ for layers in (4, 4, 30):  # the first run brings in what the libraries load lat
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_a_model_five_times_as_large_takes_no_more_memory(tmp_path):
-    """Writing, merging and verifying 0.74 GB may not hold more than 0.16 GB did, but for allocators' slack."""
+    """Writing, merging and verifying 0.78 GB may not hold more than 0.14 GB did, but for allocators' slack."""
     program = MEASURE.format(path=[str(Path.cwd()), str(Path.cwd() / "tests")], work=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     sizes = [json.loads(f"[{line.replace(' ', ',')}]") for line in done.stdout.split("\n") if line]
