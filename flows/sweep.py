@@ -2,6 +2,8 @@
 
 python -m flows.sweep recipes/bench_smollm2.yaml
 python -m flows.sweep recipes/bench_smollm2.yaml --workers 4
+
+Where cells run is the recipe's `fan_out`: threads of this process, or worker processes of Dask, here or elsewhere.
 """
 
 import shlex
@@ -9,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.command_line import require_server, say, silence_prefect
 
@@ -18,22 +20,25 @@ if __name__ == "__main__":
 
 from prefect import flow
 from prefect.futures import as_completed
-from prefect.task_runners import ThreadPoolTaskRunner
 
-from mka.bench_recipe import load_bench
+from mka.bench_recipe import BenchRecipe, Cell, FanOut, load_bench
 from mka.errors import MkaError
+from tasks.fan_out import choose_fan_out, open_runner, submit_cells, take_result
 from tasks.slots import compute_slot, hold_slot
 from tasks.workplace import Workplace, find_workplace
 
+if TYPE_CHECKING:
+    from mka.bench import Failed
+    from mka.bench_parts import Bench, Measured
+
 
 @flow(name="sweep", validate_parameters=False)
-def sweep(recipe: str) -> Any:
+def sweep(recipe: str, workers: int | None = None) -> Any:
     """Run every cell of a comparison that is not stored yet, and publish the tables.
-
-    How many cells run at a time is the task runner's business: one, unless the flow is given another runner.
 
     Args:
         recipe: path of the recipe, relative to the project's root or absolute.
+        workers: how many cells run at a time, instead of what the recipe says.
 
     Returns:
         `mka.console.Outcome`: the tables as text, all figures as one document, and the refusal if cells failed.
@@ -44,34 +49,48 @@ def sweep(recipe: str) -> Any:
     place = find_workplace()
     place.prepare()
     with hold_slot(compute_slot()):
-        return walk(place, recipe)
+        return walk(place, recipe, workers)
 
 
-def walk(place: Workplace, recipe: str) -> Any:
+def walk(place: Workplace, recipe: str, workers: int | None) -> Any:
     """The grid: base first, then all cells that are not stored, then one table of all that are."""
-    from mka.bench import Failed, collect_results, describe_progress, estimate_cell
+    from mka.bench import collect_results
     from mka.bench_cells import find_cell, sweep_leftovers
     from mka.bench_inputs import prepare
-    from mka.bench_parts import Measured
     from mka.bench_publishing import publish_results
     from mka.bench_statistics import Comparison
     from mka.quiet import quiet_libraries
-    from tasks.sweep import measure_base_model, publish_tables, run_bench_cell
+    from tasks.sweep import measure_base_model, publish_tables
 
     path = place.path(Path(recipe))
+    loaded = load_bench(path)
+    fan_out = choose_fan_out(loaded.fan_out, workers)
     with quiet_libraries():
-        bench = prepare(load_bench(path), place.work, root=place.root, command=describe_command(place, path))
+        bench = prepare(loaded, place.work, root=place.root, command=describe_command(place, path))
         sweep_leftovers(place.work)
         base = measure_base_model(bench)
         say(f"{'base':<44} {'stored' if base.reused else f'{sum(base.seconds.values()):.1f} s'}", sys.stderr)
         todo = [cell for cell in bench.recipe.cells if find_cell(bench, cell) is None]
-        futures = {run_bench_cell.submit(bench, cell): cell for cell in todo}
-        made: list[Measured] = []
-        failed: list[Failed] = []
-        started = time.perf_counter()
-        waiting = {cell.key: cell for cell in todo}
+        failed = run_cells(fan_out, loaded, bench, base, todo) if todo else []
+        results = collect_results(bench, base, failed)
+        publish_tables(Comparison(results))
+        return publish_results(results)
+
+
+def run_cells(
+    fan_out: FanOut, recipe: BenchRecipe, bench: "Bench", base: "Measured", todo: Sequence[Cell]
+) -> list["Failed"]:
+    """Run cells where the recipe wants them, and say of each what came of it; returns those that failed."""
+    from mka.bench import Failed, describe_progress, estimate_cell
+
+    made: list[Measured] = []
+    failed: list[Failed] = []
+    waiting = {cell.key: cell for cell in todo}
+    started = time.perf_counter()
+    with open_runner(fan_out, len(todo)) as runner:
+        futures = submit_cells(runner, fan_out, recipe, bench, todo)
         for number, future in enumerate(as_completed(list(futures)), 1):
-            result = future.result()
+            result = take_result(future, fan_out, futures[future])
             if isinstance(result, Failed):
                 failed.append(result)
             else:
@@ -79,9 +98,7 @@ def walk(place: Workplace, recipe: str) -> Any:
             del waiting[futures[future].key]
             rest = sum(estimate_cell(bench, other, base, made) for other in waiting.values())
             say(describe_progress(result, number, len(todo), time.perf_counter() - started, rest), sys.stderr)
-        results = collect_results(bench, base, failed)
-        publish_tables(Comparison(results))
-        return publish_results(results)
+    return failed
 
 
 def describe_command(place: Workplace, path: Path) -> str:
@@ -89,8 +106,8 @@ def describe_command(place: Workplace, path: Path) -> str:
     return f"mka bench {shlex.quote(str(place.relative(path)))}"
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[str, int]:
-    """Read the command line: a recipe and how many cells run at a time."""
+def parse_arguments(arguments: Sequence[str]) -> tuple[str, int | None]:
+    """Read the command line: a recipe and how many cells run at a time, None if it is not said."""
     import argparse
 
     parser = argparse.ArgumentParser(
@@ -99,9 +116,11 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, int]:
         epilog="example: python -m flows.sweep recipes/bench_smollm2.yaml --workers 2",
     )
     parser.add_argument("recipe", help="recipe of a comparison (YAML)")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time; measuring overlaps")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="cells at a time, threads or processes; default: the recipe's fan_out"
+    )
     given = parser.parse_args(arguments)
-    if given.workers < 1:
+    if given.workers is not None and given.workers < 1:
         parser.error(f"--workers wants 1 or more, got {given.workers}")
     return given.recipe, given.workers
 
@@ -112,12 +131,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = Path(given).resolve()
     hint = ""
     try:
-        load_bench(recipe)
+        loaded = load_bench(recipe)
         find_workplace().prepare()
         require_server()
+        choose_fan_out(loaded.fan_out, workers)
         hint = " (finished cells are kept: the same command resumes)"
-        runner: Any = ThreadPoolTaskRunner(max_workers=workers)
-        outcome = sweep.with_options(task_runner=runner)(str(recipe))
+        outcome = sweep(str(recipe), workers)
     except (MkaError, OSError) as error:
         print(f"sweep: {error}{hint}", file=sys.stderr)
         return error.exit_code if isinstance(error, MkaError) else MkaError.exit_code

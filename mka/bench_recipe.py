@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -74,6 +74,35 @@ class Conditions(EvaluationSettings):
     task_targets: tuple[int, ...] = Field((), description="Targets at which the tasks are measured")
 
 
+class FanOut(Section):
+    """Where the sweep flow runs cells. `mka bench` runs them one after the other and makes nothing of this section."""
+
+    engine: Literal["threads", "dask"] = Field(
+        "threads", description="'threads' of the flow's process, or worker processes of 'dask', an optional extra"
+    )
+    workers: int | None = Field(
+        None, ge=1, description="Cells at a time: threads, or worker processes on this machine; null: one"
+    )
+    address: str | None = Field(
+        None, description="Dask scheduler whose workers run the cells, e.g. tcp://10.0.0.5:8786; null: processes here"
+    )
+
+    @field_validator("address")
+    @classmethod
+    def _scheduler(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"(tcp|tls)://[^\s/@]+:\d+", value):
+            raise ValueError("must be tcp://HOST:PORT or tls://HOST:PORT")
+        return value
+
+    @model_validator(mode="after")
+    def _of_one_engine(self) -> Self:
+        if self.address is not None and self.engine != "dask":
+            raise ValueError(f"address names a Dask scheduler and engine is {self.engine!r}; give engine: dask with it")
+        if self.address is not None and self.workers is not None:
+            raise ValueError("workers and address exclude each other: the scheduler at address has its own workers")
+        return self
+
+
 class BenchRecipe(Section):
     """Everything one comparison needs to know."""
 
@@ -91,6 +120,7 @@ class BenchRecipe(Section):
     output: Path | None = Field(None, description="Page written with the results, e.g. docs/benchmarks.md")
     picture: Path | None = Field(None, description="Picture of them, e.g. docs/benchmarks.png")
     seed: int = Field(0, description="Draws the items of tasks and the resamples")
+    fan_out: FanOut = FanOut()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -11,6 +11,8 @@ from mka.bench_recipe import Cell
 from mka.bench_statistics import Comparison
 from mka.bench_tables import tabulate_ratios
 from mka.progress import showing
+from mka.quiet import quiet_libraries
+from tasks.sent_bench import SentBench, open_bench
 
 
 @task(task_run_name="measure base", cache_policy=NO_CACHE)
@@ -26,15 +28,23 @@ def measure_base_model(bench: Bench) -> Measured:
 
 
 @task(task_run_name="{cell.key}", cache_policy=NO_CACHE)
-def run_bench_cell(bench: Bench, cell: Cell) -> Measured | Failed:
+def run_bench_cell(bench: Bench | SentBench, cell: Cell) -> Measured | Failed:
     """Plan, merge and measure one cell; `mka bench` runs and stores the same.
+
+    Args:
+        bench: the comparison; in another process than the flow's what was sent of it.
+        cell: which.
 
     Raises:
         OutputError: if the work folder cannot be written.
+        RecipeError: if another process finds other inputs than the flow's, or another work folder.
     """
     # Cells may run side by side: their bars would overwrite each other.
     with showing(False):
-        return attempt_cell(bench, cell)
+        if isinstance(bench, Bench):
+            return attempt_cell(bench, cell)
+        with quiet_libraries():
+            return attempt_cell(open_bench(bench), cell)
 
 
 def publish_tables(comparison: Comparison) -> None:

@@ -24,3 +24,12 @@ def write_bench_recipe(folder: Path, **changes) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump({**yaml.safe_load(TINY.read_text()), **changes}))
     return path
+
+
+def write_absolute_recipe(folder: Path, **changes) -> Path:
+    """Write it for the sweep flow, which starts relative paths at the project's root."""
+    tiny = yaml.safe_load(TINY.read_text()) | {"output": str(folder / "page.md"), "picture": None}
+    tiny["model"] = {"folder": str(folder / "base")}
+    tiny["calibration"]["path"] = str(folder / "calibration.jsonl")
+    tiny["texts"] = [{**text, "path": str(folder / text["path"])} for text in tiny["texts"]]
+    return write_bench_recipe(folder, **{**tiny, **changes})

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from benches import make_bench_folder, write_bench_recipe
+from benches import make_bench_folder, write_absolute_recipe
 
 from mka.cli import main as run_command
 
@@ -15,18 +15,6 @@ def root(tmp_path, monkeypatch):
     monkeypatch.chdir(make_bench_folder(tmp_path))
     monkeypatch.setenv("MKA_WORK", str(tmp_path / "work"))
     return tmp_path
-
-
-def write_absolute_recipe(root, **changes):
-    """The flow starts relative paths at the project's root, the command where it is run."""
-    import yaml
-    from benches import TINY
-
-    tiny = yaml.safe_load(TINY.read_text()) | {"output": str(root / "page.md"), "picture": None}
-    tiny["model"] = {"folder": str(root / "base")}
-    tiny["calibration"]["path"] = str(root / "calibration.jsonl")
-    tiny["texts"] = [{**text, "path": str(root / text["path"])} for text in tiny["texts"]]
-    return write_bench_recipe(root, **{**tiny, **changes})
 
 
 def stored(root):

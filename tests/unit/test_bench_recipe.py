@@ -57,12 +57,25 @@ def test_a_cell_is_a_plain_recipe():
         ({"evaluation": {"tasks": {"piqa": 5}, "task_targets": [2]}}, "2 is the target of no method"),
         ({"evaluation": {"text": "heldout.jsonl"}}, "'evaluation.text'"),
         ({"targets": []}, "'targets'"),
+        ({"fan_out": {"engine": "ray"}}, "'fan_out.engine': Input should be 'threads' or 'dask', got 'ray'"),
+        ({"fan_out": {"engine": "dask", "wrokers": 2}}, "'fan_out.wrokers' (did you mean 'workers'?)"),
+        ({"fan_out": {"workers": 0}}, "'fan_out.workers'"),
+        ({"fan_out": {"engine": "dask", "address": "host:8786"}}, "must be tcp://HOST:PORT or tls://HOST:PORT"),
+        ({"fan_out": {"address": "tcp://host:8786"}}, "engine is 'threads'; give engine: dask"),
+        ({"fan_out": {"engine": "dask", "address": "tcp://host:8786", "workers": 2}}, "exclude each other"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(change, message):
     with pytest.raises(RecipeError) as refusal:
         validate_bench({**TINY, **change})
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_where_cells_run_is_no_part_of_any_cell():
+    """Parts are stored by what `recipe_for` returns: spreading cells out must not change a key."""
+    plain, spread = (validate_bench({**TINY, **more}) for more in ({}, {"fan_out": {"engine": "dask", "workers": 4}}))
+    assert plain.fan_out.engine == "threads" and plain.fan_out.workers is None
+    assert [plain.recipe_for(cell) for cell in plain.cells] == [spread.recipe_for(cell) for cell in spread.cells]
 
 
 def test_an_absent_or_unreadable_recipe_is_refused_in_one_line(tmp_path):

@@ -1,5 +1,6 @@
 """The files of the production set-up: nothing published beyond this machine, no password, nothing unpinned."""
 
+import json
 import re
 import subprocess
 from fnmatch import fnmatch
@@ -178,3 +179,116 @@ def test_servers_find_each_other():
     databases = {SERVICES["postgres"]["environment"]["POSTGRES_DB"], prefect["PREFECT_SERVER_DATABASE_NAME"]}
     assert databases == {"mlflow", "prefect"}
     assert COMPOSE["configs"]["databases"]["content"].strip() == "CREATE DATABASE prefect;"
+
+
+TEMPLATES = {
+    kind: json.loads((ROOT / f"mlflow/{kind}-job-template.json").read_text(encoding="utf-8"))
+    for kind in ("kubernetes", "docker")
+}
+
+
+def render(kind, **values):
+    """What a worker makes of a template: defaults, replaced by what a run was given, in the job's configuration."""
+    from prefect.utilities.templating import apply_values
+
+    variables = TEMPLATES[kind]["variables"]["properties"]
+    defaults = {name: v["default"] for name, v in variables.items() if v.get("default") is not None}
+    return apply_values(TEMPLATES[kind]["job_configuration"], {**defaults, **values})
+
+
+def leaves(node):
+    if isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from ((f"{key}.{path}", leaf) for path, leaf in leaves(value))
+    else:
+        yield "", node
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_job_template_uses_every_variable_it_declares_and_no_other(kind):
+    from jsonschema import Draft202012Validator
+
+    text = json.dumps(TEMPLATES[kind]["job_configuration"])
+    variables = TEMPLATES[kind]["variables"]
+    assert set(re.findall(r"\{\{ (\w+) \}\}", text)) == set(variables["properties"])
+    assert text.count("{{") == len(re.findall(r"\{\{ \w+ \}\}", text))
+    Draft202012Validator.check_schema(variables)
+    defaults = {name: v["default"] for name, v in variables["properties"].items() if "default" in v}
+    Draft202012Validator(variables).validate(defaults)
+    assert all(variable.get("description") for variable in variables["properties"].values())
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_job_template_has_what_the_shipped_default_of_its_kind_has(kind):
+    """A worker fills in what is not there with defaults of its own: nothing may be lost on the way."""
+    import prefect
+
+    listed = Path(prefect.__file__).parent / "server/api/collections_data/views/aggregate-worker-metadata.json"
+    shipped = json.loads(listed.read_text())[f"prefect-{kind}"][kind]["default_base_job_configuration"]
+    left_out = {
+        # Ours names a variable of the environment there; a worker puts those of {{ env }} beside it.
+        "kubernetes": {"job_manifest.spec.template.spec.containers.0.env."},
+        # Of a worker newer than prefect-docker 0.7.4.
+        "docker": {"container_wait_timeout."},
+    }
+    ours = {path for path, _ in leaves(TEMPLATES[kind]["job_configuration"])}
+    assert {path for path, _ in leaves(shipped["job_configuration"])} - ours == left_out[kind]
+    missing = set(shipped["variables"]["properties"]) - set(TEMPLATES[kind]["variables"]["properties"])
+    assert missing == ({"container_wait_timeout"} if kind == "docker" else set())
+
+
+@pytest.mark.parametrize("gpus", [1, 3])
+def test_a_job_on_kubernetes_is_limited_in_gpus_memory_and_cores(gpus):
+    pod = render("kubernetes", gpus=gpus)["job_manifest"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    limits = container["resources"]["limits"]
+    assert limits["nvidia.com/gpu"] == gpus and set(limits) == {"nvidia.com/gpu", "memory", "cpu"}
+    assert re.fullmatch(r"\d+Gi", limits["memory"]) and limits["cpu"].isdecimal()
+    # A container sees all cores of its node: threads have to be as many as it may use.
+    (threads,) = container["env"]
+    assert threads["name"] == "OMP_NUM_THREADS"
+    assert threads["valueFrom"] == {"resourceFieldRef": {"resource": "limits.cpu"}}
+    assert container["volumeMounts"] == [{"name": "work", "mountPath": "/work"}]
+    assert pod["volumes"] == [{"name": "work", "persistentVolumeClaim": {"claimName": "mka-work"}}]
+    assert pod["securityContext"] == {"fsGroup": int(re.findall(r"^USER \d+:(\d+)", DOCKERFILE, re.M)[0])}
+    assert container["securityContext"] == {"allowPrivilegeEscalation": False, "runAsNonRoot": True}
+
+
+@pytest.mark.parametrize("gpus", [1, -1])
+def test_a_job_in_docker_is_limited_in_gpus_memory_and_cores(gpus):
+    """By the library that the worker calls; -1 is all of them."""
+    from docker.models.containers import _create_container_args
+
+    job = render("docker", gpus=gpus)
+    # What the worker hands over, see DockerWorker._build_container_settings of prefect-docker 0.7.4.
+    given = {name: job[name] for name in ("image", "command", "volumes", "mem_limit", "memswap_limit") if name in job}
+    made = _create_container_args({**given, **job["container_create_kwargs"], "version": "1.45"})
+    (device,) = made["host_config"]["DeviceRequests"]
+    assert (device["Count"], device["Capabilities"]) == (gpus, [["gpu"]])
+    assert made["host_config"]["NanoCpus"] == int(job["env"]["OMP_NUM_THREADS"]) * 10**9
+    assert made["host_config"]["Memory"] == made["host_config"]["MemorySwap"] == 16 * 2**30
+    assert made["host_config"]["SecurityOpt"] == ["no-new-privileges:true"] and not job["privileged"]
+    # Volume and network of compose.yaml, which name themselves after the project.
+    assert made["host_config"]["Binds"] == [f"{COMPOSE['name']}_work:/work"]
+    assert job["networks"] == [f"{COMPOSE['name']}_default"]
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_jobs_run_the_image_of_the_services_with_the_environment_of_their_worker_and_no_secret(kind):
+    template, job = TEMPLATES[kind], render(kind)
+    assert template["variables"]["properties"]["image"]["default"] == SERVICES["worker"]["image"]
+    worker = SERVICES["worker"]["environment"]
+    for name, value in job["env"].items():
+        assert name == "OMP_NUM_THREADS" or worker[name] == value, name
+    assert {"MKA_WORK", "PREFECT_HOME", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "MLFLOW_TRACKING_URI"} <= set(job["env"])
+    written = [
+        *job["env"].items(),
+        *((name, v.get("default")) for name, v in template["variables"]["properties"].items()),
+    ]
+    assert [name for name, value in written if SECRET.search(name.upper()) and name != "secret" and value] == []
+    assert not re.search(r"//[^/\s\"]+:[^/\s\"]+@", json.dumps(template))
+
+
+def test_the_image_holds_what_servers_and_workers_of_a_sweep_need():
+    extras = re.findall(r"\*x\['(\w+)'\]", DOCKERFILE)
+    assert extras == ["dask", "postgres", "s3"]
