@@ -4,22 +4,21 @@ Sources: Kraskov, Stoegbauer & Grassberger, "Estimating mutual information", PRE
 Leonenko (1987) for the entropy; MKA (arXiv 2406.16330) for the similarity.
 """
 
+import os
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.spatial import KDTree
+from numpy.typing import ArrayLike
 from scipy.special import digamma, gammaln
 from scipy.stats import rankdata
 
 from mka.diffusion import Array, check_points
 from mka.errors import NumericsError, RecipeError
+from mka.neighbours import count_closer, count_closer_in_plane, fill_row, mean_digamma, neighbour_distances
 
 Normalisation = Literal["self", "paper"]
-
-# Distances held at a time while neighbours are counted: 2 MiB as int32, so a block stays in the cache.
-_BLOCK = 1 << 19
 
 
 def rank_transform(x: ArrayLike) -> Array:
@@ -68,8 +67,8 @@ def mutual_information(x: ArrayLike, y: ArrayLike, *, neighbours: int = 5) -> fl
         )
     n = len(first)
     ceiling = information_ceiling(n, neighbours)
-    radii = _neighbour_distances(np.hstack([first, second]), neighbours, "mutual information, (x, y)")[None]
-    spent = _mean_digamma(first, radii) + _mean_digamma(second, radii)
+    radii = neighbour_distances(np.hstack([first, second]), neighbours, "mutual information, (x, y)")[None]
+    spent = mean_digamma(count_closer(first, radii)) + mean_digamma(count_closer(second, radii))
     return float(ceiling + 2.0 * digamma(neighbours) - spent[0])
 
 
@@ -90,7 +89,7 @@ def entropy(x: ArrayLike, *, neighbours: int = 5) -> float:
     points = check_points(x, "entropy")
     n, d = points.shape
     ceiling = information_ceiling(n, neighbours)
-    radii = _neighbour_distances(points, neighbours, "entropy", norm=2.0)
+    radii = neighbour_distances(points, neighbours, "entropy", norm=2.0)
     log_volume = 0.5 * d * np.log(np.pi) - gammaln(0.5 * d + 1.0)
     return float(ceiling + log_volume + d * np.log(radii).mean())
 
@@ -131,6 +130,9 @@ def npib_matrix(
     - "paper": ``I(X;Y) / sqrt(H(X) H(Y))`` with Kozachenko-Leonenko entropies of the ranks in (0, 1). Differential
       entropies are no upper bound of I and their true value there is at most 0, so most data is refused. I(X;X) is
       infinite; the diagonal is 1 by convention. Nothing is clipped.
+
+    Time grows about as ``L^2 N log N``, plus ``L N^1.5`` where K is 2 and ``L N^2 log N`` where it is not. All cores
+    that this process may use take part; how many they are changes no bit of the result.
 
     Args:
         embeddings: (L, N, K), the coordinates of the same N samples after each layer.
@@ -176,25 +178,36 @@ def _information_matrix(
     neighbours: int,
     progress: Callable[[int], None] | None,
 ) -> Array:
-    """Joint KSG information of every pair of rank-transformed point sets; work memory about ``4 L^2 N`` bytes."""
+    """Joint KSG information of every pair of rank-transformed point sets.
+
+    Distances are measured on as many threads as there are cores; what they find does not depend on their number. Work
+    memory is about ``4 L^2 N`` bytes, and up to ``8000 N`` for each thread.
+    """
     count, n = len(points), len(points[0])
     ceiling = information_ceiling(n, neighbours)
     # Twice the rank is a whole number even where ranks are shared. In whole numbers distances are exact, so that ties
-    # are ties, also after a sign flip; KSG does not change under the common scale 2 n.
-    ranks = [np.rint(2.0 * rankdata(x, axis=0)).astype(np.int32) for x in points]
+    # are ties, also after a sign flip; KSG does not change under the common scale 2 n. A coordinate is read at a time.
+    ranks = [np.asfortranarray(np.rint(2.0 * rankdata(x, axis=0)).astype(np.int32)) for x in points]
     radii = np.empty((count, count, n), dtype=np.int32)
     spent = np.empty((count, count))
-    for i, first in enumerate(ranks):
-        for j in range(i, count):
-            # With itself a layer's joint distances are its own.
-            joint = first if i == j else np.hstack([first, ranks[j]])
-            what = f"NPIB, {names[i]}" if i == j else f"NPIB, {names[i]} and {names[j]}"
-            radii[i, j] = radii[j, i] = _neighbour_distances(joint, neighbours, what)
-        # By now every radius that involves layer i is known, so its distances are made and sorted once for all pairs.
-        spent[i] = _mean_digamma(first, radii[i])
-        if progress is not None:
-            progress(count - i)
+    pool = ThreadPoolExecutor(_count_cores())
+    try:
+        # Rows arrive in order, whichever thread is first: so does progress, and what is refused is the first of all.
+        for i, _ in enumerate(pool.map(lambda i: fill_row(radii, i, ranks, names, neighbours), range(count))):
+            # By now every radius that involves layer i is known, so its samples are put in order once for all pairs.
+            count_nearer = count_closer_in_plane if ranks[i].shape[1] == 2 else count_closer
+            spent[i] = mean_digamma(count_nearer(ranks[i], radii[i]))
+            if progress is not None:
+                progress(count - i)
+    finally:
+        # Neither a refusal nor Ctrl-C waits for rows nobody will read.
+        pool.shutdown(cancel_futures=True)
     return ceiling + 2.0 * digamma(neighbours) - (spent + spent.T)
+
+
+def _count_cores() -> int:
+    """Cores this process may use, as far as the platform tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _divide_by_entropies(information: Array, points: Sequence[Array], names: Sequence[str], neighbours: int) -> Array:
@@ -214,44 +227,6 @@ def _divide_by_entropies(information: Array, points: Sequence[Array], names: Seq
                 )
             similarity[i, j] = similarity[j, i] = value
     return similarity
-
-
-def _neighbour_distances(points: NDArray[Any], neighbours: int, what: str, norm: float = np.inf) -> Array:
-    """Distance of each sample to its k-th other sample, (N, K) -> (N,), refused where it is 0."""
-    # The first neighbour a tree finds is the sample itself.
-    radii = KDTree(points).query(points, k=[neighbours + 1], p=norm)[0][:, 0]
-    coincident = int(np.count_nonzero(radii == 0.0))
-    if coincident:
-        raise NumericsError(
-            f"{what}: {coincident} of {len(points)} samples coincide with {neighbours} or more others; allowed: fewer "
-            "identical samples than neighbours; drop repeated samples or raise neighbours"
-        )
-    return radii
-
-
-def _mean_digamma(points: NDArray[Any], radii: NDArray[Any]) -> Array:
-    """Mean over samples of ``psi(m + 1)``, m the other samples strictly closer than the radius in max-norm.
-
-    Args:
-        points: (N, K).
-        radii: (P, N), positive, of the same dtype as ``points``.
-
-    Returns:
-        (P,).
-    """
-    n = len(points)
-    closer = np.empty(radii.shape, dtype=np.intp)
-    rows = max(1, _BLOCK // n)
-    for start in range(0, n, rows):
-        block = points[start : start + rows]
-        distances = np.abs(block[:, None, 0] - points[None, :, 0])
-        for k in range(1, points.shape[1]):
-            np.maximum(distances, np.abs(block[:, None, k] - points[None, :, k]), out=distances)
-        distances.sort(axis=1)
-        for i, ordered in enumerate(distances, start):
-            closer[:, i] = np.searchsorted(ordered, radii[:, i], side="left")
-    # The sample itself, at distance 0, is the one in m + 1.
-    return digamma(closer).mean(axis=1)
 
 
 def _check_neighbours(n: int, neighbours: int) -> None:

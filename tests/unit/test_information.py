@@ -1,11 +1,17 @@
 """k-nearest-neighbour estimators against closed forms, hand-solved cases and independent implementations."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
+from scipy.spatial.distance import cdist
 from scipy.special import digamma
+from scipy.stats import rankdata
 from sklearn.feature_selection import mutual_info_regression
 
+from mka import information
 from mka.errors import NumericsError, RecipeError
 from mka.information import (
     entropy,
@@ -21,6 +27,26 @@ def gaussian_pair(rho, n=1000, d=1, seed=0):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, d))
     return x, rho * x + np.sqrt(1 - rho**2) * rng.normal(size=(n, d))
+
+
+def drifting_layers(layers, n, k):
+    """Each is the one before, plus noise."""
+    return np.cumsum(np.random.default_rng(0).normal(size=(layers, n, k)), axis=0)
+
+
+def plain_npib_matrix(layers, neighbours):
+    """NPIB as its definition reads, from all distances of all pairs of samples."""
+    count, n = len(layers), len(layers[0])
+    # Doubled ranks are whole numbers, so that equal distances are equal.
+    distances = [cdist(ranks, ranks, "chebyshev") for ranks in (2 * rankdata(layer, axis=0) for layer in layers)]
+    information = np.empty((count, count))
+    for i, j in np.ndindex(count, count):
+        radii = np.sort(np.maximum(distances[i], distances[j]), axis=1)[:, neighbours, None]
+        # A sample is among its own nearest, at distance 0: as the 1 in psi(m + 1).
+        spent = sum(digamma((d < radii).sum(axis=1)).mean() for d in (distances[i], distances[j]))
+        information[i, j] = digamma(neighbours) + digamma(n) - spent
+    own = np.diag(information)
+    return np.clip(information / np.sqrt(np.outer(own, own)), 0.0, 1.0)
 
 
 class TestRankTransform:
@@ -214,17 +240,92 @@ class TestNpibMatrix:
                 assert found[i, j] == pytest.approx(np.clip(expected, 0, 1), abs=1e-12)
                 assert npib(layers[i], layers[j], neighbours=4) == pytest.approx(found[i, j], abs=1e-12)
 
+    @pytest.mark.parametrize("n", [2, 3, 4, 15, 16, 17, 63, 64, 65, 150])
+    @pytest.mark.parametrize("coordinates", [1, 2, 3])
+    @pytest.mark.parametrize("ties", [False, True])
+    def test_is_its_definition(self, n, coordinates, ties):
+        # Enough layers that the nearest samples are listed, some alike and some unrelated, so that lists do and do not
+        # reach far enough; sizes on both sides of a block's edge.
+        layers, neighbours = drifting_layers(14, n, coordinates), min(5, n - 1)
+        layers[7:] = layers[:6:-1]
+        if ties:
+            layers = np.rint(2 * layers)
+            layers[:, :, 0] = np.random.default_rng(1).permuted(np.tile(np.arange(n), (14, 1)), axis=1)
+        layers[3] = layers[2]
+        layers[3, :, 0] *= -1.0
+        found = npib_matrix(layers, neighbours=neighbours)
+        assert_allclose(found, plain_npib_matrix(layers, neighbours), atol=1e-12)
+        assert found[2, 3] == 1.0
+
+    def test_layers_may_differ_in_coordinates(self):
+        x, y = gaussian_pair(0.8, n=120, d=3)
+        plane, line = x[:, :2], y[:, :1]
+        whole = [np.rint(240 * rank_transform(points)) for points in (plane, line)]
+        own = [mutual_information(points, points) for points in whole]
+        assert npib(plane, line) == pytest.approx(mutual_information(*whole) / np.sqrt(own[0] * own[1]), abs=1e-12)
+
+    @pytest.mark.parametrize("coordinates", [2, 3])
+    def test_number_of_threads_changes_no_bit(self, monkeypatch, coordinates):
+        layers, found, steps = drifting_layers(13, 130, coordinates), [], []
+        for threads in (1, 2, 5):
+            monkeypatch.setattr("mka.information._count_cores", lambda: threads)  # noqa: B023
+            steps.append([])
+            found.append(npib_matrix(layers, progress=steps[-1].append))
+        assert (found[1] == found[0]).all() and (found[2] == found[0]).all()
+        assert steps == [list(range(13, 0, -1))] * 3
+
+    @pytest.mark.parametrize("threads", [1, 2, 5])
+    def test_refuses_the_first_layer_whichever_thread_is_first(self, monkeypatch, threads):
+        layers, steps = drifting_layers(12, 60, 2), []
+        layers[2, :7], layers[4] = layers[2, 0], 1.0
+
+        def fill_slowly(radii, i, *given):
+            # A later row is refused well before this one.
+            time.sleep(0.2 if i == 2 else 0.0)
+            fill(radii, i, *given)
+
+        fill = information.fill_row
+        monkeypatch.setattr(information, "fill_row", fill_slowly)
+        monkeypatch.setattr(information, "_count_cores", lambda: threads)
+        with pytest.raises(NumericsError, match=r"^NPIB, layer 2: 7 of 60 samples coincide with 5 or more others"):
+            npib_matrix(layers, progress=steps.append)
+        assert steps == [12, 11]
+
+    def test_progress_comes_from_the_calling_thread(self):
+        callers = set()
+        npib_matrix(drifting_layers(12, 40, 2), progress=lambda _: callers.add(threading.get_ident()))
+        assert callers == {threading.get_ident()}
+
+    def test_a_failing_progress_leaves_no_thread_behind(self):
+        def fail(pairs):
+            raise KeyboardInterrupt
+
+        before = threading.active_count()
+        with pytest.raises(KeyboardInterrupt):
+            npib_matrix(drifting_layers(12, 40, 2), progress=fail)
+        assert threading.active_count() == before
+
     def test_progress_adds_up(self):
         steps = []
         npib_matrix(np.random.default_rng(0).normal(size=(5, 40, 2)), progress=steps.append)
         assert sum(steps) == 15
         assert len(steps) == 5
 
-    def test_blocks_of_rows_change_nothing(self, monkeypatch):
-        layers = np.random.default_rng(0).normal(size=(3, 101, 2))
+    @pytest.mark.parametrize("coordinates", [2, 3])
+    def test_blocks_of_rows_change_nothing(self, monkeypatch, coordinates):
+        layers = np.random.default_rng(0).normal(size=(3, 101, coordinates))
         whole = npib_matrix(layers)
-        monkeypatch.setattr("mka.information._BLOCK", 700)
+        monkeypatch.setattr("mka.neighbours._BLOCK", 700)
         assert (npib_matrix(layers) == whole).all()
+
+    @pytest.mark.parametrize("neighbours", [5, 30])
+    def test_length_of_lists_changes_nothing(self, monkeypatch, neighbours):
+        layers = drifting_layers(13, 130, 2)
+        whole = npib_matrix(layers, neighbours=neighbours)
+        monkeypatch.setattr("mka.neighbours._LISTED", 20)
+        assert (npib_matrix(layers, neighbours=neighbours) == whole).all()
+        monkeypatch.setattr("mka.neighbours._LISTING_PAYS", 13)
+        assert (npib_matrix(layers, neighbours=neighbours) == whole).all()
 
     def test_refusals(self):
         layers = np.random.default_rng(0).normal(size=(3, 40, 2))
