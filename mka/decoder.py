@@ -174,7 +174,7 @@ class StreamedDecoder(Decoder):
     @contextmanager
     def hold_head(self) -> Iterator[None]:
         """Have the language-model head in memory within the block."""
-        name = HEAD if HEAD in self.read.tensors else EMBEDDING
+        name = EMBEDDING if self.model.config.tie_word_embeddings else HEAD
         _put(self.model.lm_head, "weight", self.read(name).to(self.device, self.dtype))
         try:
             yield

@@ -5,7 +5,6 @@ A mapped file counts as memory of the process for as long as it is open, page by
 
 import json
 import math
-import os
 import struct
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -18,9 +17,6 @@ if TYPE_CHECKING:
     import torch
 
     from mka.checkpoint import TensorInfo
-
-# Bytes by which the disk runs ahead of what is read.
-AHEAD = 1 << 25
 
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
 TORCH_NAMES |= {"F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
@@ -86,11 +82,7 @@ class TensorReader:
         if info.file not in self._files:
             self._files[info.file] = self._stack.enter_context((self.folder / info.file).open("rb"))
         file = self._files[info.file]
-        start = info.start + first * width
-        if hasattr(os, "posix_fadvise"):
-            # Reads jump between the sources of a sum; left alone, the system would fetch nothing ahead of them.
-            os.posix_fadvise(file.fileno(), start + AHEAD, nbytes, os.POSIX_FADV_WILLNEED)
-        file.seek(start)
+        file.seek(info.start + first * width)
         found = file.readinto(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[attr-defined]
         if found != tensor.nbytes:
             raise CheckpointError(f"{self.folder / info.file}: ends within {name}; fetch the model again")
