@@ -11,7 +11,7 @@ from mka.alignment_table import AlignmentTable, estimate_memory, fit_windows, op
 from mka.calibration import CalibrationSet, load_calibration, read_heldout, read_texts, refuse_overlap
 from mka.checkpoint import Checkpoint, describe_checkpoint, open_checkpoint
 from mka.errors import RecipeError
-from mka.methods import REOBSERVE, Aim, check_alignment, find_needs, get_method, resolve_method
+from mka.methods import HIDDEN_STATES, REOBSERVE, Aim, check_alignment, find_needs, get_method, resolve_method
 from mka.quantize import BITS
 from mka.recipe import EvaluationSettings, ModelSource, Recipe
 from mka.sources import materialize, resolve_revision
@@ -162,7 +162,7 @@ def foresee(job: Job, output: Path) -> dict[str, Any]:
         "calibration_tokens": sum(lengths),
         "alignment": _foresee_alignment(job),
         "evaluated": job.measured,
-        "memory_bytes": _memory_nbytes(job, len(lengths)),
+        "memory_bytes": _memory_nbytes(job, lengths),
         "disk_bytes": merged + (candidate_nbytes(job) if recipe.quantize.scheme != "off" else 0) + COMPANIONS_NBYTES,
         "files": [str(output / name) for name in _file_names(job)],
     }
@@ -195,18 +195,23 @@ def candidate_nbytes(job: Job) -> int:
     return round(_merged_nbytes(job) - saved * job.aim.layers_out / job.base.layers)
 
 
-def _memory_nbytes(job: Job, texts: int) -> int:
-    """Estimate the peak: the model once or twice, its hidden states, and the logits of one batch of windows."""
+def _memory_nbytes(job: Job, lengths: Sequence[int]) -> int:
+    """Estimate the peak: the model once or twice, or one layer where it is only walked; states; a batch of logits."""
     recipe, config = job.recipe, job.base.config
     width = 4 if recipe.model.dtype == "float32" else 2
-    parameters = sum(t.parameters for t in job.base.tensors.values())
-    needs = find_needs(recipe.method)
-    copies = 2 if REOBSERVE in needs or recipe.quantize.scheme != "off" else 1
-    states = (job.base.layers + 1) * texts * config["hidden_size"] * 4
+    needs, quantized = find_needs(recipe.method), recipe.quantize.scheme != "off"
+    aligned = _foresee_alignment(job)
+    if job.measured or quantized or needs - {HIDDEN_STATES} or get_method(recipe.method.name).fit:
+        copies = 2 if REOBSERVE in needs or quantized else 1
+        weights = copies * sum(t.parameters for t in job.base.tensors.values())
+    else:
+        layers = (job.base.layer_tensors(i).values() for i in range(job.base.layers))
+        weights = (2 if aligned else 1) * max(sum(t.parameters for t in layer) for layer in layers)
+    pooled = (job.base.layers + 1) * len(lengths) * config["hidden_size"] * 4
+    states = 2 * sum(lengths) * config["hidden_size"] * width
     windows = min(recipe.evaluation.batch_size, 4) * width + 2 * 4
     logits = recipe.evaluation.context * config["vocab_size"] * windows if job.measured else 0
-    aligned = _foresee_alignment(job)
-    return copies * parameters * width + states + logits + (aligned["memory_bytes"] if aligned else 0)
+    return weights * width + pooled + states + logits + (aligned["memory_bytes"] if aligned else 0)
 
 
 def _file_names(job: Job) -> list[str]:
