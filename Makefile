@@ -99,7 +99,8 @@ $(BIN)/uv:
 # A table that was deleted is as good as outdated.
 TABLES := data/raw $(addprefix data/prepared/,\
 	calibration.jsonl alignment.jsonl heldout.jsonl heldout_drop.jsonl evaluation evaluation_texts.jsonl)
-SOURCES := dvc.yaml $(wildcard dvc.lock) data/params.yaml $(addprefix mka/,corpora.py corpus_params.py calibration.py mixture.py packages.py raw_sets.py sampling.py)
+SOURCES := dvc.yaml $(wildcard dvc.lock) data/params.yaml mka/sources/packages.py $(addprefix mka/corpora/,build.py params.py mixture.py raw_sets.py sampling.py) \
+	$(addprefix mka/texts/,rows.py overlap.py)
 MISSING := $(filter-out $(wildcard $(TABLES)),$(TABLES))
 
 $(BUILT): $(SOURCES) $(if $(MISSING),FORCE) | $(INSTALLED)
@@ -107,6 +108,6 @@ $(BUILT): $(SOURCES) $(if $(MISSING),FORCE) | $(INSTALLED)
 	@mkdir -p $(@D) && touch $@
 
 $(FETCHED): $(RECIPE) | $(INSTALLED)
-	@$(BIN)/python -c 'import pathlib, sys; from mka.recipe import load_recipe; from mka.sources import materialize; \
+	@$(BIN)/python -c 'import pathlib, sys; from mka.recipe import load_recipe; from mka.sources.fetch import materialize; \
 		materialize(load_recipe(sys.argv[1]).model, pathlib.Path(sys.argv[2]))' $(RECIPE) $(WORK)
 	@mkdir -p $(@D) && touch $@

@@ -26,18 +26,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shapes import SHAPES, make_checkpoint
-from mka.alignment import Alignment
-from mka.checkpoint import Checkpoint, open_checkpoint
-from mka.decoder import StreamedDecoder
-from mka.diffusion import diffusion_map
-from mka.information import npib_matrix
-from mka.merging import merge_checkpoint
-from mka.observe import batch_by_length, observe_tokens
-from mka.plan import MergePlan, take_layers
-from mka.planning import merge_adjacent
-from mka.speed import compare_speed
-from mka.states import HiddenStates
-from mka.writing import BLOCK_BYTES
+from mka.alignment.lockstep import Alignment
+from mka.evaluation.speed import compare_speed
+from mka.evidence.observe import observe_tokens
+from mka.evidence.states import HiddenStates
+from mka.model.checkpoint import Checkpoint, open_checkpoint
+from mka.model.decoder import StreamedDecoder
+from mka.model.shards import BLOCK_BYTES
+from mka.plan.grouping import merge_adjacent
+from mka.plan.plan import MergePlan, take_layers
+from mka.similarity.diffusion import diffusion_map
+from mka.similarity.information import npib_matrix
+from mka.texts.tokens import batch_by_length
+from mka.transforms.merge import merge_checkpoint
 
 TEXTS, TOKENS = 256, 64
 

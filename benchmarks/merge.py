@@ -29,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.rounds import describe_ratio, peak_memory, time_rounds
 from benchmarks.shapes import SHAPES, make_checkpoint
-from mka.checkpoint import open_checkpoint
-from mka.merging import merge_checkpoint
-from mka.plan import MergePlan, identity_layers
-from mka.planning import join_layers
-from mka.writing import BLOCK_BYTES
+from mka.model.checkpoint import open_checkpoint
+from mka.model.shards import BLOCK_BYTES
+from mka.plan.grouping import join_layers
+from mka.plan.plan import MergePlan, identity_layers
+from mka.transforms.merge import merge_checkpoint
 
 CACHE = Path("/proc/sys/vm/drop_caches")
 MARGIN = 700_000_000
@@ -49,7 +49,7 @@ def plan_pairs(count: int) -> MergePlan:
 
 def run_merge(source: Path, output: Path) -> None:
     """Merge in this process and print what it took."""
-    from mka.verification import inspect_checkpoint, require_sound
+    from mka.model.verification import inspect_checkpoint, require_sound
 
     checkpoint = open_checkpoint(source)
     clock = [time.perf_counter()]

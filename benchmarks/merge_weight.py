@@ -14,12 +14,12 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mka.calibration import read_texts
-from mka.candidate import Divergence
-from mka.loading import load_model
-from mka.plan import identity_layers
-from mka.planning import join_layers
-from mka.progress import show_progress
+from mka.evidence.oracles import Divergence
+from mka.model.loading import load_model
+from mka.plan.grouping import join_layers
+from mka.plan.plan import identity_layers
+from mka.terminal import show_progress
+from mka.texts.rows import read_texts
 
 WEIGHTS = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
 

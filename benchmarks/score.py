@@ -29,9 +29,9 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.rounds import describe_ratio, time_rounds
-from mka.information import _count_cores, npib_matrix
-from mka.npib import SimilaritySettings, embed_layers
-from mka.states import HiddenStates
+from mka.evidence.states import HiddenStates
+from mka.similarity.information import _count_cores, npib_matrix
+from mka.similarity.npib import SimilaritySettings, embed_layers
 
 Pairs = list[tuple[int, int]]
 
@@ -201,7 +201,7 @@ def score_on(threads: int, embeddings: np.ndarray) -> np.ndarray:
     if pinned:
         os.sched_setaffinity(0, sorted(allowed)[:threads])
     try:
-        with patch("mka.information._count_cores", lambda: threads):
+        with patch("mka.similarity.information._count_cores", lambda: threads):
             return npib_matrix(embeddings)
     finally:
         if pinned:

@@ -18,8 +18,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mka.checkpoint import TensorInfo
-from mka.writing import publish, write_tensors
+from mka.model.shards import write_tensors
+from mka.model.tensors import TensorInfo
+from mka.store.publishing import publish
 
 # layers, hidden size, MLP width, heads, key-value heads, vocabulary
 SHAPES: dict[str, tuple[int, int, int, int, int, int]] = {

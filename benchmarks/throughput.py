@@ -20,12 +20,12 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.rounds import describe_ratio, time_rounds
-from mka.checkpoint import open_checkpoint
-from mka.loading import load_model
-from mka.merging import merge_checkpoint
-from mka.plan import MergePlan, keep_layers
-from mka.quiet import quiet_libraries
-from mka.speed import greedy_options
+from mka.evaluation.speed import greedy_options
+from mka.model.checkpoint import open_checkpoint
+from mka.model.loading import load_model
+from mka.plan.plan import MergePlan, keep_layers
+from mka.terminal import quiet_libraries
+from mka.transforms.merge import merge_checkpoint
 
 
 @torch.inference_mode()

@@ -27,14 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.limits import run_limited
 from benchmarks.rounds import describe_ratio, peak_memory, time_rounds
 from benchmarks.shapes import SHAPES, make_checkpoint
-from mka.alignment import Alignment
-from mka.checkpoint import open_checkpoint
-from mka.decoder import StreamedDecoder
-from mka.loading import load_model
-from mka.merging import merge_checkpoint
-from mka.observe import batch_by_length, observe_tokens
-from mka.plan import MergePlan, keep_layers
-from mka.quiet import quiet_libraries
+from mka.alignment.lockstep import Alignment
+from mka.evidence.observe import observe_tokens
+from mka.model.checkpoint import open_checkpoint
+from mka.model.decoder import StreamedDecoder
+from mka.model.loading import load_model
+from mka.plan.plan import MergePlan, keep_layers
+from mka.terminal import quiet_libraries
+from mka.texts.tokens import batch_by_length
+from mka.transforms.merge import merge_checkpoint
 
 
 def draw_sequences(count: int, length: int, vocabulary: int) -> list[list[int]]:
@@ -89,7 +90,7 @@ def compare_cost(folder: Path, texts: int, tokens: int, rounds: int) -> None:
 
 def run_small(source: Path) -> None:
     """Observe, align, merge and verify in this process, and print seconds and peaks."""
-    from mka.verification import inspect_checkpoint, require_sound
+    from mka.model.verification import inspect_checkpoint, require_sound
 
     checkpoint = open_checkpoint(source)
     sequences = draw_sequences(32, 32, checkpoint.config["vocab_size"])

@@ -9,7 +9,7 @@ import os
 import warnings
 from pathlib import Path
 
-from tasks.workplace import find_workplace
+from tasks.machine.workplace import find_workplace
 
 _WORK = find_workplace().work
 for _name, _value in {

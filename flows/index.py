@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from flows.command_line import run_command
-from tasks.workplace import find_workplace
+from tasks.machine.workplace import find_workplace
 
 
 def parse_arguments(arguments: Sequence[str]) -> str | None:
@@ -43,8 +43,8 @@ def rebuild(uri: str | None) -> None:
         MkaError: if the registry cannot be read or the page cannot be written.
     """
     # Imports MLflow, which takes seconds that --help need not cost.
-    from mka.index_page import write_index
-    from tasks.index import PAGE, read_history
+    from mka.report.index import write_index
+    from tasks.registry.index import PAGE, read_history
 
     place = find_workplace()
     place.prepare()

@@ -18,13 +18,13 @@ from prefect.runtime import flow_run
 
 from tasks.base_model import fetch_base_model
 from tasks.calibration import read_tables
-from tasks.challenge import promote_measured, read_recipe, refuse_stale, refuse_unapproved, require_pass
-from tasks.compression import Job
-from tasks.index import write_index_page
-from tasks.promotion import Move, find_candidate, name_person, read_version
-from tasks.slots import compute_slot, hold_slot
-from tasks.tracking import registry_address
-from tasks.workplace import find_workplace
+from tasks.machine.slots import compute_slot, hold_slot
+from tasks.machine.workplace import find_workplace
+from tasks.registry.challenge import promote_measured, read_recipe, refuse_stale, refuse_unapproved, require_pass
+from tasks.registry.index import write_index_page
+from tasks.registry.promotion import Move, find_candidate, name_person, read_version
+from tasks.registry.tracking import registry_address
+from tasks.stages import Job
 
 
 @flow(name="promote", validate_parameters=False)

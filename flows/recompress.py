@@ -26,23 +26,35 @@ from prefect.events import emit_event
 from prefect.runtime import flow_run
 
 from mka.errors import GateRefused, MkaError, PromotionError
-from mka.products import Product
-from mka.recipe import Recipe, load_recipe
-from mka.stages import needs_hidden_states
-from tasks import guard
+from mka.pipeline.observe import needs_hidden_states
+from mka.pipeline.recipes import load_recipe
+from mka.recipe import Recipe
+from mka.store.products import Product
 from tasks.base_model import fetch_base_model
 from tasks.calibration import read_tables, select_alignment, select_calibration
-from tasks.challenge import promote_measured
-from tasks.compression import MODEL_FOLDER, PLAN_FILE, Job, merge, observe, plan, quantize, score
-from tasks.evaluation import compare_speeds, decide_gate, evaluate
-from tasks.index import write_index_page
+from tasks.guards import guard
+from tasks.machine.slots import compute_slot, hold_slot
+from tasks.machine.workplace import Workplace, find_workplace
 from tasks.pages import print_summary, publish_artifacts
-from tasks.promotion import find_reign, name_person, read_aliases, read_version
-from tasks.registry import Registration, as_facts, reach_registry, register
+from tasks.registry.challenge import promote_measured
+from tasks.registry.index import write_index_page
+from tasks.registry.promotion import find_reign, name_person, read_aliases, read_version
+from tasks.registry.record import Registration, as_facts, reach_registry, register
+from tasks.registry.tracking import CHAMPION
 from tasks.reporting import Evidence, report
-from tasks.slots import compute_slot, hold_slot
-from tasks.tracking import CHAMPION
-from tasks.workplace import Workplace, find_workplace
+from tasks.stages import (
+    MODEL_FOLDER,
+    PLAN_FILE,
+    Job,
+    compare_speeds,
+    decide_gate,
+    evaluate,
+    merge,
+    observe,
+    plan,
+    quantize,
+    score,
+)
 
 
 @dataclass

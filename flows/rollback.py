@@ -16,10 +16,10 @@ from prefect import flow
 
 from flows.promote import add_move_arguments, say_move
 from mka.errors import PromotionError
-from tasks.index import write_index_page
-from tasks.promotion import Move, find_previous, move_champion, name_person
-from tasks.tracking import registry_address
-from tasks.workplace import find_workplace
+from tasks.machine.workplace import find_workplace
+from tasks.registry.index import write_index_page
+from tasks.registry.promotion import Move, find_previous, move_champion, name_person
+from tasks.registry.tracking import registry_address
 
 
 @flow(name="rollback", validate_parameters=False)

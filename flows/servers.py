@@ -8,8 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from flows.command_line import run_command
-from tasks.servers import POOL, Server, Servers
-from tasks.workplace import find_workplace
+from tasks.machine.servers import POOL, Server, Servers
+from tasks.machine.workplace import find_workplace
 
 
 def describe(servers: Mapping[str, Server]) -> str:

@@ -21,15 +21,15 @@ if __name__ == "__main__":
 from prefect import flow
 from prefect.futures import as_completed
 
-from mka.bench_recipe import BenchRecipe, Cell, FanOut, load_bench
+from mka.bench.recipe import BenchRecipe, Cell, FanOut, load_bench
 from mka.errors import MkaError
-from tasks.fan_out import choose_fan_out, open_runner, submit_cells, take_result
-from tasks.slots import compute_slot, hold_slot
-from tasks.workplace import Workplace, find_workplace
+from tasks.machine.slots import compute_slot, hold_slot
+from tasks.machine.workplace import Workplace, find_workplace
+from tasks.sweep.fan_out import choose_fan_out, open_runner, submit_cells, take_result
 
 if TYPE_CHECKING:
-    from mka.bench import Failed
-    from mka.bench_parts import Bench, Measured
+    from mka.bench.parts import Bench, Measured
+    from mka.bench.results import Failed
 
 
 @flow(name="sweep", validate_parameters=False)
@@ -41,7 +41,7 @@ def sweep(recipe: str, workers: int | None = None) -> Any:
         workers: how many cells run at a time, instead of what the recipe says.
 
     Returns:
-        `mka.console.Outcome`: the tables as text, all figures as one document, and the refusal if cells failed.
+        `mka.terminal.Outcome`: the tables as text, all figures as one document, and the refusal if cells failed.
 
     Raises:
         MkaError: if anything is refused before or while the base is measured.
@@ -54,13 +54,13 @@ def sweep(recipe: str, workers: int | None = None) -> Any:
 
 def walk(place: Workplace, recipe: str, workers: int | None) -> Any:
     """The grid: base first, then all cells that are not stored, then one table of all that are."""
-    from mka.bench import collect_results
-    from mka.bench_cells import find_cell, sweep_leftovers
-    from mka.bench_inputs import prepare
-    from mka.bench_publishing import publish_results
-    from mka.bench_statistics import Comparison
-    from mka.quiet import quiet_libraries
-    from tasks.sweep import measure_base_model, publish_tables
+    from mka.bench.cells import find_cell, sweep_leftovers
+    from mka.bench.prepare import prepare
+    from mka.bench.publish import publish_results
+    from mka.bench.run import collect_results
+    from mka.bench.statistics import Comparison
+    from mka.terminal import quiet_libraries
+    from tasks.sweep.cells import measure_base_model, publish_tables
 
     path = place.path(Path(recipe))
     loaded = load_bench(path)
@@ -81,7 +81,8 @@ def run_cells(
     fan_out: FanOut, recipe: BenchRecipe, bench: "Bench", base: "Measured", todo: Sequence[Cell]
 ) -> list["Failed"]:
     """Run cells where the recipe wants them, and say of each what came of it; returns those that failed."""
-    from mka.bench import Failed, describe_progress, estimate_cell
+    from mka.bench.results import Failed
+    from mka.bench.run import describe_progress, estimate_cell
 
     made: list[Measured] = []
     failed: list[Failed] = []

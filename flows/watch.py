@@ -16,9 +16,9 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 
 from mka.errors import MkaError, ServerError, WatchError
-from tasks.slots import is_on_server
+from tasks.machine.slots import is_on_server
+from tasks.machine.workplace import Workplace, find_workplace
 from tasks.watching import compare_base_model, start_recompression
-from tasks.workplace import Workplace, find_workplace
 
 DEPLOYMENT = "recompress/default"
 

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from mka.errors import RecipeError
-from mka.sections import Section, explain_validation, read_yaml
+from mka.sections import Section
 
 
 class ModelSource(Section):
@@ -101,7 +100,7 @@ class AlignmentSettings(Section):
     tokens: int = Field(32768, ge=256, description="Tokens fitted on, each source by its share of the table")
     context: int = Field(512, ge=16, description="Tokens per calibration window")
     copies: float = Field(
-        0.1, ge=0, le=1, description="Windows of random tokens said twice, per window of text; see mka.windows"
+        0.1, ge=0, le=1, description="Windows of random tokens said twice, per window of text; see mka.texts.windows"
     )
     penalty: Literal["auto"] | float = Field(
         "auto", description="Of the ridge; 'auto' takes what a source left out of a smaller fit prefers"
@@ -223,49 +222,3 @@ class Recipe(Section):
     def registered_name(self) -> str:
         """Name of the registered model."""
         return self.registry.name or self.name
-
-
-def validate_recipe(raw: Any, where: str = "recipe") -> Recipe:
-    """Validate a mapping as a recipe.
-
-    Args:
-        raw: what a YAML reader returned.
-        where: how messages name its origin.
-
-    Raises:
-        RecipeError: on an unknown key, an unknown method or setting, or an impossible value.
-    """
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{where}: a recipe is a mapping of keys to values, got {type(raw).__name__}")
-    try:
-        recipe = Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise RecipeError(explain_validation(error, Recipe, where)) from None
-    from mka.methods import check_alignment
-
-    check_alignment(recipe.method, recipe.alignment.enabled, where)
-    return recipe
-
-
-def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read a YAML recipe.
-
-    Args:
-        path: the file.
-        overrides: dotted keys and the values that replace the file's, e.g. ``{"target.layers": 26}``.
-
-    Raises:
-        RecipeError: if the file cannot be read or its content is refused.
-    """
-    raw = read_yaml(path, "recipes live in recipes/")
-    for dotted, value in (overrides or {}).items():
-        *parents, key = dotted.split(".")
-        node = raw
-        for parent in parents:
-            node = node.setdefault(parent, {}) if isinstance(node, dict) else None
-            if not isinstance(node, dict):
-                raise RecipeError(f"override {dotted!r}: {parent!r} is not a section of the recipe")
-        if not isinstance(node, dict):
-            raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
-        node[key] = value
-    return validate_recipe(raw, str(path))

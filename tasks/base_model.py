@@ -7,12 +7,12 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from mka.checkpoint import describe_checkpoint, open_checkpoint
 from mka.errors import MkaError, RegistryError, UnreachableError
+from mka.model.checkpoint import describe_checkpoint, open_checkpoint
+from mka.pipeline.job import check_feasible
 from mka.recipe import ModelSource, Recipe
-from mka.stages import check_feasible
-from mka.sums import SUMS_NAME
-from tasks.workplace import Workplace
+from mka.store.sums import SUMS_NAME
+from tasks.machine.workplace import Workplace
 
 
 def is_worth_retrying(task: Any, run: Any, state: Any) -> bool:
@@ -45,7 +45,7 @@ def fetch_base_model(place: Workplace, recipe: Recipe) -> dict[str, Any]:
         CheckpointError: if it cannot be had, is damaged, inconsistent or unsupported.
         RecipeError: if the recipe asks for something this model cannot give.
     """
-    from mka.sources import materialize, resolve_revision
+    from mka.sources.fetch import materialize, resolve_revision
 
     started = time.perf_counter()
     source = recipe.model
@@ -71,7 +71,8 @@ def pin_base_model(place: Workplace, source: ModelSource) -> dict[str, str]:
     Raises:
         CheckpointError: if it cannot be found.
     """
-    from mka.sources import find_commit, resolve_revision
+    from mka.sources.fetch import resolve_revision
+    from mka.sources.hub import find_commit
 
     if source.hub is not None:
         return {"base_revision": find_commit(source)}

@@ -9,15 +9,25 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from mka.alignment_table import fit_windows, open_alignment
-from mka.calibration import CalibrationSet, load_calibration, read_heldout, read_rows, refuse_overlap
-from mka.checkpoint import open_checkpoint
+from mka.alignment.table import fit_windows, open_alignment
 from mka.errors import CalibrationError
-from mka.products import Product, produce
+from mka.model.checkpoint import open_checkpoint
 from mka.recipe import Recipe
-from tasks import guard, suites, tables
+from mka.store.products import Product, produce
+from mka.texts.calibration import CalibrationSet, load_calibration
+from mka.texts.overlap import refuse_overlap
+from mka.texts.rows import read_heldout, read_rows
+from tasks.guards import guard
+from tasks.guards.texts import (
+    calibration_suite,
+    calibration_table,
+    evaluation_table,
+    evaluation_texts_suite,
+    heldout_suite,
+    heldout_table,
+)
+from tasks.machine.workplace import Workplace
 from tasks.versioned import Version, copy_tables, resolve_versions, table_name
-from tasks.workplace import Workplace
 
 VERSION = 1
 CALIBRATION_FILE, ALIGNMENT_FILE = "calibration.jsonl", "alignment.jsonl"
@@ -73,8 +83,8 @@ def select_calibration(
         claimed, evaluation_texts = _read_evaluation(place, recipe, copies, run)
         guard.check(
             "calibration",
-            tables.calibration_table(chosen.texts, chosen.sources, claimed),
-            suites.calibration(settings.samples),
+            calibration_table(chosen.texts, chosen.sources, claimed),
+            calibration_suite(settings.samples),
             place.checks,
             run,
         )
@@ -112,8 +122,8 @@ def select_alignment(
         path = copies.folder / table_name(settings.path)
         rows = read_rows(path)
         texts, sources = [row["text"] for row in rows], [row["source"] for row in rows]
-        table = tables.calibration_table(texts, sources, claimed)
-        guard.check("alignment", table, suites.calibration(1), place.checks, run)
+        table = calibration_table(texts, sources, claimed)
+        guard.check("alignment", table, calibration_suite(1), place.checks, run)
         chosen = fit_windows(
             open_alignment(path, settings, evaluation_texts), open_checkpoint(base["path"], verify=False)
         )
@@ -138,8 +148,8 @@ def _read_evaluation(place: Workplace, recipe: Recipe, copies: Product, run: str
         rows = read_rows(copies.folder / table_name(evaluation.overlap_index))
         guard.check(
             "evaluation_texts",
-            tables.evaluation_table(rows),
-            suites.evaluation_texts(sorted({*evaluation.tasks, *(row["task"] for row in rows)})),
+            evaluation_table(rows),
+            evaluation_texts_suite(sorted({*evaluation.tasks, *(row["task"] for row in rows)})),
             place.checks,
             run,
         )
@@ -149,8 +159,8 @@ def _read_evaluation(place: Workplace, recipe: Recipe, copies: Product, run: str
         heldout = read_heldout(copies.folder / table_name(evaluation.text))
         texts = [text for group in heldout.values() for text in group]
         sources = [name for name, group in heldout.items() for _ in group]
-        table = tables.heldout_table(texts, sources)
-        guard.check("heldout", table, suites.heldout(), place.checks, run)
+        table = heldout_table(texts, sources)
+        guard.check("heldout", table, heldout_suite(), place.checks, run)
         claimed |= dict(zip(table["text_sha256"], sources))
         used += texts
     return claimed, used

@@ -13,12 +13,12 @@ from prefect.artifacts import (
 )
 from tabulate import tabulate
 
-from mka.alignment_report import summarise_alignment
-from mka.products import Product
-from mka.report import result_table
-from tasks.compression import Job
+from mka.report.alignment import summarise_alignment
+from mka.report.table import result_table
+from mka.store.products import Product
+from tasks.registry.tracking import CANDIDATE
 from tasks.reporting import Evidence, registered_address
-from tasks.tracking import CANDIDATE
+from tasks.stages import Job
 
 
 def publish_artifacts(job: Job, evidence: Evidence, page: Product, facts: Mapping[str, Any]) -> None:

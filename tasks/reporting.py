@@ -10,15 +10,15 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from mka.alignment_table import alignment_json
-from mka.gate import recover_tasks
-from mka.measurements import EvalReport
-from mka.pictures import draw_plan, draw_similarity
-from mka.products import Product, produce
+from mka.alignment.table import alignment_json
+from mka.evaluation.gate import recover_tasks
+from mka.evaluation.scores import EvalReport
 from mka.recipe import Recipe
-from mka.report import ReportData, write_card, write_report
-from tasks.compression import MODEL_FOLDER, Job, open_plan, open_scores
-from tasks.evaluation import open_report
+from mka.report.data import ReportData
+from mka.report.page import write_card, write_report
+from mka.report.pictures import draw_plan, draw_similarity
+from mka.store.products import Product, produce
+from tasks.stages import MODEL_FOLDER, Job, open_plan, open_report, open_scores
 
 VERSION = 1
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mka.errors import CalibrationError
-from mka.products import Product, produce
-from mka.sums import file_sha256
-from tasks.workplace import Workplace
+from mka.store.products import Product, produce
+from mka.store.sums import file_sha256
+from tasks.machine.workplace import Workplace
 
 VERSION = 1
 

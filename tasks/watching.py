@@ -12,10 +12,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from mka.errors import WatchError
-from mka.recipe import Recipe, load_recipe
+from mka.pipeline.recipes import load_recipe
+from mka.recipe import Recipe
 from tasks.base_model import is_worth_retrying, pin_base_model
-from tasks.tracking import CHAMPION, COMPLETE, connect_registry, registry_address
-from tasks.workplace import Workplace
+from tasks.machine.workplace import Workplace
+from tasks.registry.tracking import CHAMPION, COMPLETE, connect_registry, registry_address
 
 EVENT = "base-model.updated"
 

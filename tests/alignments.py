@@ -5,9 +5,9 @@ import copy
 import torch
 from conftest import make_tiny_model
 
-from mka.alignment import Alignment
-from mka.candidate import build_candidate
-from mka.plan import identity_layers, keep_layers, take_layers
+from mka.alignment.lockstep import Alignment
+from mka.evidence.candidate import build_candidate
+from mka.plan.plan import identity_layers, keep_layers, take_layers
 
 # Layers of one kind whose heads can stand side by side; families with q/k norms have none.
 SAME_KIND = {"llama": (1, 2), "mistral": (1, 2), "qwen2": (1, 2), "phi3": (1, 2), "smollm3": (1, 2), "gemma2": (1, 3)}

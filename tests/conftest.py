@@ -129,5 +129,5 @@ def conversions(monkeypatch):
         (folder / "config.json").write_text("{}")
         (folder / "model.safetensors").write_bytes(gguf.read_bytes())
 
-    monkeypatch.setattr("mka.sources.convert_gguf", convert)
+    monkeypatch.setattr("mka.sources.fetch.convert_gguf", convert)
     return seen

@@ -6,24 +6,15 @@ import pytest
 import torch
 from conftest import FAMILY_NAMES, make_tokenizer
 
-from mka.alignment import Alignment
-from mka.candidate import Divergence, Loss, OutputSimilarity, build_candidate
-from mka.families import get_family, layer_kinds
-from mka.methods import (
-    DIVERGENCE,
-    HIDDEN_STATES,
-    LOSS,
-    OUTPUT_SIMILARITY,
-    REOBSERVE,
-    TRIALS,
-    Evidence,
-    get_method,
-    method_names,
-    method_settings,
-)
-from mka.observe import observe
-from mka.trials import AlignedTrials
-from mka.windows import pack_windows
+from mka.alignment.lockstep import Alignment
+from mka.alignment.trials import AlignedTrials
+from mka.evidence.candidate import build_candidate
+from mka.evidence.needs import DIVERGENCE, HIDDEN_STATES, LOSS, OUTPUT_SIMILARITY, REOBSERVE, TRIALS, Evidence
+from mka.evidence.observe import observe
+from mka.evidence.oracles import Divergence, Loss, OutputSimilarity
+from mka.methods import get_method, method_names, method_settings
+from mka.model.families import get_family, layer_kinds
+from mka.texts.windows import pack_windows
 
 TOKENIZER = make_tokenizer()
 ORACLES = {DIVERGENCE: Divergence, LOSS: Loss, OUTPUT_SIMILARITY: OutputSimilarity}

@@ -5,8 +5,8 @@ import json
 
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from mka.corpora import build_calibration, build_evaluation, build_heldout, build_heldout_drop
-from mka.mixture import build_alignment
+from mka.corpora.build import build_calibration, build_evaluation, build_heldout, build_heldout_drop
+from mka.corpora.mixture import build_alignment
 
 MMLU = Features(
     {

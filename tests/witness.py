@@ -11,7 +11,8 @@ from pathlib import Path
 
 from distributed import get_worker
 
-from mka import bench_parts, stages
+from mka.bench import cells
+from mka.bench import parts as bench_parts
 
 FOLDER = Path(os.environ["MKA_WITNESS"])
 
@@ -43,7 +44,7 @@ def kill_sometimes(write):
     return deadly
 
 
-if not hasattr(stages, "witnessed"):  # Dask loads it twice
-    stages.witnessed = True
+if not hasattr(cells, "witnessed"):  # Dask loads it twice
+    cells.witnessed = True
     bench_parts.Part.produce = write_down(bench_parts.Part.produce)
-    stages.write_merged = kill_sometimes(stages.write_merged)
+    cells.write_merged = kill_sometimes(cells.write_merged)

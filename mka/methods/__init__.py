@@ -1,19 +1,21 @@
 """Compressors: one file each, behind one seam. `get_method` imports the file when it is asked for."""
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import ValidationError
 
-from mka.cuts import CutEvidence
 from mka.errors import RecipeError, nearest
-from mka.folds import Folds
-from mka.plan import LayerRecipe, MergePlan
+from mka.evidence.cuts import CutEvidence
+from mka.evidence.needs import Evidence
+from mka.evidence.states import LayerScores
+from mka.plan.plan import MergePlan
+from mka.plan.target import Aim
 from mka.recipe import MethodChoice
 from mka.sections import Section, explain_validation
-from mka.states import HiddenStates, LayerScores
+from mka.transforms.fold import Folds
 
 # A row per method: the name in recipes, and the module that holds its METHOD.
 _METHODS = {
@@ -29,66 +31,6 @@ _METHODS = {
     "sleb": "mka.methods.sleb",
     "uidl": "mka.methods.uidl",
 }
-
-HIDDEN_STATES = "hidden_states"
-REOBSERVE = "reobserve"
-DIVERGENCE = "divergence"
-LOSS = "loss"
-OUTPUT_SIMILARITY = "output_similarity"
-TRIALS = "trials"
-
-
-@dataclass(frozen=True)
-class Aim:
-    """What a plan has to reach: remaining layers, and how many stay untouched at either end."""
-
-    layers_out: int
-    protect_first: int = 0
-    protect_last: int = 0
-
-
-class Trials(Protocol):
-    """KL(base || changed base) on held-out calibration tokens, nats per token, for one change at a time."""
-
-    def measure_attention(self, layer: int) -> float:
-        """Without the attention of one layer."""
-        ...
-
-    def measure_mlp(self, layer: int) -> float:
-        """Without the MLP of one layer."""
-        ...
-
-    def measure_group(self, layer: LayerRecipe) -> float:
-        """With one group of layers replaced by one aligned layer."""
-        ...
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What a method may look at; only what its ``needs`` asked for is there.
-
-    Attributes:
-        layers: L of the base model.
-        kinds: one value per layer; layers of different kinds are never merged.
-        states: hidden states of the base.
-        reobserve: hidden states of a partly merged model, given its output layers.
-        divergence: KL(base || model made of these output layers) on calibration tokens, nats per token.
-        loss: mean negative log-likelihood of the model made of these output layers, nats per predicted token.
-        output_similarity: mean cosine, over calibration texts, of the final hidden states of the base and of the model
-            made of these output layers.
-        trials: what single changes of the base cost; see `Trials`.
-        on_progress: called with the number of units done, for a progress bar.
-    """
-
-    layers: int
-    kinds: Sequence[Any]
-    states: HiddenStates | None = None
-    reobserve: Callable[[Sequence[LayerRecipe]], HiddenStates] | None = None
-    divergence: Callable[[Sequence[LayerRecipe]], float] | None = None
-    loss: Callable[[Sequence[LayerRecipe]], float] | None = None
-    output_similarity: Callable[[Sequence[LayerRecipe]], float] | None = None
-    trials: Trials | None = None
-    on_progress: Callable[[int], Any] | None = None
 
 
 @dataclass(frozen=True)

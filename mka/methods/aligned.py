@@ -3,8 +3,8 @@
 Each group of neighbouring layers becomes one layer. Its attention is that of the layer whose attention the base misses
 most; its MLP is made of the neurons of the whole group that predict the base best (`operator: concat-select`), or is
 the MLP the base misses most (`keep`). Which groups: a partition of all layers at the least sum of divergences, each
-measured with that one group replaced by what the base misses most of it, refitted (`mka.planning.partition_layers`).
-The plan is meant to be written with `alignment: {enabled: true}`.
+measured with that one group replaced by what the base misses most of it, refitted
+(`mka.plan.grouping.partition_layers`). The plan is meant to be written with `alignment: {enabled: true}`.
 """
 
 from collections import Counter
@@ -15,12 +15,15 @@ import numpy as np
 from pydantic import Field
 
 from mka.errors import PlanError
-from mka.methods import HIDDEN_STATES, TRIALS, Aim, Evidence, Method
-from mka.npib import SimilaritySettings, score_similarity
-from mka.plan import LayerRecipe, MergePlan, Step, take_layers
-from mka.planning import deletable_layers, merge_adjacent, partition_layers
+from mka.evidence.needs import HIDDEN_STATES, TRIALS, Evidence
+from mka.evidence.states import LayerScores
+from mka.methods import Method
+from mka.plan.deleting import deletable_layers
+from mka.plan.grouping import merge_adjacent, partition_layers
+from mka.plan.plan import LayerRecipe, MergePlan, Step, take_layers
+from mka.plan.target import Aim
 from mka.sections import Section
-from mka.states import LayerScores
+from mka.similarity.npib import SimilaritySettings, score_similarity
 
 
 class Settings(Section):

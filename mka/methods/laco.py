@@ -27,11 +27,12 @@ from typing import Any
 
 from pydantic import Field
 
-from mka.methods import OUTPUT_SIMILARITY, Aim, Evidence, Method
-from mka.plan import LayerRecipe, MergePlan, Step, identity_layers
-from mka.planning import refuse_unreachable
+from mka.evidence.needs import OUTPUT_SIMILARITY, Evidence
+from mka.evidence.states import LayerScores
+from mka.methods import Method
+from mka.plan.plan import LayerRecipe, MergePlan, Step, identity_layers
+from mka.plan.target import Aim, refuse_unreachable
 from mka.sections import Section
-from mka.states import LayerScores
 
 Layers = tuple[LayerRecipe, ...]
 Steps = tuple[Step, ...]

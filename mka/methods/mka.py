@@ -10,11 +10,13 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from mka.errors import PlanError
-from mka.methods import DIVERGENCE, HIDDEN_STATES, REOBSERVE, Aim, Evidence, Method
-from mka.npib import SimilaritySettings, score_similarity
-from mka.plan import MergePlan
-from mka.planning import join_layers, merge_adjacent
-from mka.states import LayerScores
+from mka.evidence.needs import DIVERGENCE, HIDDEN_STATES, REOBSERVE, Evidence
+from mka.evidence.states import LayerScores
+from mka.methods import Method
+from mka.plan.grouping import join_layers, merge_adjacent
+from mka.plan.plan import MergePlan
+from mka.plan.target import Aim
+from mka.similarity.npib import SimilaritySettings, score_similarity
 
 
 class Settings(SimilaritySettings):

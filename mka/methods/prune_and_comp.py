@@ -19,14 +19,16 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mka.cuts import Cut, CutEvidence
-from mka.families import Family
-from mka.folds import DOWN, OUT, Folds
-from mka.methods import HIDDEN_STATES, Aim, Evidence, Method
-from mka.plan import MergePlan
-from mka.planning import delete_least_important
+from mka.evidence.cuts import Cut, CutEvidence
+from mka.evidence.needs import HIDDEN_STATES, Evidence
+from mka.evidence.states import LayerScores
+from mka.methods import Method
+from mka.model.families import Family
+from mka.plan.deleting import delete_least_important
+from mka.plan.plan import MergePlan
+from mka.plan.target import Aim
 from mka.sections import Section
-from mka.states import LayerScores
+from mka.transforms.fold import DOWN, OUT, Folds
 
 
 class Settings(Section):

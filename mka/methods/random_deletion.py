@@ -3,11 +3,13 @@
 import numpy as np
 from pydantic import Field
 
-from mka.methods import Aim, Evidence, Method
-from mka.plan import MergePlan
-from mka.planning import delete_least_important
+from mka.evidence.needs import Evidence
+from mka.evidence.states import LayerScores
+from mka.methods import Method
+from mka.plan.deleting import delete_least_important
+from mka.plan.plan import MergePlan
+from mka.plan.target import Aim
 from mka.sections import Section
-from mka.states import LayerScores
 
 
 class Settings(Section):

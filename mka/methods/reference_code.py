@@ -5,10 +5,12 @@ parameter, and then deletes the second layer of the pair; the pair is always the
 without its last N layers, whatever the similarities were. It is kept as a baseline, under that name.
 """
 
-from mka.methods import Aim, Evidence, Method
-from mka.plan import MergePlan, Step, keep_layers
+from mka.evidence.needs import Evidence
+from mka.evidence.states import LayerScores
+from mka.methods import Method
+from mka.plan.plan import MergePlan, Step, keep_layers
+from mka.plan.target import Aim
 from mka.sections import Section
-from mka.states import LayerScores
 
 
 class Settings(Section):

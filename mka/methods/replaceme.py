@@ -22,13 +22,16 @@ Distances are of each text's last token, as in the source (with ``pooling: mean`
 import numpy as np
 from pydantic import Field
 
-from mka.blocks import delete_block, score_cosine
-from mka.cuts import Cut, CutEvidence
-from mka.folds import Folds, fold_output_map
-from mka.methods import HIDDEN_STATES, Aim, Evidence, Method
-from mka.plan import MergePlan
+from mka.evidence.cuts import Cut, CutEvidence
+from mka.evidence.needs import HIDDEN_STATES, Evidence
+from mka.evidence.states import LayerScores
+from mka.methods import Method
+from mka.plan.deleting import delete_block
+from mka.plan.plan import MergePlan
+from mka.plan.target import Aim
 from mka.sections import Section
-from mka.states import LayerScores
+from mka.similarity.blocks import score_cosine
+from mka.transforms.fold import Folds, fold_output_map
 
 
 class Settings(Section):

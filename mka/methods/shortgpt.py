@@ -1,10 +1,12 @@
 """ShortGPT: delete the layers with the least Block Influence (arXiv 2403.03853, eq. 1)."""
 
-from mka.methods import HIDDEN_STATES, Aim, Evidence, Method
-from mka.plan import MergePlan
-from mka.planning import delete_least_important
+from mka.evidence.needs import HIDDEN_STATES, Evidence
+from mka.evidence.states import LayerScores
+from mka.methods import Method
+from mka.plan.deleting import delete_least_important
+from mka.plan.plan import MergePlan
+from mka.plan.target import Aim
 from mka.sections import Section
-from mka.states import LayerScores
 
 
 class Settings(Section):

@@ -7,11 +7,13 @@ targets are nested. Calibration is the first ``search_tokens`` tokens of the cal
 samples of WikiText-2.
 """
 
-from mka.methods import LOSS, Aim, Evidence, Method
-from mka.plan import MergePlan, Step, identity_layers
-from mka.planning import deletable_layers
+from mka.evidence.needs import LOSS, Evidence
+from mka.evidence.states import LayerScores
+from mka.methods import Method
+from mka.plan.deleting import deletable_layers
+from mka.plan.plan import MergePlan, Step, identity_layers
+from mka.plan.target import Aim
 from mka.sections import Section
-from mka.states import LayerScores
 
 
 class Settings(Section):

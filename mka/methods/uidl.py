@@ -13,11 +13,14 @@ over a text's tokens instead, which is not what the source measured.
 
 import numpy as np
 
-from mka.blocks import delete_block, measure_blocks
-from mka.methods import HIDDEN_STATES, Aim, Evidence, Method
-from mka.plan import MergePlan
+from mka.evidence.needs import HIDDEN_STATES, Evidence
+from mka.evidence.states import LayerScores
+from mka.methods import Method
+from mka.plan.deleting import delete_block
+from mka.plan.plan import MergePlan
+from mka.plan.target import Aim
 from mka.sections import Section
-from mka.states import LayerScores
+from mka.similarity.blocks import measure_blocks
 
 
 class Settings(Section):

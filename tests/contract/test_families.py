@@ -7,14 +7,15 @@ import torch
 from conftest import LAYERS, make_texts, make_tiny_model, save_model
 from safetensors.torch import load_file
 
-from mka.candidate import Divergence, build_candidate
-from mka.checkpoint import open_checkpoint
 from mka.errors import PlanError
-from mka.families import get_family
-from mka.merging import combine_layers, merge_checkpoint
-from mka.observe import observe
-from mka.plan import LayerRecipe, MergePlan, identity_layers, keep_layers
-from mka.verification import inspect_checkpoint, require_sound
+from mka.evidence.candidate import build_candidate
+from mka.evidence.observe import observe
+from mka.evidence.oracles import Divergence
+from mka.model.checkpoint import open_checkpoint
+from mka.model.families import get_family
+from mka.model.verification import inspect_checkpoint, require_sound
+from mka.plan.plan import LayerRecipe, MergePlan, identity_layers, keep_layers
+from mka.transforms.merge import combine_layers, merge_checkpoint
 
 IDS = (torch.arange(1, 25) * 31 % 97).reshape(2, 12)
 

@@ -8,23 +8,15 @@ from evidence import ROADS, aligned_tensors, every_family, every_method, score_a
 from numpy.testing import assert_allclose
 from safetensors.torch import load_file
 
-from mka.checkpoint import open_checkpoint
 from mka.errors import PlanError, RecipeError
-from mka.families import get_family, layer_kinds
-from mka.merging import merge_checkpoint
-from mka.methods import (
-    DIVERGENCE,
-    HIDDEN_STATES,
-    LOSS,
-    OUTPUT_SIMILARITY,
-    REOBSERVE,
-    TRIALS,
-    Aim,
-    get_method,
-    method_settings,
-)
-from mka.plan import LayerRecipe, MergePlan, identity_layers, keep_layers
-from mka.verification import inspect_checkpoint, require_sound
+from mka.evidence.needs import DIVERGENCE, HIDDEN_STATES, LOSS, OUTPUT_SIMILARITY, REOBSERVE, TRIALS
+from mka.methods import get_method, method_settings
+from mka.model.checkpoint import open_checkpoint
+from mka.model.families import get_family, layer_kinds
+from mka.model.verification import inspect_checkpoint, require_sound
+from mka.plan.plan import LayerRecipe, MergePlan, identity_layers, keep_layers
+from mka.plan.target import Aim
+from mka.transforms.merge import merge_checkpoint
 
 
 @every_family

@@ -17,12 +17,15 @@ from evidence import (
 )
 from numpy.testing import assert_allclose
 
-from mka.candidate import Divergence, build_candidate
 from mka.errors import NumericsError
-from mka.methods import HIDDEN_STATES, Aim, Evidence, get_method, method_settings
-from mka.npib import embed_layers
-from mka.plan import LayerRecipe, identity_layers, keep_layers
-from mka.states import HiddenStates
+from mka.evidence.candidate import build_candidate
+from mka.evidence.needs import HIDDEN_STATES, Evidence
+from mka.evidence.oracles import Divergence
+from mka.evidence.states import HiddenStates
+from mka.methods import get_method, method_settings
+from mka.plan.plan import LayerRecipe, identity_layers, keep_layers
+from mka.plan.target import Aim
+from mka.similarity.npib import embed_layers
 
 NEUTRAL = 3  # layer 3 repeats the output of layer 2
 

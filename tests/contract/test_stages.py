@@ -6,21 +6,28 @@ from conftest import LAYERS, make_tiny_model, save_model
 from evidence import TOKENIZER, every_family, every_method, look, score_and_plan
 from safetensors.torch import load_file, save_file
 
-from mka import stages
-from mka.aligning import Aligner
-from mka.alignment import Alignment
-from mka.calibration import CalibrationSet, digest_texts
-from mka.checkpoint import open_checkpoint
+from mka.alignment.aligner import Aligner
+from mka.alignment.lockstep import Alignment
 from mka.errors import CheckpointError, NumericsError, PlanError, RecipeError
-from mka.folds import bind_folds
-from mka.merging import merge_checkpoint
-from mka.methods import Aim, get_method
-from mka.plan import LayerRecipe, MergePlan, identity_layers, keep_layers, take_layers
-from mka.progress import showing
+from mka.evidence.states import HiddenStates
+from mka.methods import get_method
+from mka.model.checkpoint import open_checkpoint
+from mka.model.verification import inspect_checkpoint, require_sound
+from mka.pipeline.job import resolve_aim
+from mka.pipeline.merge import write_aligned, write_merged
+from mka.pipeline.observe import needs_hidden_states, observe_checkpoint
+from mka.pipeline.plan import fit_folds, plan_layers
+from mka.pipeline.quantize import write_quantized
+from mka.pipeline.score import score_layers
+from mka.plan.plan import LayerRecipe, MergePlan, identity_layers, keep_layers, take_layers
+from mka.plan.target import Aim
 from mka.recipe import AlignmentSettings, CalibrationSettings, MethodChoice, ModelSource, QuantizeSettings, Target
-from mka.states import HiddenStates
-from mka.verification import inspect_checkpoint, require_sound
-from mka.windows import make_copies
+from mka.terminal import showing
+from mka.texts.calibration import CalibrationSet
+from mka.texts.rows import digest_texts
+from mka.texts.windows import make_copies
+from mka.transforms.fold import bind_folds
+from mka.transforms.merge import merge_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +54,20 @@ def test_stages_plan_what_the_method_plans_and_write_it(
     target = Target(layers=5, protect_first=1, protect_last=1)
     with showing(False):
         states = None
-        if stages.needs_hidden_states(choice):
-            states = stages.observe_checkpoint(checkpoint, calibration, LOOKING, source)
-        scores = stages.score_layers(choice, checkpoint, states)
-        plan = stages.plan_layers(choice, target, checkpoint, scores, calibration, LOOKING, source)
-        folds = stages.fit_folds(choice, plan, checkpoint, calibration, LOOKING, source)
+        if needs_hidden_states(choice):
+            states = observe_checkpoint(checkpoint, calibration, LOOKING, source)
+        scores = score_layers(choice, checkpoint, states)
+        plan = plan_layers(choice, target, checkpoint, scores, calibration, LOOKING, source)
+        folds = fit_folds(choice, plan, checkpoint, calibration, LOOKING, source)
         plan = bind_folds(plan, folds)
         if any(layer.selects for layer in plan.layers):
             with pytest.raises(PlanError, match="decided by an alignment; merge this plan with alignment enabled"):
-                stages.write_merged(plan, checkpoint, tmp_path / "out", folds)
+                write_merged(plan, checkpoint, tmp_path / "out", folds)
             assert not list(tmp_path.iterdir())
             fitting = AlignmentSettings(tokens=256, context=16, penalty=1.0)
-            facts = stages.write_aligned(plan, checkpoint, {"test": texts}, fitting, source, tmp_path / "out")
+            facts = write_aligned(plan, checkpoint, {"test": texts}, fitting, source, tmp_path / "out")
         else:
-            facts = stages.write_merged(plan, checkpoint, tmp_path / "out", folds)
+            facts = write_merged(plan, checkpoint, tmp_path / "out", folds)
     assert (folds is None) == (get_method(name).fit is None) == (plan.folds is None)
     assert plan.base == {"model": str(on_disk[family]), "digest": checkpoint.digest, "model_type": family}
     _, expected = score_and_plan(models[family], name, settings, Aim(5, 1, 1), texts)
@@ -68,7 +75,7 @@ def test_stages_plan_what_the_method_plans_and_write_it(
     assert facts["layers"] == 5
 
     with showing(False):
-        quantized = stages.write_quantized(
+        quantized = write_quantized(
             open_checkpoint(tmp_path / "out"), QuantizeSettings(scheme="int8", group_size=16), tmp_path / "int8"
         )
     assert quantized["parameters"] == facts["parameters"] and quantized["bytes"] < facts["bytes"]
@@ -78,7 +85,7 @@ def test_a_plan_is_bound_to_the_checkpoint_it_was_made_for(on_disk, calibration,
     checkpoint = open_checkpoint(on_disk["llama"])
     source, choice = ModelSource(folder=on_disk["llama"]), MethodChoice(name="reference_code")
     with showing(False):
-        plan = stages.plan_layers(choice, Target(layers=4), checkpoint, None, None, LOOKING, source)
+        plan = plan_layers(choice, Target(layers=4), checkpoint, None, None, LOOKING, source)
     other = open_checkpoint(save_model(make_tiny_model("llama", seed=1), tmp_path / "other"))
     with pytest.raises(PlanError, match=r"plan was made for digest .* has .*; plan again"):
         merge_checkpoint(plan, other, tmp_path / "out")
@@ -92,16 +99,14 @@ def test_what_a_stage_lacks_is_refused_in_one_line(on_disk, models, texts):
     states = look(models["llama"], texts)
     checkpoint, source = open_checkpoint(on_disk["llama"]), ModelSource(folder=on_disk["llama"])
     with pytest.raises(PlanError, match="'mka' needs hidden states of 6 layers, got none"):
-        stages.score_layers(MethodChoice(), checkpoint, None)
+        score_layers(MethodChoice(), checkpoint, None)
     shorter = HiddenStates(states.pooled[:-1], states.block_influence[:-1], states.tokens)
     with pytest.raises(PlanError, match="'shortgpt' needs hidden states of 6 layers, got 5 layers"):
-        stages.score_layers(MethodChoice(name="shortgpt"), checkpoint, shorter)
-    scores = stages.score_layers(MethodChoice(), checkpoint, states)
+        score_layers(MethodChoice(name="shortgpt"), checkpoint, shorter)
+    scores = score_layers(MethodChoice(), checkpoint, states)
     for settings in ({"weights": "line-search"}, {"selection": "iterative"}):
         with pytest.raises(PlanError, match="needs a calibration set; give one"):
-            stages.plan_layers(
-                MethodChoice(settings=settings), Target(layers=5), checkpoint, scores, None, LOOKING, source
-            )
+            plan_layers(MethodChoice(settings=settings), Target(layers=5), checkpoint, scores, None, LOOKING, source)
 
 
 @pytest.mark.parametrize(
@@ -110,14 +115,14 @@ def test_what_a_stage_lacks_is_refused_in_one_line(on_disk, models, texts):
 )
 def test_targets_are_resolved_with_the_bytes_on_disk(target, layers_out, on_disk):
     """A layer of the tiny model holds 9,280 of its 61,920 parameters (embedding and head 3,104 each): 14.987 %."""
-    aim = stages.resolve_aim(Target(**target, protect_first=1, protect_last=2), open_checkpoint(on_disk["llama"]))
+    aim = resolve_aim(Target(**target, protect_first=1, protect_last=2), open_checkpoint(on_disk["llama"]))
     assert aim == Aim(layers_out, 1, 2)
 
 
 @pytest.mark.parametrize("target", [{"layers": 0}, {"layers": 7}, {"layers": -3}, {"size_ratio": 0.8}])
 def test_targets_out_of_reach_are_refused(target, on_disk):
     with pytest.raises(RecipeError, match="target"):
-        stages.resolve_aim(Target(**target), open_checkpoint(on_disk["llama"]))
+        resolve_aim(Target(**target), open_checkpoint(on_disk["llama"]))
 
 
 def test_hidden_states_that_overflow_are_refused_with_the_layer(tmp_path, calibration):
@@ -129,7 +134,7 @@ def test_hidden_states_that_overflow_are_refused_with_the_layer(tmp_path, calibr
         pytest.raises(NumericsError, match="hidden states of layer 2 hold NaN or infinity in 40 of 40 texts"),
         showing(False),
     ):
-        stages.observe_checkpoint(checkpoint, calibration, LOOKING, ModelSource(folder=tmp_path / "m"))
+        observe_checkpoint(checkpoint, calibration, LOOKING, ModelSource(folder=tmp_path / "m"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -177,7 +182,7 @@ def test_an_aligned_bfloat16_checkpoint_stays_bfloat16(dtype, texts, tmp_path):
     plan = MergePlan("test", "", LAYERS, (*keep_layers([0, 1]), group, *keep_layers([4, 5])))
     settings, source = AlignmentSettings(tokens=256, context=16, penalty=1.0), ModelSource(folder=folder, dtype=dtype)
     with showing(False):
-        facts = stages.write_aligned(plan, open_checkpoint(folder), {"a": texts}, settings, source, tmp_path / "out")
+        facts = write_aligned(plan, open_checkpoint(folder), {"a": texts}, settings, source, tmp_path / "out")
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     require_sound(facts, "out")

@@ -11,12 +11,12 @@ import pytest
 import torch
 from benches import make_bench_folder, write_absolute_recipe
 
-from mka.bench_inputs import prepare
-from mka.bench_recipe import load_bench
-from mka.cli import main as run_command
+from mka.bench.prepare import prepare
+from mka.bench.recipe import load_bench
+from mka.cli.main import main as run_command
 from mka.errors import RecipeError
-from tasks import fan_out
-from tasks.sent_bench import open_bench, send_bench
+from tasks.sweep import fan_out
+from tasks.sweep.sent_bench import open_bench, send_bench
 
 pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
 DASK = {"engine": "dask", "workers": 2}
@@ -139,7 +139,7 @@ def test_what_cannot_fan_out_is_one_line_before_anything_is_computed(root, capsy
 
 
 def test_what_is_sent_is_small_and_whoever_opens_it_has_to_find_the_same(root, monkeypatch):
-    from mka.bench_cells import measure_base
+    from mka.bench.cells import measure_base
 
     recipe = load_bench(write_absolute_recipe(root, methods=[{"name": "mka"}]))
     bench = prepare(recipe, root / "work")

@@ -13,11 +13,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mka.calibration import text_digest
 from mka.errors import CalibrationError, GuardError, NumericsError, OutputError, PlanError
-from mka.measurements import EvalReport, Score
-from mka.plan import LayerRecipe, MergePlan, take_layers
-from tasks import guard, suites, tables
+from mka.evaluation.scores import EvalReport, Score
+from mka.plan.plan import LayerRecipe, MergePlan, take_layers
+from mka.texts.rows import text_digest
+from tasks.guards import guard
+from tasks.guards.checkpoint import checkpoint_suite, checkpoint_table
+from tasks.guards.evaluation import evaluation_report_suite, evaluation_report_table
+from tasks.guards.hidden_states import hidden_states_suite, hidden_states_table
+from tasks.guards.plan import plan_suite, plan_table
+from tasks.guards.scores import scores_suite, scores_table
+from tasks.guards.texts import (
+    calibration_suite,
+    calibration_table,
+    evaluation_table,
+    evaluation_texts_suite,
+    heldout_suite,
+    heldout_table,
+)
 
 TEXTS = ("The cat sat.", "A river runs south.", "Tides follow the moon.")
 SOURCES = ("prose", "prose", "science")
@@ -57,30 +70,30 @@ def report(perplexity=20.0, accuracy=0.5, n=100, stderr=0.05):
 
 
 GOOD = {
-    "calibration": lambda: (tables.calibration_table(TEXTS, SOURCES, {}), suites.calibration(3)),
-    "heldout": lambda: (tables.heldout_table(TEXTS, SOURCES), suites.heldout(3)),
+    "calibration": lambda: (calibration_table(TEXTS, SOURCES, {}), calibration_suite(3)),
+    "heldout": lambda: (heldout_table(TEXTS, SOURCES), heldout_suite(3)),
     "evaluation_texts": lambda: (
-        tables.evaluation_table(evaluation_rows()),
-        suites.evaluation_texts(["boolq", "piqa"]),
+        evaluation_table(evaluation_rows()),
+        evaluation_texts_suite(["boolq", "piqa"]),
     ),
-    "hidden_states": lambda: (tables.hidden_states_table(pooled()), suites.hidden_states(LAYERS, SAMPLES)),
+    "hidden_states": lambda: (hidden_states_table(pooled()), hidden_states_suite(LAYERS, SAMPLES)),
     "scores": lambda: (
-        tables.scores_table(similarity(), "pairwise-similarity"),
-        suites.scores("pairwise-similarity", 3),
+        scores_table(similarity(), "pairwise-similarity"),
+        scores_suite("pairwise-similarity", 3),
     ),
     "distance": lambda: (
-        tables.scores_table(np.array([[0.1, 0.3], [0.3, 0.2]]), "block-distance"),
-        suites.scores("block-distance", 2),
+        scores_table(np.array([[0.1, 0.3], [0.3, 0.2]]), "block-distance"),
+        scores_suite("block-distance", 2),
     ),
     "importance": lambda: (
-        tables.scores_table(np.array([0.3, -0.1]), "layer-importance"),
-        suites.scores("layer-importance", 2),
+        scores_table(np.array([0.3, -0.1]), "layer-importance"),
+        scores_suite("layer-importance", 2),
     ),
-    "plan": lambda: (tables.plan_table(plan(), ["full"] * LAYERS), suites.plan(3)),
-    "checkpoint": lambda: (tables.checkpoint_table(facts()), suites.checkpoint(3)),
+    "plan": lambda: (plan_table(plan(), ["full"] * LAYERS), plan_suite(3)),
+    "checkpoint": lambda: (checkpoint_table(facts()), checkpoint_suite(3)),
     "evaluation_report": lambda: (
-        tables.evaluation_report_table(report(), report(30.0, 0.4)),
-        suites.evaluation_report(4),
+        evaluation_report_table(report(), report(30.0, 0.4)),
+        evaluation_report_suite(4),
     ),
 }
 
@@ -113,7 +126,7 @@ def test_good_table_passes_its_suite(name, folder):
 
 def test_calibration_text_of_the_evaluation_is_named(folder):
     tasks = {text_digest("  the CAT sat. "): "boolq"}
-    message = refusal(folder, "calibration", tables.calibration_table(TEXTS, SOURCES, tasks), suites.calibration(3))
+    message = refusal(folder, "calibration", calibration_table(TEXTS, SOURCES, tasks), calibration_suite(3))
     assert message.startswith(
         "guard 'calibration' failed 1 of 6: expect_column_values_to_be_null(found_in_evaluation): "
         "1 unexpected, e.g. ['boolq: The cat sat.'] in rows [0]"
@@ -123,15 +136,15 @@ def test_calibration_text_of_the_evaluation_is_named(folder):
 def test_at_most_five_short_values_are_named(folder):
     texts = [f"text {i} " + "long " * 100 for i in range(9)]
     digests = {text_digest(text) for text in texts}
-    message = refusal(folder, "calibration", tables.calibration_table(texts, ["s"] * 9, digests), suites.calibration(1))
+    message = refusal(folder, "calibration", calibration_table(texts, ["s"] * 9, digests), calibration_suite(1))
     assert "9 unexpected" in message
     assert message.count("'evaluation: text ") == 5
     assert len(message) < 1000
 
 
 def test_calibration_too_few_repeated_empty_and_null(folder):
-    table = tables.calibration_table(["same", "same", "", None], ["a", "b", "c", None], {})
-    message = refusal(folder, "calibration", table, suites.calibration(10))
+    table = calibration_table(["same", "same", "", None], ["a", "b", "c", None], {})
+    message = refusal(folder, "calibration", table, calibration_suite(10))
     assert "failed 5 of 6" in message
     assert "expect_table_row_count_to_be_between(min_value=10): observed 4" in message
     assert "expect_column_values_to_not_be_null(text): 1 unexpected, e.g. [None] in rows [3]" in message
@@ -144,8 +157,8 @@ def test_evaluation_task_without_rows_and_unknown_task(folder):
     message = refusal(
         folder,
         "evaluation_texts",
-        tables.evaluation_table(evaluation_rows()),
-        suites.evaluation_texts(["boolq", "arc"]),
+        evaluation_table(evaluation_rows()),
+        evaluation_texts_suite(["boolq", "arc"]),
     )
     assert "expect_column_distinct_values_to_contain_set(task, value_set=['arc', 'boolq']): missing 'arc'" in message
     assert "expect_column_values_to_be_in_set(task, value_set=['arc', 'boolq']): 1 unexpected, e.g. ['piqa']" in message
@@ -153,9 +166,7 @@ def test_evaluation_task_without_rows_and_unknown_task(folder):
 
 def test_evaluation_rows_without_a_digest_do_not_pass(folder):
     rows = [{key: value for key, value in row.items() if key != "text_sha256"} for row in evaluation_rows()]
-    message = refusal(
-        folder, "evaluation_texts", tables.evaluation_table(rows), suites.evaluation_texts(["boolq", "piqa"])
-    )
+    message = refusal(folder, "evaluation_texts", evaluation_table(rows), evaluation_texts_suite(["boolq", "piqa"]))
     assert re.search(r'match_regex\(text_sha256.*column "text_sha256" .* does not exist', message)
 
 
@@ -163,8 +174,8 @@ def test_evaluation_rows_without_a_digest_do_not_pass(folder):
 def test_hidden_state_that_is_not_finite(folder, fault):
     states = pooled()
     states[2, 3, 5] = fault
-    table = tables.hidden_states_table(states)
-    message = refusal(folder, "hidden_states", table, suites.hidden_states(LAYERS, SAMPLES))
+    table = hidden_states_table(states)
+    message = refusal(folder, "hidden_states", table, hidden_states_suite(LAYERS, SAMPLES))
     fraction = 1 - 1 / (SAMPLES * WIDTH)
     assert "failed 1 of 9" in message
     assert f"(finite_fraction, min_value=1.0, max_value=1.0): 1 unexpected, e.g. [{fraction!r}] in rows [2]" in message
@@ -174,24 +185,22 @@ def test_layer_without_any_finite_sample_and_zero_vector(folder):
     states = pooled()
     states[1] = math.nan
     states[3, 0] = 0
-    message = refusal(
-        folder, "hidden_states", tables.hidden_states_table(states), suites.hidden_states(LAYERS, SAMPLES)
-    )
+    message = refusal(folder, "hidden_states", hidden_states_table(states), hidden_states_suite(LAYERS, SAMPLES))
     assert "expect_column_values_to_not_be_null(norm_mean): 1 unexpected, e.g. [None] in rows [1]" in message
     assert "(norm_min, min_value=0.0, strict_min=True): 1 unexpected, e.g. [0.0] in rows [3]" in message
 
 
 def test_hidden_state_norms_are_euclidean():
     states = np.array([[[3.0, 4.0], [0.0, 2.0]]])
-    row = tables.hidden_states_table(states).iloc[0]
+    row = hidden_states_table(states).iloc[0]
     assert (row.norm_mean, row.norm_min, row.norm_max, row.samples) == (3.5, 2.0, 5.0, 2)
 
 
 def test_similarity_above_one(folder):
     values = similarity()
     values[0, 2] = values[2, 0] = 1.3
-    table = tables.scores_table(values, "pairwise-similarity")
-    message = refusal(folder, "scores", table, suites.scores("pairwise-similarity", 3))
+    table = scores_table(values, "pairwise-similarity")
+    message = refusal(folder, "scores", table, scores_suite("pairwise-similarity", 3))
     assert "failed 1 of 5" in message
     assert "(value, min_value=0.0, max_value=1.0): 2 unexpected, e.g. [1.3, 1.3] in rows [2, 6]" in message
 
@@ -203,45 +212,45 @@ def test_similarity_above_one(folder):
 def test_similarity_asymmetric_off_diagonal_one_or_null(folder, where, value, column):
     values = similarity()
     values[where] = value
-    table = tables.scores_table(values, "pairwise-similarity")
-    message = refusal(folder, "scores", table, suites.scores("pairwise-similarity", 3))
+    table = scores_table(values, "pairwise-similarity")
+    message = refusal(folder, "scores", table, scores_suite("pairwise-similarity", 3))
     assert "failed 1 of 5" in message
     assert f"({column}" in message
 
 
 def test_diagonal_is_free_where_the_definition_leaves_it_free(folder):
-    table = tables.scores_table(similarity() * 0.9, "pairwise-similarity")
-    assert guard.check("scores", table, suites.scores("pairwise-similarity", 3, unit_diagonal=False), folder).passed
+    table = scores_table(similarity() * 0.9, "pairwise-similarity")
+    assert guard.check("scores", table, scores_suite("pairwise-similarity", 3, unit_diagonal=False), folder).passed
 
 
 def test_plan_of_halves_has_no_weights_to_sum_and_needs_one_kind_of_attention_only(folder):
     layers = (LayerRecipe((0,), (1.0,)), take_layers((1, 2), (2,), (1, 2)))
     kinds = ["full", "full", "sliding", "sliding"]
-    table = tables.plan_table(MergePlan("aligned", "", 4, layers), kinds)
+    table = plan_table(MergePlan("aligned", "", 4, layers), kinds)
     assert list(table["verb"]) == ["combine", "take"] and list(table["weight_sum"].isna()) == [False, True]
-    guard.check("plan", table, suites.plan(2), folder)
-    assert "(weight_sum" in refusal(folder, "plan", table.assign(weight_sum=None), suites.plan(2))
-    assert "(halves" in refusal(folder, "plan", table.assign(halves=[2, 1]), suites.plan(2))
+    guard.check("plan", table, plan_suite(2), folder)
+    assert "(weight_sum" in refusal(folder, "plan", table.assign(weight_sum=None), plan_suite(2))
+    assert "(halves" in refusal(folder, "plan", table.assign(halves=[2, 1]), plan_suite(2))
     mixed = MergePlan("aligned", "", 4, (layers[0], take_layers((1, 2), (1, 2), (1,))))
-    assert "(kinds" in refusal(folder, "plan", tables.plan_table(mixed, kinds), suites.plan(2))
+    assert "(kinds" in refusal(folder, "plan", plan_table(mixed, kinds), plan_suite(2))
 
 
 @pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
 def test_importance_that_is_not_finite(folder, fault):
-    table = tables.scores_table(np.array([0.3, fault]), "layer-importance")
-    message = refusal(folder, "scores", table, suites.scores("layer-importance", 2))
+    table = scores_table(np.array([0.3, fault]), "layer-importance")
+    message = refusal(folder, "scores", table, scores_suite("layer-importance", 2))
     assert "failed 1 of 3" in message and "in rows [1]" in message
 
 
 def test_plan_with_another_count_than_the_target(folder):
-    message = refusal(folder, "plan", tables.plan_table(plan()), suites.plan(2))
+    message = refusal(folder, "plan", plan_table(plan()), plan_suite(2))
     assert "failed 1 of 10: expect_table_row_count_to_equal(value=2): observed 3 " in message
 
 
 def test_plan_that_merges_distant_layers_of_different_kinds(folder):
     layers = (LayerRecipe((0,), (1.0,)), LayerRecipe((1, 3), (0.5, 0.5)))
-    table = tables.plan_table(MergePlan("mka", "", 4, layers), ["full", "full", "sliding", "sliding"])
-    message = refusal(folder, "plan", table.assign(weight_sum=[1.0, 1.1]), suites.plan(2))
+    table = plan_table(MergePlan("mka", "", 4, layers), ["full", "full", "sliding", "sliding"])
+    message = refusal(folder, "plan", table.assign(weight_sum=[1.0, 1.1]), plan_suite(2))
     assert "failed 3 of 10" in message
     assert "(skipped, min_value=0.0, max_value=0.0): 1 unexpected, e.g. [1] in rows [1]" in message
     assert "(kinds, min_value=1.0, max_value=1.0): 1 unexpected, e.g. [2] in rows [1]" in message
@@ -265,22 +274,22 @@ def test_plan_that_merges_distant_layers_of_different_kinds(folder):
     ],
 )
 def test_checkpoint_with_one_fault(folder, changes, expected):
-    message = refusal(folder, "checkpoint", tables.checkpoint_table(facts(**changes)), suites.checkpoint(3))
+    message = refusal(folder, "checkpoint", checkpoint_table(facts(**changes)), checkpoint_suite(3))
     assert "failed 1 of 9" in message
     assert expected in message
 
 
 def test_report_under_unequal_n(folder):
-    table = tables.evaluation_report_table(report(n=100), report(n=90))
-    message = refusal(folder, "evaluation_report", table, suites.evaluation_report())
+    table = evaluation_report_table(report(n=100), report(n=90))
+    message = refusal(folder, "evaluation_report", table, evaluation_report_suite())
     assert "failed 1 of 12: expect_column_pair_values_to_be_equal(n, n_of_other): 2 unexpected" in message
     assert "[100, 90]" in message and "[90, 100]" in message
 
 
 def test_report_that_lacks_a_task_of_the_base(folder):
     candidate = EvalReport({}, report().text, (), {}, {}, {})
-    table = tables.evaluation_report_table(report(), candidate)
-    message = refusal(folder, "evaluation_report", table, suites.evaluation_report())
+    table = evaluation_report_table(report(), candidate)
+    message = refusal(folder, "evaluation_report", table, evaluation_report_suite())
     assert "failed 1 of 12: expect_column_pair_values_to_be_equal(n, n_of_other): 1 unexpected" in message
     assert "e.g. [[100, 0]] in rows [1]" in message
 
@@ -296,15 +305,15 @@ def test_report_that_lacks_a_task_of_the_base(folder):
     ],
 )
 def test_report_with_an_impossible_figure(folder, candidate, expected):
-    table = tables.evaluation_report_table(report(), candidate)
-    message = refusal(folder, "evaluation_report", table, suites.evaluation_report())
+    table = evaluation_report_table(report(), candidate)
+    message = refusal(folder, "evaluation_report", table, evaluation_report_suite())
     assert "failed 1 of 12" in message
     assert expected in message
 
 
 def test_warning_is_told_and_stops_nothing(folder):
-    table = tables.evaluation_report_table(report(), report(stderr=math.nan))
-    result = guard.check("evaluation_report", table, suites.evaluation_report(), folder)
+    table = evaluation_report_table(report(), report(stderr=math.nan))
+    result = guard.check("evaluation_report", table, evaluation_report_suite(), folder)
     assert (result.expectations, result.passed) == (12, 11)
     assert len(result.warnings) == 1
     assert result.warnings[0].startswith("expect_column_values_to_not_be_null(stderr): 1 unexpected")
@@ -312,13 +321,13 @@ def test_warning_is_told_and_stops_nothing(folder):
 
 def test_tables_refuse_what_has_the_wrong_shape():
     with pytest.raises(NumericsError, match=r"shape \(2, 3\).*allowed"):
-        tables.scores_table(np.ones((2, 3)), "pairwise-similarity")
+        scores_table(np.ones((2, 3)), "pairwise-similarity")
     with pytest.raises(NumericsError, match=r"shape \(3,\), expected \(L\+1, N, D\)"):
-        tables.hidden_states_table(np.ones(3))
+        hidden_states_table(np.ones(3))
     with pytest.raises(PlanError, match="2 layer kinds for a plan of 4"):
-        tables.plan_table(plan(), ["a", "b"])
+        plan_table(plan(), ["a", "b"])
     with pytest.raises(CalibrationError, match="3 texts but 1 sources"):
-        tables.calibration_table(TEXTS, ["a"], {})
+        calibration_table(TEXTS, ["a"], {})
 
 
 class Page(HTMLParser):
@@ -343,9 +352,9 @@ def test_docs_hold_passes_and_failures_and_need_no_network(tmp_path, monkeypatch
         raise AssertionError("the network was used")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    guard.check("plan", tables.plan_table(plan()), suites.plan(3), tmp_path, run="smollm2 / run 1")
-    overlap = tables.calibration_table(["<b>bold</b> claim", "b", "c"], SOURCES, {text_digest("<b>bold</b> claim")})
-    message = refusal(tmp_path, "calibration", overlap, suites.calibration(3))
+    guard.check("plan", plan_table(plan()), plan_suite(3), tmp_path, run="smollm2 / run 1")
+    overlap = calibration_table(["<b>bold</b> claim", "b", "c"], SOURCES, {text_digest("<b>bold</b> claim")})
+    message = refusal(tmp_path, "calibration", overlap, calibration_suite(3))
     assert message.endswith(f"(details: {tmp_path / 'index.html'})")
     assert (tmp_path / "index.html").is_file()
 
@@ -366,9 +375,9 @@ def test_docs_hold_passes_and_failures_and_need_no_network(tmp_path, monkeypatch
 
 
 def test_repeating_a_check_keeps_the_newest_results(tmp_path):
-    expectations = suites.plan(3)
+    expectations = plan_suite(3)
     for _ in range(guard.KEPT_RUNS + 2):
-        guard.check("plan", tables.plan_table(plan()), expectations, tmp_path)
+        guard.check("plan", plan_table(plan()), expectations, tmp_path)
     guard.build_docs(tmp_path)
     text = guard.build_docs(tmp_path).read_text(encoding="utf-8")
     assert text.count("<details") == guard.KEPT_RUNS
@@ -425,7 +434,7 @@ def test_folder_that_cannot_be_used(tmp_path):
 
 
 def test_great_expectations_is_imported_only_when_used():
-    code = "import sys, tasks.guard, tasks.suites, tasks.tables; print([m for m in {m} if m in sys.modules])"
+    code = "import sys, tasks.guards.guard, tasks.guards.columns; print([m for m in {m} if m in sys.modules])"
     modules = ["great_expectations", "pandas", "torch", "scipy", "jinja2"]
     root = Path(__file__).parents[2]
     done = subprocess.run(

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from mka.errors import RegistryError
-from tasks.index import read_history, write_index_page
-from tasks.workplace import Workplace
+from tasks.machine.workplace import Workplace
+from tasks.registry.index import read_history, write_index_page
 
 pytestmark = pytest.mark.flow
 
@@ -16,7 +16,7 @@ START = 1_770_000_000_000  # milliseconds; every run is one second later than th
 
 
 class Store:
-    """An MLflow store in a work folder, and ways to put into it what `tasks.registry` would."""
+    """An MLflow store in a work folder, and ways to put into it what `tasks.registry.record` would."""
 
     def __init__(self, folder):
         from mlflow import MlflowClient

@@ -115,8 +115,8 @@ def test_an_undecided_candidate_is_not_promoted(project, capsys):
 @pytest.fixture
 def registered(project):
     """Five versions without files, as a run leaves them; nobody is champion."""
-    from tasks.promotion import read_version
-    from tasks.tracking import connect_registry
+    from tasks.registry.promotion import read_version
+    from tasks.registry.tracking import connect_registry
 
     uri = f"sqlite:///{project.work / 'mlflow.db'}"
     project.work.mkdir()
@@ -129,7 +129,7 @@ def registered(project):
 
 
 def test_of_many_that_promote_at_once_against_one_champion_one_succeeds(project, registered):
-    from tasks.promotion import move_champion
+    from tasks.registry.promotion import move_champion
 
     def move(version, expected):
         return move_champion(version, expected=expected, action="promote", who="a", why="b")
@@ -143,8 +143,8 @@ def test_of_many_that_promote_at_once_against_one_champion_one_succeeds(project,
 
 
 def test_a_promotion_that_comes_second_is_held_against_the_new_champion(project, registered, monkeypatch):
-    from tasks import challenge
-    from tasks.promotion import move_champion
+    from tasks.registry import challenge
+    from tasks.registry.promotion import move_champion
 
     first, second, third = registered[:3]
     move_champion(first, expected=None, action="promote", who="a", why="b")
@@ -175,7 +175,7 @@ def test_a_promotion_that_comes_second_is_held_against_the_new_champion(project,
     ],
 )
 def test_perplexity_must_be_proven_tasks_must_not_be_disproven(name, verdict, met):
-    from tasks.challenge import is_met
+    from tasks.registry.challenge import is_met
 
     assert is_met({"name": name, "verdict": verdict}) is met
 

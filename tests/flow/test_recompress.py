@@ -8,7 +8,7 @@ import torch
 from conftest import make_texts
 from safetensors.torch import load_file
 
-from mka.sums import file_sha256
+from mka.store.sums import file_sha256
 
 pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
 

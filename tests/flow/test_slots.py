@@ -17,7 +17,7 @@ pytestmark = pytest.mark.flow
 
 def overlap(name, holders):
     """Hold a slot in several threads; return the largest number of them that were inside at the same time."""
-    from tasks.slots import hold_slot
+    from tasks.machine.slots import hold_slot
 
     inside, most, lock = 0, 0, threading.Lock()
 
@@ -42,7 +42,7 @@ def overlap(name, holders):
 
 @pytest.fixture
 def no_server(monkeypatch, tmp_path):
-    monkeypatch.setattr("tasks.slots.is_on_server", lambda: False)
+    monkeypatch.setattr("tasks.machine.slots.is_on_server", lambda: False)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("MKA_SLOTS", "1")
 
@@ -58,7 +58,7 @@ def test_on_one_machine_a_slot_has_one_holder_unless_told_otherwise(no_server, m
 
 
 def overlap_once():
-    from tasks.slots import hold_slot
+    from tasks.machine.slots import hold_slot
 
     with hold_slot("alone"):
         pass
@@ -67,7 +67,7 @@ def overlap_once():
 def test_a_killed_holder_gives_its_slot_back(no_server, tmp_path):
     code = (
         f"import tempfile, time; tempfile.tempdir = {str(tmp_path)!r}\n"
-        "from tasks import slots\nslots.is_on_server = lambda: False\n"
+        "from tasks.machine import slots\nslots.is_on_server = lambda: False\n"
         "with slots.hold_slot('alone'):\n    print('holds', flush=True)\n    time.sleep(600)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -98,7 +98,7 @@ def test_on_a_server_a_slot_is_a_concurrency_limit_that_an_operator_may_raise():
 
 
 def test_slots_are_named_after_the_machine_and_the_model():
-    from tasks.slots import compute_slot, promotion_slot
+    from tasks.machine.slots import compute_slot, promotion_slot
 
     assert compute_slot().startswith(("mka-cpu-", "mka-gpu-")) and compute_slot() == compute_slot()
     assert promotion_slot("My model/2") == "mka-promotion-my-model-2"

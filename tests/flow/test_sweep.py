@@ -5,7 +5,7 @@ import json
 import pytest
 from benches import make_bench_folder, write_absolute_recipe
 
-from mka.cli import main as run_command
+from mka.cli.main import main as run_command
 
 pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
 
@@ -44,17 +44,18 @@ def test_sweep_and_command_share_their_cells_and_say_the_same(root, capsys):
 
 
 def test_a_failed_cell_sets_the_exit_code_and_the_others_are_kept(root, capsys, monkeypatch):
+    import mka.bench.cells
     from flows.sweep import main
-    from mka import stages
+    from mka.pipeline.merge import write_merged
 
-    write = stages.write_merged
+    write = write_merged
 
     def fail(plan, *rest):
         if plan.layers_out == 5:
             raise RuntimeError("a mistake")
         return write(plan, *rest)
 
-    monkeypatch.setattr(stages, "write_merged", fail)
+    monkeypatch.setattr(mka.bench.cells, "write_merged", fail)
     assert main([str(write_absolute_recipe(root, methods=[{"name": "mka"}]))]) == 1
     said = capsys.readouterr()
     assert "mka at 5 failed: RuntimeError: a mistake" in said.out

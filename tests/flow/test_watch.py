@@ -7,7 +7,7 @@ import pytest
 import yaml
 from conftest import make_tiny_model, save_model
 
-from mka.checkpoint import open_checkpoint
+from mka.model.checkpoint import open_checkpoint
 
 pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
 
@@ -68,8 +68,8 @@ def test_an_unchanged_base_starts_nothing(project, deployment, capsys):
 
 
 def test_a_changed_base_starts_one_run_however_many_watch(project, deployment, capsys):
+    from tasks.machine.workplace import find_workplace
     from tasks.watching import compare_base_model, start_recompression
-    from tasks.workplace import find_workplace
 
     recipe, other = write_recipe(project, "first"), write_recipe(project, "second")
     for name in ("first", "second"):

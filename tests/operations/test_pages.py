@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mka.index_page import Move, Recompression, Recovery, write_index
+from mka.report.index import Move, Recompression, Recovery, write_index
 
 pytestmark = [pytest.mark.browser, pytest.mark.operations]
 

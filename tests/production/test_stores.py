@@ -77,8 +77,8 @@ def test_the_registered_version_is_whole_and_named(registry, project):
 def test_the_model_from_s3_is_the_candidate_that_was_measured(registry, stores, project, tmp_path):
     import mlflow
 
-    from mka.checkpoint import open_checkpoint
-    from tasks.tracking import connect_registry
+    from mka.model.checkpoint import open_checkpoint
+    from tasks.registry.tracking import connect_registry
 
     version = registry.get_model_version_by_alias("tiny", "champion")
     with connect_registry(stores.mlflow):

@@ -8,8 +8,8 @@ from numpy.testing import assert_allclose
 from scipy.special import digamma
 from threadpoolctl import threadpool_limits
 
-from mka.diffusion import diffusion_map
-from mka.information import information_ceiling, mutual_information, npib, npib_matrix
+from mka.similarity.diffusion import diffusion_map
+from mka.similarity.information import information_ceiling, mutual_information, npib, npib_matrix
 
 SEEDS = st.integers(0, 2**32 - 1)
 PRIME = 101

@@ -8,10 +8,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mka.errors import PlanError, RecipeError
-from mka.methods import Aim, Evidence, get_method, method_settings
-from mka.plan import MergePlan
-from mka.planning import delete_least_important, merge_adjacent, resolve_target
-from mka.states import LayerScores
+from mka.evidence.needs import Evidence
+from mka.evidence.states import LayerScores
+from mka.methods import get_method, method_settings
+from mka.plan.deleting import delete_least_important
+from mka.plan.grouping import merge_adjacent
+from mka.plan.plan import MergePlan
+from mka.plan.target import Aim, resolve_target
 
 
 @st.composite

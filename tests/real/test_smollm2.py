@@ -87,7 +87,7 @@ def test_the_candidate_is_stock_smaller_and_still_speaks(first):
 
 def test_merging_changed_weights_as_the_plan_says(first):
     """The merged down_proj is the planned sum of the two sources (it has no gain to fold), to int8 rounding."""
-    from mka.loading import load_model
+    from mka.model.loading import load_model
 
     _, facts, _ = first
     plan = json.loads(Path(facts["plan"]).read_text())
@@ -105,9 +105,9 @@ def test_merging_changed_weights_as_the_plan_says(first):
 
 def test_base_perplexity_agrees_with_the_models_own_loss(first):
     """The first window of held-out text, scored by transformers' own loss."""
-    from mka.calibration import read_heldout
-    from mka.loading import load_model
-    from mka.measurements import EvalReport
+    from mka.evaluation.scores import EvalReport
+    from mka.model.loading import load_model
+    from mka.texts.rows import read_heldout
 
     assert first
     report = EvalReport.load(next((ROOT / "data/work/stages").glob("evaluate-*/evaluation.json")))

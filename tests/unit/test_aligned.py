@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mka.errors import PlanError
-from mka.methods import HIDDEN_STATES, TRIALS, Aim, Evidence, get_method, method_settings
+from mka.evidence.needs import HIDDEN_STATES, TRIALS, Evidence
+from mka.evidence.states import LayerScores
+from mka.methods import get_method, method_settings
 from mka.methods.aligned import _propose
-from mka.plan import LayerRecipe, identity_layers
-from mka.planning import partition_layers
-from mka.states import LayerScores
+from mka.plan.grouping import partition_layers
+from mka.plan.plan import LayerRecipe, identity_layers
+from mka.plan.target import Aim
 
 # partition_layers
 

@@ -8,11 +8,11 @@ import torch
 from conftest import make_texts, make_tiny_model, save_model
 from safetensors.torch import load_file
 
-import mka.loading
-from mka.cli import main
-from mka.plan import MergePlan
-from mka.recipe import load_recipe
-from mka.sums import verify_sums
+import mka.model.loading
+from mka.cli.main import main
+from mka.pipeline.recipes import load_recipe
+from mka.plan.plan import MergePlan
+from mka.store.sums import verify_sums
 
 TRIALS = ["--set", "tokens=256", "--set", "heldout_tokens=64", "--set", "context=16"]
 
@@ -159,7 +159,7 @@ def test_what_cannot_be_aligned_is_refused_before_any_model_is_loaded(
     write_table(tmp_path / "single.jsonl", one=one)
     write_table(tmp_path / "short.jsonl", one=[" ".join(["w5"] * 20)])
     write_table(tmp_path / "guilty.jsonl", one=one, two=[quoted.upper().replace("W", "w")])
-    monkeypatch.setattr(mka.loading, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(mka.model.loading, "load_model", lambda *_: pytest.fail("the model was loaded"))
     assert expected in refuse(capsys, *arguments, *changes, "--output", "out")
     assert not (tmp_path / "out").exists()
 

@@ -21,15 +21,15 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from mka.alignment import Alignment, find_ends
-from mka.candidate import build_candidate
-from mka.checkpoint import open_checkpoint
-from mka.decoder import Decoder
-from mka.families import get_family
-from mka.merging import merge_checkpoint
-from mka.plan import LayerRecipe, MergePlan, identity_layers, keep_layers, take_layers
-from mka.refit import token_weights
-from mka.sublayers import run_sublayer
+from mka.alignment.lockstep import Alignment, find_ends
+from mka.alignment.refit import token_weights
+from mka.evidence.candidate import build_candidate
+from mka.model.checkpoint import open_checkpoint
+from mka.model.decoder import Decoder
+from mka.model.families import get_family
+from mka.model.parts import run_sublayer
+from mka.plan.plan import LayerRecipe, MergePlan, identity_layers, keep_layers, take_layers
+from mka.transforms.merge import merge_checkpoint
 
 every_family = pytest.mark.parametrize("family", FAMILY_NAMES)
 WINDOWS = draw_windows(24)
@@ -101,7 +101,7 @@ def test_students_with_different_penalties_walk_beside_one_teacher_as_they_would
 
 
 def test_every_source_layer_of_the_teacher_is_run_once_per_batch(monkeypatch):
-    monkeypatch.setattr("mka.alignment.BATCH_TOKENS", 5 * 24)
+    monkeypatch.setattr("mka.alignment.lockstep.BATCH_TOKENS", 5 * 24)
     model = make_sharp_model("llama")
     walk = Alignment(model, WINDOWS[:16], heldout=4)
     calls = [0] * LAYERS
@@ -125,7 +125,7 @@ def test_every_source_layer_of_the_teacher_is_run_once_per_batch(monkeypatch):
 def test_batches_and_windows_held_out_change_nothing_that_is_fitted(monkeypatch):
     model, layers = make_sharp_model("llama"), replace(concatenate(1, 3, (1,)))
     _, whole = run_walk(model, WINDOWS, layers)
-    monkeypatch.setattr("mka.alignment.BATCH_TOKENS", 5 * 24)
+    monkeypatch.setattr("mka.alignment.lockstep.BATCH_TOKENS", 5 * 24)
     _, batched = run_walk(model, torch.cat([WINDOWS, draw_windows(7, seed=5)]), layers, heldout=7)
     for one, other in zip(whole, batched, strict=True):
         assert_close(dict(other.tensors), dict(one.tensors), rtol=1e-3, atol=1e-3)

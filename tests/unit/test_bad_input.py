@@ -11,12 +11,12 @@ import torch
 from conftest import LAYERS, make_texts, make_tiny_model, save_model
 from safetensors.torch import load_file, save_file
 
-import mka.loading
-import mka.stages
-import mka.writing
-from mka.cli import main
-from mka.families import FAMILIES
-from mka.sums import write_sums
+import mka.model.loading
+import mka.model.shards
+import mka.pipeline.pipeline
+from mka.cli.main import main
+from mka.model.families import FAMILIES
+from mka.store.sums import write_sums
 
 SAMPLES = 60
 
@@ -78,7 +78,7 @@ def unloadable(monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(mka.loading, "load_model", load)
+    monkeypatch.setattr(mka.model.loading, "load_model", load)
 
 
 def edit_config(folder, **changes):
@@ -285,7 +285,7 @@ def test_disk_that_fills_up_while_writing(refuse, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(mka.writing, "_write_shard", write)
+    monkeypatch.setattr(mka.model.shards, "_write_shard", write)
     assert "disk full while writing" in refuse()
 
 
@@ -368,7 +368,7 @@ def test_interruption(refuse, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mka.stages, "observe_checkpoint", interrupt)
+    monkeypatch.setattr(mka.pipeline.pipeline, "observe_checkpoint", interrupt)
     line = refuse(code=130)
     assert "interrupted" in line and "run the same command again" in line
 
@@ -377,7 +377,7 @@ def test_a_bug_is_not_dressed_up_as_bad_input(base, tables, tmp_path, monkeypatc
     def fail(*args):
         raise ZeroDivisionError("bug")
 
-    monkeypatch.setattr(mka.stages, "observe_checkpoint", fail)
+    monkeypatch.setattr(mka.pipeline.pipeline, "observe_checkpoint", fail)
     arguments = ["compress", base, "--calibration", tables / "calibration.jsonl", "--samples", SAMPLES, "--layers", 4]
     with pytest.raises(ZeroDivisionError):
         main([str(a) for a in (*arguments, "--no-evaluate", "--output", tmp_path / "out")])

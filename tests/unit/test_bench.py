@@ -7,21 +7,23 @@ import pytest
 import yaml
 from benches import TINY, make_bench_folder, write_bench_recipe
 
-import mka.bench
-import mka.bench_measuring
-from mka import stages
-from mka.bench import EXPECTED, find_base, find_cell, foresee_bench, run_bench
-from mka.bench_inputs import prepare
-from mka.bench_recipe import load_bench
-from mka.bench_statistics import Comparison
-from mka.candidate import Loss
-from mka.checkpoint import open_checkpoint
-from mka.cli import main
+import mka.bench.cells
+import mka.bench.measure
+import mka.bench.run
+from mka.bench.cells import find_base, find_cell
+from mka.bench.prepare import prepare
+from mka.bench.recipe import load_bench
+from mka.bench.run import EXPECTED, foresee_bench, run_bench
+from mka.bench.statistics import Comparison
+from mka.cli.main import main
 from mka.errors import CalibrationError, NumericsError, RecipeError
-from mka.loading import load_model
-from mka.perplexity import measure_perplexity
-from mka.plan import MergePlan, keep_layers
-from mka.progress import showing
+from mka.evaluation.perplexity import measure_perplexity
+from mka.evidence.oracles import Loss
+from mka.model.checkpoint import open_checkpoint
+from mka.model.loading import load_model
+from mka.pipeline.merge import write_merged
+from mka.plan.plan import MergePlan, keep_layers
+from mka.terminal import showing
 
 CELLS = ["sleb at 5", "sleb at 4", "mka at 5", "mka at 4"]
 
@@ -58,9 +60,9 @@ def run(root, only=None, **changes):
 @pytest.fixture
 def written(monkeypatch):
     """Names of the methods whose candidates were written."""
-    plans, write = [], stages.write_merged
+    plans, write = [], write_merged
     monkeypatch.setattr(
-        stages,
+        mka.bench.cells,
         "write_merged",
         lambda plan, *rest: (plans.append((plan.method, plan.layers_out)), write(plan, *rest))[1],
     )
@@ -71,13 +73,13 @@ def written(monkeypatch):
 def measured(monkeypatch):
     """Names of the texts that were measured."""
     names = []
-    measure_text = mka.bench_measuring.MeasuredModel.measure_text
+    measure_text = mka.bench.measure.MeasuredModel.measure_text
 
     def count(self, name, folder):
         names.append(name)
         return measure_text(self, name, folder)
 
-    monkeypatch.setattr(mka.bench_measuring.MeasuredModel, "measure_text", count)
+    monkeypatch.setattr(mka.bench.measure.MeasuredModel, "measure_text", count)
     return names
 
 
@@ -90,7 +92,7 @@ def test_a_cell_is_what_the_stages_make_by_themselves_and_leaves_no_model_behind
     plans = [MergePlan.load(path) for path in (root / "work/stages").glob("bench-plan-*/plan.json")]
     (plan,) = (plan for plan in plans if plan.method == "sleb" and plan.layers_out == 4)
     assert plan.layers == keep_layers([i for i in range(6) if i not in plan.removed])
-    stages.write_merged(plan, open_checkpoint(root / "base"), tmp_path / "again")
+    write_merged(plan, open_checkpoint(root / "base"), tmp_path / "again")
     for folder, found in ((root / "base", results.base), (tmp_path / "again", cell)):
         model, tokenizer = load_model(folder, "float32")
         for name, texts in bench.texts.items():
@@ -112,7 +114,7 @@ def test_a_second_run_does_nothing_and_finds_the_same(root, written, measured):
 
 
 def test_a_run_killed_between_cells_keeps_the_earlier_ones(root, written, monkeypatch):
-    attempt, done = mka.bench.attempt_cell, []
+    attempt, done = mka.bench.run.attempt_cell, []
 
     def die(bench, cell):
         if len(done) == 2:
@@ -120,10 +122,10 @@ def test_a_run_killed_between_cells_keeps_the_earlier_ones(root, written, monkey
         done.append(cell)
         return attempt(bench, cell)
 
-    monkeypatch.setattr(mka.bench, "attempt_cell", die)
+    monkeypatch.setattr(mka.bench.run, "attempt_cell", die)
     with pytest.raises(KeyboardInterrupt):
         run(root)
-    monkeypatch.setattr(mka.bench, "attempt_cell", attempt)
+    monkeypatch.setattr(mka.bench.run, "attempt_cell", attempt)
     assert written == [("sleb", 5), ("sleb", 4)]
     bench = open_bench(root)
     assert [find_cell(bench, cell) is not None for cell in bench.recipe.cells] == [True, True, False, False]
@@ -151,7 +153,7 @@ def test_merging_again_to_other_bytes_measures_everything_of_the_cell_again(root
     stored = run(root, only="sleb").measured[1]
     forget_measurement(root, stored)
     measured.clear()
-    write = stages.write_merged
+    write = write_merged
 
     def write_other(plan, checkpoint, output, *rest):
         write(plan, checkpoint, output, *rest)
@@ -159,7 +161,7 @@ def test_merging_again_to_other_bytes_measures_everything_of_the_cell_again(root
         (output / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-2}))
         return {}
 
-    monkeypatch.setattr(stages, "write_merged", write_other)
+    monkeypatch.setattr(mka.bench.cells, "write_merged", write_other)
     again = run(root, only="sleb").measured[1]
     # The first was about to be measured when the bytes turned out to be others.
     assert sorted(measured[1:]) == ["prose", "words"]
@@ -201,14 +203,14 @@ def test_a_target_out_of_reach_is_a_failed_cell_and_the_run_goes_on(root, capsys
 
 @pytest.mark.parametrize(("error", "code"), [(NumericsError("not finite"), 0), (RuntimeError("a mistake"), 1)])
 def test_only_failures_that_are_no_limit_of_a_method_set_the_exit_code(root, capsys, monkeypatch, error, code):
-    write = stages.write_merged
+    write = write_merged
 
     def fail(plan, *rest):
         if plan.layers_out == 5:
             raise error
         return write(plan, *rest)
 
-    monkeypatch.setattr(stages, "write_merged", fail)
+    monkeypatch.setattr(mka.bench.cells, "write_merged", fail)
     assert main(["bench", str(write_bench_recipe(root)), "--json"]) == code
     said = capsys.readouterr()
     document = json.loads(said.out)
@@ -248,7 +250,7 @@ def test_impossible_targets_and_contexts_are_refused_before_anything_runs(root):
 
 def open_bench_with_alignment(root, methods):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "write_aligned", lambda *_: {}, raising=False)
+        patch.setattr(mka.bench.cells, "write_aligned", lambda *_: {}, raising=False)
         return open_bench(root, methods=methods)
 
 
@@ -257,16 +259,16 @@ def test_alignment_is_handed_its_texts_by_source_and_tells_its_cost(root, monkey
 
     def write_aligned(plan, checkpoint, texts, settings, source, output):
         calls.append((plan.layers_out, list(texts), settings.enabled, source.dtype))
-        stages.write_merged(plan, checkpoint, output)
+        write_merged(plan, checkpoint, output)
         return {"tokens": 2048, "teacher_seconds": 2.0, "seconds": 5.0, "probe_seconds": 0.5}
 
-    monkeypatch.setattr(stages, "write_aligned", write_aligned, raising=False)
+    monkeypatch.setattr(mka.bench.cells, "write_aligned", write_aligned, raising=False)
     methods = [{"name": "mka", "alignment": [False, True], "targets": [5]}]
     results = run(root, methods=methods)
     assert calls == [(5, ["words"], True, "float32")]
     assert [m.cell.row for m in results.measured] == ["mka", "mka, aligned"]
     assert set(results.measured[1].seconds) == {"observe", "score", "plan", "align", "measure"}
-    from mka.bench_page import render_page
+    from mka.bench.page import render_page
 
     page = render_page(Comparison(results), None)
     assert "| mka, aligned | 5 | 2,048 | 2.000 | 5.000 | 0.5000 | 2.75 |" in page
@@ -301,7 +303,7 @@ def test_only_names_a_method_of_the_recipe(root, capsys):
 def test_leftovers_of_killed_runs_are_removed_and_folders_in_use_are_not(root):
     from filelock import FileLock
 
-    from mka.bench_cells import sweep_leftovers
+    from mka.bench.cells import sweep_leftovers
 
     for name in ("dead", "alive"):
         (root / "work/bench" / name / "model").mkdir(parents=True)

@@ -11,17 +11,17 @@ import pytest
 import yaml
 from benches import TINY, make_bench_folder, write_bench_recipe
 
-from mka.bench import Failed, Results
-from mka.bench_page import BEGIN, END, render_page, update_readme
-from mka.bench_parts import Bench, Measured
-from mka.bench_pictures import draw_comparison
-from mka.bench_recipe import validate_bench
-from mka.bench_statistics import Comparison
-from mka.bench_tables import format_ratio, show_comparison, tabulate_best
-from mka.checkpoint import open_checkpoint
-from mka.cli import main
+from mka.bench.page import BEGIN, END, render_page, update_readme
+from mka.bench.parts import Bench, Measured
+from mka.bench.picture import draw_comparison
+from mka.bench.recipe import validate_bench
+from mka.bench.results import Failed, Results
+from mka.bench.statistics import Comparison
+from mka.bench.tables import format_ratio, show_comparison, tabulate_best
+from mka.cli.main import main
 from mka.errors import OutputError
-from mka.measurements import Score
+from mka.evaluation.scores import Score
+from mka.model.checkpoint import open_checkpoint
 
 WINDOWS, TOKENS = 8, 100
 CONDITIONS = {

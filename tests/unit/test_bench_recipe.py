@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mka.bench_recipe import load_bench, validate_bench
+from mka.bench.recipe import load_bench, validate_bench
 from mka.errors import RecipeError
 
 ROOT = Path(__file__).parents[2]

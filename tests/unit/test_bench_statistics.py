@@ -6,10 +6,10 @@ from itertools import product
 import numpy as np
 import pytest
 
-from mka.bench_statistics import BASE, draw_text, recover_tasks
+from mka.bench.statistics import BASE, draw_text, recover_tasks
 from mka.errors import GuardError
-from mka.gate import bound_levels
-from mka.measurements import Score
+from mka.evaluation.bootstrap import bound_levels
+from mka.evaluation.scores import Score
 
 Z975 = 1.959963984540054
 

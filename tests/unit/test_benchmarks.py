@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mka.benchmarks import TASKS, check_tasks, choose_items, list_mmlu, run_tasks
 from mka.errors import NumericsError, RecipeError
+from mka.evaluation.task_tables import TASKS
+from mka.evaluation.tasks import check_tasks, choose_items, list_mmlu, run_tasks
 
 WORDS = ["red", "green", "blue", "cold", "warm", "tall", "small", "round", "quick", "slow"]
 

@@ -3,18 +3,10 @@ import json
 
 import pytest
 
-from mka.calibration import (
-    CalibrationSet,
-    find_overlap,
-    load_calibration,
-    read_heldout,
-    read_rows,
-    read_texts,
-    refuse_overlap,
-    text_digest,
-    word_runs,
-)
 from mka.errors import CalibrationError
+from mka.texts.calibration import CalibrationSet, load_calibration
+from mka.texts.overlap import find_overlap, refuse_overlap, word_runs
+from mka.texts.rows import read_heldout, read_rows, read_texts, text_digest
 
 LONG = "The quick brown fox jumps over the lazy dog while the seventh judge sleeps in the sun"
 

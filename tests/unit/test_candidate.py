@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import LAYERS, make_texts, make_tiny_model, make_tokenizer
 
-from mka.candidate import Divergence, Loss, OutputSimilarity, build_candidate
 from mka.errors import CalibrationError, NumericsError
-from mka.plan import LayerRecipe, identity_layers, keep_layers
+from mka.evidence.candidate import build_candidate
+from mka.evidence.oracles import Divergence, Loss, OutputSimilarity
+from mka.plan.plan import LayerRecipe, identity_layers, keep_layers
 
 TOKENIZER = make_tokenizer()
 TEXTS = make_texts(7, seed=3)

@@ -11,14 +11,14 @@ import torch
 from conftest import LAYERS, make_tiny_model, save_model
 from safetensors.torch import load_file, save_file
 
-from mka.checkpoint import open_checkpoint
 from mka.errors import CheckpointError, MkaError
-from mka.families import FAMILIES
-from mka.merging import merge_checkpoint
-from mka.plan import MergePlan, identity_layers
-from mka.sums import write_sums
-from mka.verification import inspect_checkpoint, require_sound
-from mka.writing import copy_companions
+from mka.model.checkpoint import open_checkpoint
+from mka.model.families import FAMILIES
+from mka.model.shards import copy_companions
+from mka.model.verification import inspect_checkpoint, require_sound
+from mka.plan.plan import MergePlan, identity_layers
+from mka.store.sums import write_sums
+from mka.transforms.merge import merge_checkpoint
 
 MODEL = "model.safetensors"
 INDEX = "model.safetensors.index.json"

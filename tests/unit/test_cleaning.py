@@ -17,10 +17,10 @@ from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mka.cleaning import clean, read_duration
-from mka.cli import main
+from mka.cli.main import main
 from mka.errors import OutputError, RecipeError
-from mka.products import MANIFEST, find, produce
+from mka.store.cleaning import clean, read_duration
+from mka.store.products import MANIFEST, find, produce
 
 ROOT = Path(__file__).parents[2]
 DAY = 86400.0
@@ -137,7 +137,7 @@ def test_reuse_does_not_need_a_store_that_can_be_written(work, monkeypatch):
         asked.append(Path(path).name)
         raise OSError(30, "Read-only file system", str(path))
 
-    monkeypatch.setattr("mka.products.os.utime", refuse)
+    monkeypatch.setattr("mka.store.products.os.utime", refuse)
     assert make(work).reused and look(work).reused
     assert asked == [MANIFEST, MANIFEST]
 
@@ -212,7 +212,7 @@ def killed_run(work: Path) -> Path:
     code = f"""
         import time
         from pathlib import Path
-        from mka.products import produce
+        from mka.store.products import produce
         def make(folder):
             (folder / "half.bin").write_bytes(b"0" * 1000)
             print("there", flush=True)
@@ -379,7 +379,7 @@ def test_a_result_that_cannot_be_removed_is_said_in_one_line(work, monkeypatch):
     def refuse(path, *rest, **named):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("mka.cleaning.shutil.rmtree", refuse)
+    monkeypatch.setattr("mka.store.cleaning.shutil.rmtree", refuse)
     with pytest.raises(OutputError, match=r"cannot be removed: Permission denied; 0 things"):
         clean(work, MONTH)
     monkeypatch.undo()

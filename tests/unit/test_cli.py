@@ -13,16 +13,17 @@ import torch
 from conftest import LAYERS, make_texts, make_tokenizer
 from safetensors.torch import load_file
 
-import mka.compress
-from mka.cli import cli, main
-from mka.loading import load_model
-from mka.measurements import EvalReport
+import mka.pipeline.evaluate
+import mka.pipeline.pipeline
+from mka.cli.main import cli, main
+from mka.cli.options import read_settings, read_tasks
+from mka.evaluation.perplexity import measure_perplexity
+from mka.evaluation.scores import EvalReport
 from mka.methods import get_method, method_names
-from mka.options import read_settings, read_tasks
-from mka.perplexity import measure_perplexity
-from mka.plan import MergePlan
-from mka.recipe import load_recipe
-from mka.sums import file_sha256, verify_sums
+from mka.model.loading import load_model
+from mka.pipeline.recipes import load_recipe
+from mka.plan.plan import MergePlan
+from mka.store.sums import file_sha256, verify_sums
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = 60
@@ -66,7 +67,7 @@ def list_tree(folder):
 @pytest.mark.parametrize("arguments", [["--help"], ["methods"], ["methods", "--json"], ["compress", "--help"]])
 def test_start_imports_nothing_heavy(arguments):
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "mka.cli", *arguments],
+        [sys.executable, "-X", "importtime", "-m", "mka.cli.main", *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -79,7 +80,7 @@ def test_start_imports_nothing_heavy(arguments):
 
 def test_a_refusal_sets_the_exit_code_of_the_process(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "mka.cli", "merge", "nowhere", "--plan", "nowhere.json", "--output", "out"],
+        [sys.executable, "-m", "mka.cli.main", "merge", "nowhere", "--plan", "nowhere.json", "--output", "out"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -206,14 +207,14 @@ def test_nothing_to_measure_is_said_and_published_all_the_same(capsys, compress_
 def test_a_failed_gate_exits_with_1_after_writing_everything(
     capsys, compress_arguments, llama_folder, tmp_path, monkeypatch
 ):
-    measure = mka.compress.measure_checkpoint
+    measure = mka.pipeline.evaluate.measure_checkpoint
 
     def measure_worse(checkpoint, *args, **options):
         report = measure(checkpoint, *args, **options)
         worse = [replace(s, items=tuple((2 * nll, n) for nll, n in s.items)) for s in report.text]
         return replace(report, text=tuple(worse)) if checkpoint.layers < LAYERS else report
 
-    monkeypatch.setattr(mka.compress, "measure_checkpoint", measure_worse)
+    monkeypatch.setattr(mka.pipeline.evaluate, "measure_checkpoint", measure_worse)
     output = tmp_path / "out"
     arguments = [str(a) for a in (*compress_arguments, "--output", output)]
     assert main([*arguments, "--json"]) == 1

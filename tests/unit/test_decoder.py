@@ -11,14 +11,14 @@ from alignments import SAME_KIND, concatenate, draw_windows, make_sharp_model, r
 from conftest import FAMILY_NAMES, make_texts, make_tiny_model, make_tokenizer, save_model
 from safetensors.torch import load_file, save_file
 
-from mka.alignment import Alignment
-from mka.checkpoint import open_checkpoint
-from mka.decoder import Decoder
+from mka.alignment.lockstep import Alignment
+from mka.alignment.trials import AlignedTrials
 from mka.errors import CheckpointError
-from mka.loading import load_model, open_decoder
-from mka.observe import observe
-from mka.plan import LayerRecipe, take_layers
-from mka.trials import AlignedTrials
+from mka.evidence.observe import observe
+from mka.model.checkpoint import open_checkpoint
+from mka.model.decoder import Decoder
+from mka.model.loading import load_model, open_decoder
+from mka.plan.plan import LayerRecipe, take_layers
 
 every_family = pytest.mark.parametrize("family", FAMILY_NAMES)
 TOKENIZER = make_tokenizer()
@@ -157,9 +157,9 @@ sys.path[:0] = {path!r}
 from benchmarks.merge import plan_pairs
 from benchmarks.rounds import peak_memory
 from benchmarks.shapes import make_checkpoint
-from mka.checkpoint import open_checkpoint
-from mka.merging import merge_checkpoint
-from mka.verification import inspect_checkpoint
+from mka.model.checkpoint import open_checkpoint
+from mka.transforms.merge import merge_checkpoint
+from mka.model.verification import inspect_checkpoint
 work = Path({work!r})
 peaks = []
 for layers in (4, 4, 40):  # the first run brings in what the libraries load late

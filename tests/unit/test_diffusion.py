@@ -5,8 +5,8 @@ import pytest
 from numpy.testing import assert_allclose
 from threadpoolctl import threadpool_limits
 
-from mka.diffusion import diffusion_map, pairwise_distances
 from mka.errors import NumericsError, RecipeError
+from mka.similarity.diffusion import diffusion_map, pairwise_distances
 
 
 def circle(angles):

@@ -7,12 +7,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mka.errors import CheckpointError, GuardError, RecipeError
-from mka.evaluate import evaluate_checkpoint, generate_text, report_to_rows
-from mka.loading import load_model
-from mka.measurements import EvalReport, Score
-from mka.perplexity import measure_perplexity
+from mka.evaluation.evaluate import evaluate_checkpoint, generate_text, report_to_rows
+from mka.evaluation.perplexity import measure_perplexity
+from mka.evaluation.scores import EvalReport, Score
+from mka.evaluation.speed import compare_speed
+from mka.model.loading import load_model
 from mka.recipe import EvaluationSettings, QuantizeSettings
-from mka.speed import compare_speed
 
 HELDOUT = {"prose": ["A short piece of prose, long enough for some windows."] * 4, "code": ["x = f(y) + 1\n"] * 12}
 PROMPTS = ("The capital", "Tea:")
@@ -140,8 +140,8 @@ def test_equal_runs_give_equal_numbers(report, folder, settings):
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_quantized_folders_are_measured_as_they_are(report, folder, settings, tmp_path, scheme):
-    from mka.checkpoint import open_checkpoint
-    from mka.quantize import quantize_checkpoint
+    from mka.model.checkpoint import open_checkpoint
+    from mka.transforms.rtn import quantize_checkpoint
 
     output = tmp_path / scheme
     quantize_checkpoint(open_checkpoint(folder), output, QuantizeSettings(scheme=scheme, group_size=16))

@@ -10,23 +10,27 @@ from safetensors.torch import load_file, save_file
 from scipy.linalg import hadamard
 from transformers import AutoModelForCausalLM
 
-from mka import stages
-from mka.blocks import cosine_distance
-from mka.calibration import CalibrationSet, digest_texts
-from mka.checkpoint import open_checkpoint
-from mka.cuts import Cut, CutEvidence, CutTokens, find_cuts
 from mka.errors import PlanError
-from mka.families import get_family
-from mka.folds import bind_folds
-from mka.merging import merge_checkpoint
-from mka.methods import Aim, Evidence, get_method, method_settings
+from mka.evidence.cuts import Cut, CutEvidence, CutTokens, find_cuts
+from mka.evidence.needs import Evidence
+from mka.evidence.residuals import stream_cuts
+from mka.evidence.states import HiddenStates
+from mka.methods import get_method, method_settings
 from mka.methods.linearpatch import PatchSums, rotate_channels
 from mka.methods.prune_and_comp import compare_magnitudes, fold_scales
-from mka.plan import MergePlan, Step, identity_layers, keep_layers
-from mka.progress import showing
+from mka.model.checkpoint import open_checkpoint
+from mka.model.families import get_family
+from mka.pipeline.merge import write_merged
+from mka.pipeline.plan import fit_folds
+from mka.plan.plan import MergePlan, Step, identity_layers, keep_layers
+from mka.plan.target import Aim
 from mka.recipe import CalibrationSettings, MethodChoice, ModelSource
-from mka.residuals import stream_cuts
-from mka.states import HiddenStates
+from mka.similarity.blocks import cosine_distance
+from mka.terminal import showing
+from mka.texts.calibration import CalibrationSet
+from mka.texts.rows import digest_texts
+from mka.transforms.fold import bind_folds
+from mka.transforms.merge import merge_checkpoint
 
 RNG = np.random.default_rng(0)
 LLAMA = get_family("llama", "test")
@@ -63,9 +67,9 @@ def delete_and_fold(name, folder, layers, texts, out, **settings):
         choice = MethodChoice(name=name, settings=settings)
         # The tokenizer that transformers makes of these words depends on the family.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("mka.loading.load_model", lambda path, *_: (load(path), TOKENIZER))
-            folds = stages.fit_folds(choice, plan, checkpoint, calibrate(texts), LOOKING, source)
-        stages.write_merged(bind_folds(plan, folds), checkpoint, out, folds)
+            patch.setattr("mka.model.loading.load_model", lambda path, *_: (load(path), TOKENIZER))
+            folds = fit_folds(choice, plan, checkpoint, calibrate(texts), LOOKING, source)
+        write_merged(bind_folds(plan, folds), checkpoint, out, folds)
     return folds, load(out)
 
 
@@ -330,6 +334,6 @@ def test_methods_that_fit_nothing_and_plans_that_delete_nothing_have_no_folds(ll
     checkpoint, source = open_checkpoint(llama_folder), ModelSource(folder=llama_folder)
     deleted = MergePlan("", "", LAYERS, keep_layers(range(4)))
     for name, plan in (("shortgpt", deleted), ("replaceme", MergePlan("", "", LAYERS, identity_layers(LAYERS)))):
-        assert stages.fit_folds(MethodChoice(name=name), plan, checkpoint, None, LOOKING, source) is None
+        assert fit_folds(MethodChoice(name=name), plan, checkpoint, None, LOOKING, source) is None
     with pytest.raises(PlanError, match="'replaceme' is fitted on calibration texts; give a calibration set"):
-        stages.fit_folds(MethodChoice(name="replaceme"), deleted, checkpoint, None, LOOKING, source)
+        fit_folds(MethodChoice(name="replaceme"), deleted, checkpoint, None, LOOKING, source)

@@ -10,11 +10,14 @@ from evidence import IDS, TOKENIZER, every_family
 from numpy.testing import assert_allclose
 from safetensors.torch import load_file
 
-from mka.checkpoint import open_checkpoint
-from mka.cuts import Cut, find_cuts
 from mka.errors import NumericsError, PlanError
-from mka.families import get_family
-from mka.folds import (
+from mka.evidence.cuts import Cut, find_cuts
+from mka.evidence.residuals import stream_cuts
+from mka.model.checkpoint import open_checkpoint
+from mka.model.families import get_family
+from mka.plan.plan import LayerRecipe, MergePlan, identity_layers, keep_layers
+from mka.store.sums import file_sha256
+from mka.transforms.fold import (
     apply_fold,
     bind_folds,
     digest_folds,
@@ -24,10 +27,7 @@ from mka.folds import (
     load_folds,
     serialise_folds,
 )
-from mka.merging import merge_checkpoint
-from mka.plan import LayerRecipe, MergePlan, identity_layers, keep_layers
-from mka.residuals import stream_cuts
-from mka.sums import file_sha256
+from mka.transforms.merge import merge_checkpoint
 
 RNG = np.random.default_rng(0)
 M, R = RNG.normal(size=(200, 8)), RNG.normal(size=(200, 8))

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from mka.errors import GuardError, NumericsError
-from mka.gate import bound_levels, combine_verdicts, decide, judge, recover_tasks
-from mka.measurements import EvalReport, Score
+from mka.evaluation.bootstrap import bound_levels
+from mka.evaluation.gate import combine_verdicts, decide, judge, recover_tasks
+from mka.evaluation.scores import EvalReport, Score
 from mka.recipe import GateSettings
 
 Z95 = 1.6448536269514722
@@ -141,7 +142,7 @@ def test_same_seed_same_bounds_and_block_size_only_bounds_memory(monkeypatch):
     first = decide(*reports, gate(), seed=1)
     assert decide(*reports, gate(), seed=1) == first
     assert decide(*reports, gate(), seed=2) != first
-    monkeypatch.setattr("mka.gate._BLOCK", 16 * 7)
+    monkeypatch.setattr("mka.evaluation.bootstrap._BLOCK", 16 * 7)
     assert decide(*reports, gate(), seed=1) == first
 
 

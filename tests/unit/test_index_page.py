@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mka.errors import OutputError
-from mka.index_page import (
+from mka.report.index import (
     BOTTOM,
     HEIGHT,
     LEFT,

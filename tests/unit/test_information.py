@@ -11,9 +11,9 @@ from scipy.special import digamma
 from scipy.stats import rankdata
 from sklearn.feature_selection import mutual_info_regression
 
-from mka import information
 from mka.errors import NumericsError, RecipeError
-from mka.information import (
+from mka.similarity import information
+from mka.similarity.information import (
     entropy,
     information_ceiling,
     mutual_information,
@@ -268,7 +268,7 @@ class TestNpibMatrix:
     def test_number_of_threads_changes_no_bit(self, monkeypatch, coordinates):
         layers, found, steps = drifting_layers(13, 130, coordinates), [], []
         for threads in (1, 2, 5):
-            monkeypatch.setattr("mka.information._count_cores", lambda: threads)  # noqa: B023
+            monkeypatch.setattr("mka.similarity.information._count_cores", lambda: threads)  # noqa: B023
             steps.append([])
             found.append(npib_matrix(layers, progress=steps[-1].append))
         assert (found[1] == found[0]).all() and (found[2] == found[0]).all()
@@ -315,16 +315,16 @@ class TestNpibMatrix:
     def test_blocks_of_rows_change_nothing(self, monkeypatch, coordinates):
         layers = np.random.default_rng(0).normal(size=(3, 101, coordinates))
         whole = npib_matrix(layers)
-        monkeypatch.setattr("mka.neighbours._BLOCK", 700)
+        monkeypatch.setattr("mka.similarity.neighbours._BLOCK", 700)
         assert (npib_matrix(layers) == whole).all()
 
     @pytest.mark.parametrize("neighbours", [5, 30])
     def test_length_of_lists_changes_nothing(self, monkeypatch, neighbours):
         layers = drifting_layers(13, 130, 2)
         whole = npib_matrix(layers, neighbours=neighbours)
-        monkeypatch.setattr("mka.neighbours._LISTED", 20)
+        monkeypatch.setattr("mka.similarity.neighbours._LISTED", 20)
         assert (npib_matrix(layers, neighbours=neighbours) == whole).all()
-        monkeypatch.setattr("mka.neighbours._LISTING_PAYS", 13)
+        monkeypatch.setattr("mka.similarity.neighbours._LISTING_PAYS", 13)
         assert (npib_matrix(layers, neighbours=neighbours) == whole).all()
 
     def test_refusals(self):

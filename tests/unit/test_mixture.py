@@ -4,11 +4,11 @@ import pytest
 from datasets import Dataset
 from handmade import MMLU, PARAMS, question, read, requests, save_raw, save_requests, sentence
 
-from mka.corpus_params import Params
+from mka.corpora.mixture import SOURCES, build_alignment, cut_text, find_plain_prose
+from mka.corpora.params import Params
+from mka.corpora.raw_sets import read_requests, read_set
+from mka.corpora.sampling import assign_room
 from mka.errors import CalibrationError
-from mka.mixture import SOURCES, build_alignment, cut_text, find_plain_prose
-from mka.raw_sets import read_requests, read_set
-from mka.sampling import assign_room
 
 
 @pytest.fixture(scope="module")

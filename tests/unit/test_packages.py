@@ -4,13 +4,14 @@ from pathlib import Path
 import pytest
 from wheels import make_package, make_wheel, sha256
 
-import mka.packages
-import mka.sources
+import mka.sources.fetch
+import mka.sources.gguf
+import mka.sources.packages
 from mka.errors import CalibrationError, CheckpointError, OutputError
-from mka.packages import extract, fetch_package
 from mka.recipe import ModelSource
-from mka.sources import materialize, resolve_revision
-from mka.sums import verify_sums
+from mka.sources.fetch import materialize, resolve_revision
+from mka.sources.packages import extract, fetch_package
+from mka.store.sums import verify_sums
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +26,7 @@ def test_fetch_downloads_verifies_and_reuses(index, tmp_path, monkeypatch):
     assert got == tmp_path / "new" / "wheels" / wheel.name
     assert sha256(got.read_bytes()) == digest
     assert list(got.parent.iterdir()) == [got]
-    monkeypatch.setattr(mka.packages, "_download", lambda *arguments: pytest.fail("downloaded again"))
+    monkeypatch.setattr(mka.sources.packages, "_download", lambda *arguments: pytest.fail("downloaded again"))
     assert fetch_package("Tiny_Model==1.2", got.parent, digest) == got
     assert fetch_package("tiny-model==1.2", got.parent) == got
 
@@ -121,7 +122,7 @@ def test_a_failed_conversion_leaves_nothing(index, tmp_path, monkeypatch):
         folder.mkdir()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(mka.sources, "convert_gguf", fail)
+    monkeypatch.setattr(mka.sources.fetch, "convert_gguf", fail)
     with pytest.raises(OutputError, match="No space left"):
         materialize(ModelSource(package="tiny-model==1.2"), tmp_path / "work")
     assert list((tmp_path / "work" / "models").iterdir()) == []
@@ -144,7 +145,7 @@ def test_a_file_that_is_no_gguf_is_refused_in_one_line(index, tmp_path):
 
 def test_float32_noise_is_tidied():
     noisy = {"eps": 9.999999747378752e-06, "theta": [100000.0], "third": 1 / 3, "n": 3, "flag": True, "none": None}
-    assert mka.sources._tidy_floats(noisy) == noisy | {"eps": 1e-05}
+    assert mka.sources.gguf._tidy_floats(noisy) == noisy | {"eps": 1e-05}
 
 
 @pytest.mark.real

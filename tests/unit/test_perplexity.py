@@ -7,7 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mka.errors import NumericsError, RecipeError
-from mka.perplexity import SEPARATOR, cut_windows, measure_perplexity, score_windows
+from mka.evaluation.perplexity import measure_perplexity, score_windows
+from mka.texts.windows import SEPARATOR, cut_windows
 
 VOCAB = 258
 # ASCII, two-, three- and four-byte characters.

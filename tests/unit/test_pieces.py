@@ -4,12 +4,12 @@ from pathlib import Path
 import pytest
 from wheels import make_package, sha256
 
-import mka.sources
+import mka.sources.fetch
 from mka.errors import CheckpointError
-from mka.pieces import unpack_gguf
 from mka.recipe import ModelSource
-from mka.sources import materialize, resolve_revision
-from mka.sums import verify_sums
+from mka.sources.fetch import materialize, resolve_revision
+from mka.sources.pieces import unpack_gguf
+from mka.store.sums import verify_sums
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,10 +111,10 @@ def test_gemma_from_its_pieces_is_stock_and_speaks():
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from mka.bench_recipe import load_bench
+    from mka.bench.recipe import load_bench
 
     source = load_bench(ROOT / "recipes/bench_gemma3.yaml").model
-    path = ROOT / "data/work/models" / mka.sources._package_folder(source.packages)
+    path = ROOT / "data/work/models" / mka.sources.fetch._package_folder(source.packages)
     if not path.is_dir():
         pytest.skip("needs Gemma 3 270M: run `mka bench recipes/bench_gemma3.yaml --dry-run`")
     model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)

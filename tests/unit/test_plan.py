@@ -7,7 +7,7 @@ import pytest
 
 from mka.errors import PlanError
 from mka.methods import get_method
-from mka.plan import FORMAT, LayerRecipe, MergePlan, Step, identity_layers, keep_layers
+from mka.plan.plan import FORMAT, LayerRecipe, MergePlan, Step, identity_layers, keep_layers
 
 
 def make_plan(*layers, layers_in=6, **fields):

@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 
 from mka.errors import PlanError, RecipeError
-from mka.methods import Aim, Evidence, get_method, method_settings
-from mka.plan import LayerRecipe, Step
-from mka.planning import delete_least_important, join_layers, merge_adjacent, resolve_target
-from mka.states import LayerScores
+from mka.evidence.needs import Evidence
+from mka.evidence.states import LayerScores
+from mka.methods import get_method, method_settings
+from mka.plan.deleting import delete_least_important
+from mka.plan.grouping import join_layers, merge_adjacent
+from mka.plan.plan import LayerRecipe, Step
+from mka.plan.target import Aim, resolve_target
 
 
 def adjacent(*values, far=0.0):

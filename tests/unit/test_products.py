@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mka.errors import OutputError
-from mka.products import MANIFEST, produce, stage_key
+from mka.store.products import MANIFEST, produce, stage_key
 
 ROOT = Path(__file__).parents[2]
 WHAT = {"version": 1, "settings": {"a": 1}, "inputs": {"base": "d1"}}
@@ -212,7 +212,7 @@ def start(store, body):
     code = f"""
 import time
 from pathlib import Path
-from mka.products import produce
+from mka.store.products import produce
 
 def make(folder):
 {textwrap.indent(textwrap.dedent(body), "    ")}

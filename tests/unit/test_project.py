@@ -147,8 +147,8 @@ def test_every_method_is_listed_and_every_listed_method_exists():
 
 
 def test_recipes_are_valid_and_say_how_to_run_them():
-    from mka.bench_recipe import load_bench
-    from mka.recipe import load_recipe
+    from mka.bench.recipe import load_bench
+    from mka.pipeline.recipes import load_recipe
 
     recipes = sorted((ROOT / "recipes").glob("*.yaml"))
     assert recipes

@@ -8,13 +8,13 @@ from conftest import make_tiny_model, save_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mka.checkpoint import open_checkpoint
 from mka.errors import CheckpointError, RecipeError
-from mka.merging import merge_checkpoint
-from mka.plan import LayerRecipe, MergePlan, identity_layers
-from mka.quantize import check_group_size, quantize_checkpoint
+from mka.model.checkpoint import open_checkpoint
+from mka.model.verification import inspect_checkpoint, require_sound
+from mka.plan.plan import LayerRecipe, MergePlan, identity_layers
 from mka.recipe import QuantizeSettings
-from mka.verification import inspect_checkpoint, require_sound
+from mka.transforms.merge import merge_checkpoint
+from mka.transforms.rtn import check_group_size, quantize_checkpoint
 
 GROUP = 16
 BITS = {"int8": 8, "int4": 4}

@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from mka.errors import RecipeError
 from mka.methods import method_settings
-from mka.recipe import Recipe, load_recipe, validate_recipe
+from mka.pipeline.recipes import load_recipe, validate_recipe
+from mka.recipe import Recipe
 
 SMALLEST = {"name": "tiny", "model": {"folder": "models/tiny"}, "target": {"layers": 4}}
 

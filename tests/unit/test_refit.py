@@ -9,13 +9,13 @@ from conftest import FAMILY_NAMES
 from evidence import neutralise
 from torch.testing import assert_close
 
-from mka.alignment import Alignment
-from mka.candidate import build_candidate
+from mka.alignment.lockstep import Alignment
+from mka.alignment.refit import CLIP, Refit, token_weights
 from mka.errors import NumericsError, PlanError
-from mka.families import get_family
-from mka.plan import take_layers
-from mka.refit import CLIP, Refit, token_weights
-from mka.sublayers import read_features, read_norm
+from mka.evidence.candidate import build_candidate
+from mka.model.families import get_family
+from mka.model.parts import read_features, read_norm
+from mka.plan.plan import take_layers
 
 WINDOWS = draw_windows(24)
 # Without norms behind the writers, where a fit that is possible is found exactly.

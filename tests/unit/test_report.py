@@ -11,12 +11,15 @@ import yaml
 from PIL import Image
 
 from mka.errors import OutputError, PlanError
-from mka.measurements import EvalReport, Score
-from mka.pictures import draw_plan, draw_recovery, draw_similarity
-from mka.plan import LayerRecipe, MergePlan, Step, identity_layers, keep_layers, take_layers
-from mka.plan_wording import describe_layer, describe_steps, label_sources
-from mka.report import ReportData, format_value, list_caveats, result_table, write_card, write_report
-from mka.states import LayerScores
+from mka.evaluation.scores import EvalReport, Score
+from mka.evidence.states import LayerScores
+from mka.plan.plan import LayerRecipe, MergePlan, Step, identity_layers, keep_layers, take_layers
+from mka.plan.wording import describe_layer, describe_steps, label_sources
+from mka.report.caveats import list_caveats
+from mka.report.data import ReportData
+from mka.report.page import write_card, write_report
+from mka.report.pictures import draw_plan, draw_recovery, draw_similarity
+from mka.report.table import format_value, result_table
 
 ATTACK = '<script>alert(1)</script><img src="http://evil.example/x.png">'
 CHECKS = [

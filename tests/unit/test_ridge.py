@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from mka.alignment.ridge import Moments, fit_ridge, select_features
 from mka.errors import NumericsError
-from mka.ridge import Moments, fit_ridge, select_features
 
 
 def draw(seed, *shape):

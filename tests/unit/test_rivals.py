@@ -10,13 +10,15 @@ from conftest import LAYERS, make_tiny_model
 from evidence import gather, neutralise, score_and_plan
 from numpy.testing import assert_allclose
 
-from mka.candidate import build_candidate
 from mka.errors import NumericsError, PlanError
-from mka.methods import LOSS, Aim, Evidence, get_method, method_settings
+from mka.evidence.candidate import build_candidate
+from mka.evidence.needs import LOSS, Evidence
+from mka.evidence.states import HiddenStates, LayerScores
+from mka.methods import get_method, method_settings
 from mka.methods.laco import collapse_layers
 from mka.methods.uidl import angular_distance
-from mka.plan import LayerRecipe, Step, identity_layers, keep_layers
-from mka.states import HiddenStates, LayerScores
+from mka.plan.plan import LayerRecipe, Step, identity_layers, keep_layers
+from mka.plan.target import Aim
 
 
 def plan_with(name, count, aim, *, scores=None, kinds=None, **evidence):

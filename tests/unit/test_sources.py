@@ -7,8 +7,9 @@ import pytest
 
 from mka.errors import CheckpointError
 from mka.recipe import ModelSource
-from mka.sources import find_commit, materialize, parse_model, resolve_revision, verify_hub_blobs
-from mka.sums import SUMS_NAME, verify_sums, write_sums
+from mka.sources.fetch import materialize, parse_model, resolve_revision
+from mka.sources.hub import find_commit, verify_hub_blobs
+from mka.store.sums import SUMS_NAME, verify_sums, write_sums
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROOT = Path(__file__).parents[2]
@@ -253,6 +254,6 @@ def test_an_unpinned_package_is_refused():
 
 def test_importing_sources_stays_light():
     heavy = "{'torch', 'transformers', 'datasets', 'huggingface_hub'}"
-    code = f"import sys, mka.sources, mka.calibration; print(*{heavy} & set(sys.modules))"
+    code = f"import sys, mka.sources.fetch, mka.texts.calibration; print(*{heavy} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""

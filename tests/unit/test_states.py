@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mka.errors import NumericsError
-from mka.states import HiddenStates, LayerScores
+from mka.evidence.states import HiddenStates, LayerScores
 
 LAYERS, TEXTS, WIDTH = 3, 4, 5
 

@@ -7,8 +7,8 @@ import torch
 from alignments import assemble, concatenate, diverge, draw_windows, keep_one, make_sharp_model, replace, run_walk
 from evidence import neutralise
 
-from mka.plan import LayerRecipe, take_layers
-from mka.trials import AlignedTrials
+from mka.alignment.trials import AlignedTrials
+from mka.plan.plan import LayerRecipe, take_layers
 
 FAMILIES = ("llama", "qwen2", "gemma2", "gemma3_text", "smollm3")
 HELDOUT = 3

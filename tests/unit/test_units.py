@@ -7,11 +7,11 @@ import torch
 from conftest import make_tiny_model
 from torch.testing import assert_close
 
-from mka.decoder import Decoder
+from mka.alignment.units import gather_units, unit_rows
 from mka.errors import PlanError
-from mka.families import get_family
-from mka.sublayers import read_features
-from mka.units import count_units, gather_units, reader_sections, unit_rows
+from mka.model.decoder import Decoder
+from mka.model.families import get_family
+from mka.model.parts import count_units, read_features, reader_sections
 
 IDS = (torch.arange(1, 49) * 31 % 97).reshape(2, 24)
 HALVES = ("attention", "mlp")

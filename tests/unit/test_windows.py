@@ -5,7 +5,7 @@ import torch
 from conftest import make_tokenizer
 
 from mka.errors import CalibrationError
-from mka.windows import deal_windows, make_copies, pack_windows
+from mka.texts.windows import deal_windows, make_copies, pack_windows
 
 PLAIN, WITH_BOS = make_tokenizer(), make_tokenizer(add_bos=True)
 

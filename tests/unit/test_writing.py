@@ -12,11 +12,13 @@ from conftest import LAYERS, make_tiny_model, save_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mka.checkpoint import TensorInfo, open_checkpoint
 from mka.errors import CheckpointError, OutputError
-from mka.merging import merge_checkpoint
-from mka.plan import MergePlan, keep_layers
-from mka.writing import publish, write_tensors
+from mka.model.checkpoint import open_checkpoint
+from mka.model.shards import write_tensors
+from mka.model.tensors import TensorInfo
+from mka.plan.plan import MergePlan, keep_layers
+from mka.store.publishing import publish
+from mka.transforms.merge import merge_checkpoint
 
 MODEL = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -117,7 +119,7 @@ def test_a_merge_that_meets_a_full_disk_publishes_nothing(single, tmp_path, monk
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("mka.writing._write_shard", full)
+    monkeypatch.setattr("mka.model.shards._write_shard", full)
     with pytest.raises(OutputError, match="disk full while writing"):
         merge_checkpoint(MergePlan("t", "", LAYERS, keep_layers([0, 1])), open_checkpoint(single), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

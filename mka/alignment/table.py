@@ -1,0 +1,127 @@
+"""The texts an alignment is fitted on, read and checked before anything is computed, and the record of the fit."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mka.errors import CalibrationError, RecipeError, nearest
+from mka.model.checkpoint import Checkpoint
+from mka.recipe import AlignmentSettings, ModelSource
+from mka.texts.overlap import refuse_overlap
+from mka.texts.rows import digest_texts, read_heldout
+
+FORMAT = "mka-alignment/1"
+
+
+@dataclass(frozen=True)
+class AlignmentTable:
+    """What one alignment is fitted on.
+
+    Attributes:
+        texts: source -> its texts.
+        settings: tokens, windows and penalty.
+        windows: source -> windows that are cut of it for the model at hand; empty until `fit_windows`.
+    """
+
+    texts: Mapping[str, Sequence[str]]
+    settings: AlignmentSettings
+    windows: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over sources and texts."""
+        return digest_texts(f"{source}\0{text}" for source in self.texts for text in self.texts[source])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens fitted on."""
+        return sum(self.windows.values()) * self.settings.context
+
+
+def open_alignment(path: Path, settings: AlignmentSettings, measured: Iterable[str]) -> AlignmentTable:
+    """Read an alignment table.
+
+    Args:
+        path: JSON lines with ``text`` and ``source``.
+        settings: what it is used with.
+        measured: every text that evaluation uses.
+
+    Raises:
+        CalibrationError: if it cannot be read, or holds a text that evaluation uses.
+    """
+    table = AlignmentTable(read_heldout(path), settings)
+    try:
+        refuse_overlap((text for texts in table.texts.values() for text in texts), measured)
+    except CalibrationError as error:
+        raise CalibrationError(f"alignment table {path}: {error}") from None
+    return table
+
+
+def fit_windows(table: AlignmentTable, checkpoint: Checkpoint) -> AlignmentTable:
+    """Count the windows a model's tokenizer makes of a table; refuses what the fit itself would refuse later.
+
+    Raises:
+        CalibrationError: if there is too little text.
+        RecipeError: if windows are longer than the model reads, or no source can be left out.
+    """
+    from transformers import AutoTokenizer
+
+    from mka.texts.windows import deal_windows
+
+    settings, positions = table.settings, checkpoint.config.get("max_position_embeddings")
+    if isinstance(positions, int) and settings.context > positions:
+        raise RecipeError(
+            f"alignment.context is {settings.context}; the model has {positions} positions, lower the context"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
+    dealt = deal_windows(tokenizer, table.texts, context=settings.context, tokens=settings.tokens)
+    windows = {source: len(rows) for source, rows in dealt.items()}
+    if settings.penalty == "auto":
+        find_heldout(windows, settings)
+    return AlignmentTable(table.texts, settings, windows)
+
+
+def find_heldout(windows: Mapping[str, int], settings: AlignmentSettings) -> str:
+    """Return the source the penalty is chosen on: the one named, or the second largest.
+
+    Raises:
+        RecipeError: if it has no window, or is all there is.
+    """
+    named = settings.heldout_source
+    sources = sorted(windows, key=lambda source: (-windows[source], source))
+    if len(sources) < 2:
+        raise RecipeError(
+            f"alignment.penalty 'auto' leaves one source out, and {sources[0]!r} is all there is; give a number"
+        )
+    if named is None:
+        return sources[1]
+    if named not in sources:
+        raise RecipeError(
+            f"alignment.heldout_source {named!r} has no window{nearest(named, sources)}; sources: {', '.join(sources)}"
+        )
+    return named
+
+
+def estimate_memory(table: AlignmentTable, checkpoint: Checkpoint, source: ModelSource, competing: int) -> int:
+    """Estimate what a walk holds beside the model, in bytes.
+
+    Six arrays of hidden states, tokens x D, and one of features, tokens x F, in the precision of the forward passes;
+    F is the width of the MLP, of all layers that compete together. Three (F, F) matrices of moments in float64.
+
+    Args:
+        table: of `fit_windows`.
+        checkpoint: the base.
+        source: precision of the forward passes.
+        competing: layers that compete for one output layer.
+    """
+    width, inner = checkpoint.config["hidden_size"], competing * checkpoint.config["intermediate_size"]
+    size = 4 if source.dtype == "float32" else 2
+    tokens = round((1 + table.settings.copies) * table.tokens)
+    return tokens * (6 * width + inner) * size + 3 * inner * inner * 8
+
+
+def alignment_json(facts: Mapping[str, Any], table_digest: str) -> str:
+    """Serialise the facts of a fit (docs/formats.md)."""
+    return json.dumps({"format": FORMAT, "table_digest": table_digest, **facts}, indent=2) + "\n"

@@ -1,0 +1,173 @@
+"""The page of a comparison, generated whole, and its rows in the README."""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mka.bench.parts import Measured
+from mka.bench.statistics import Comparison
+from mka.bench.tables import Table, describe_conditions, tabulate_best, tabulate_duels, tabulate_ratios, tabulate_tasks
+from mka.errors import OutputError
+from mka.report.markup import escape_markdown
+from mka.report.table import format_value
+from mka.store.publishing import write_text
+from mka.texts.overlap import SHARED_WORDS
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+
+def render_page(comparison: Comparison, picture: str | None) -> str:
+    """Write the whole page in Markdown.
+
+    Args:
+        comparison: the figures.
+        picture: address of the picture, relative to the page; None for none.
+    """
+    results = comparison.results
+    bench = results.bench
+    lines = [
+        f"# Benchmarks: {escape_markdown(bench.recipe.name)}",
+        "",
+        f"Written by `{bench.command}` on {datetime.now(UTC):%Y-%m-%d}; edits are lost. Base and candidates were "
+        "measured from disk, by stock transformers, on the same windows and items.",
+        "",
+        *_markdown((["", ""], [[name, text] for name, text in describe_conditions(comparison)])),
+        *_markdown(_texts_table(comparison)),
+    ]
+    if picture:
+        lines += [f"![Perplexity over the base's against layers that remain]({picture})", ""]
+    lines += [
+        "## Perplexity",
+        "",
+        "Perplexity over the base's, with its 95 % interval; 1 is as good as the base. Bold: lowest of its column.",
+        "",
+    ]
+    for text in bench.recipe.texts:
+        n = comparison.draws[text.name].windows
+        kind = "of the calibration's kind" if text.seen else "of a kind that calibration never saw"
+        lines += [f"### {escape_markdown(text.name)}: {kind} (n = {n} windows)", ""]
+        lines += _markdown(tabulate_ratios(comparison, comparison.ratios[text.name], mark="**{}**"), escaped=(0,))
+    if comparison.recoveries:
+        limits = ", ".join(f"{score.name} ({score.n})" for score in results.base.tasks)
+        lines += ["## Tasks", "", f"Mean score over the base's, 1 is as good; items in parentheses: {limits}.", ""]
+        lines += _markdown(tabulate_tasks(comparison, "**{}**"), escaped=(0,))
+        lines += _markdown(_scores_table(comparison))
+    if comparison.duels:
+        lines += [
+            "## Ours against the best of the others",
+            "",
+            "Perplexity of ours over that of the best other method at the same target on the same text (below 1: ours "
+            "is better); for tasks the mean score (above 1: ours is better). Undecided: the interval holds 1. The best "
+            "other is chosen by the figures it is then compared on, which favours it.",
+            "",
+            *_markdown(tabulate_duels(comparison.duels)),
+        ]
+    lines += ["## Costs", "", *_costs(comparison)]
+    if results.failed:
+        lines += ["## What failed", ""]
+        lines += [f"- {escape_markdown(f.cell.key)}: {escape_markdown(f.reason)}" for f in results.failed] + [""]
+    lines += [
+        "## Again",
+        "",
+        f"`{bench.command}` makes all of it. Every part of every cell is stored by content in the work folder: a run "
+        "that was killed goes on where it was, and a method that is added to the recipe runs its own cells only. "
+        "`--dry-run` lists what is stored and what is to do; cells that failed are tried again.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def update_readme(path: Path, comparison: Comparison) -> None:
+    """Replace what stands between the two markers by the best method of each target.
+
+    Best is the lowest geometric mean, over the texts, of the perplexity ratio.
+
+    Raises:
+        OutputError: if the file cannot be read or written, or has no markers.
+    """
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise OutputError(f"{path} has no lines {BEGIN} and {END}; put them where the rows shall stand")
+    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    table = "\n".join(_markdown(tabulate_best(comparison))).rstrip()
+    write_text(path, f"{before}\n{table}\n{after}")
+
+
+def _texts_table(comparison: Comparison) -> Table:
+    bench = comparison.results.bench
+    rows = []
+    for text in bench.recipe.texts:
+        score = comparison.results.base.texts[text.name]
+        where = f"{text.path.name}, {text.source}" if text.source else text.path.name
+        value, digest = format_value(score.value, score.stderr), bench.digests[f"text {text.name}"][:16]
+        seen = "seen" if text.seen else "unseen"
+        rows.append([text.name, where, seen, str(score.n), f"{score.extra['tokens']:,}", value, digest])
+        rows[-1].append(bench.notes[text.name])
+    headers = ["text", "file", "kind", "windows", "predicted tokens", "base perplexity", "digest"]
+    return [*headers, f"shares {SHARED_WORDS} successive words with"], rows
+
+
+def _scores_table(comparison: Comparison) -> Table:
+    base = comparison.results.base
+    rows = [["base", str(comparison.results.bench.base.layers), *(format_value(s.value, s.stderr) for s in base.tasks)]]
+    for (row, layers), measured in comparison.cells.items():
+        if measured.tasks:
+            rows.append([row, str(layers), *(format_value(s.value, s.stderr) for s in measured.tasks)])
+    return ["method", "layers", *(f"{score.name}, {score.metric}" for score in base.tasks)], rows
+
+
+def _costs(comparison: Comparison) -> list[str]:
+    targets = comparison.targets
+    rows, aligned = [], []
+    for row in comparison.rows:
+        cells = [comparison.cells.get((row, target)) for target in targets]
+        there = [cell for cell in cells if cell is not None]
+
+        def spent(cell: Measured | None, *stages: str) -> str:
+            seconds = [cell.seconds[stage] for stage in stages if stage in cell.seconds] if cell else []
+            return f"{sum(seconds):.1f}" if seconds else "–"
+
+        looked = [spent(cell, "observe", "score") for cell in there[:1]] or ["–"]
+        rows.append([row, *looked, *(" / ".join(spent(c, *s) for c in cells) for s in (("plan",), ("merge", "align")))])
+        for cell in there:
+            facts = _find_alignment(cell.facts.get("written") or {})
+            if facts:
+                assert cell.cell is not None
+                spans = [facts[name] for name in ("tokens", "teacher_seconds", "seconds", "probe_seconds")]
+                times = (facts["seconds"] + facts["probe_seconds"]) / facts["teacher_seconds"]
+                aligned.append([row, str(cell.cell.layers), *(format_value(float(v)) for v in spans), f"{times:.2f}"])
+    which = " / ".join(map(str, targets))
+    lines = [
+        f"Seconds at {which} layers, as they were when each part was made. Hidden states and scores are made once for "
+        "all targets, and a search for fewer layers goes on from one for more. Writing includes loading the result "
+        "and a short generation to check it.",
+        "",
+        *_markdown((["method", "observe and score", "plan", "merge or align, write and check"], rows)),
+    ]
+    if aligned:
+        headers = ["aligned", "layers", "tokens", "teacher's forward pass, s", "alignment, s", "choosing penalty, s"]
+        lines += [
+            "The teacher's forward pass is the base's share of the alignment, over the same tokens and without the "
+            "language-model head.",
+            "",
+            *_markdown(([*headers, "both / teacher"], aligned)),
+        ]
+    return lines
+
+
+def _find_alignment(written: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `write_aligned` said of its cost; nothing for a plain merge."""
+    nested = written.get("alignment")
+    facts = nested if isinstance(nested, Mapping) else written
+    return facts if "teacher_seconds" in facts else {}
+
+
+def _markdown(table: Table, escaped: Sequence[int] | None = None) -> list[str]:
+    """Lay out a table; cells are escaped, or only those of the columns named."""
+    headers, rows = table
+    body = [
+        [escape_markdown(cell) if escaped is None or i in escaped else cell for i, cell in enumerate(row)]
+        for row in rows
+    ]
+    sides = ["---"] * len(headers)
+    return [f"| {' | '.join(cells)} |" for cells in (headers, sides, *body)] + [""]

@@ -1,0 +1,122 @@
+"""The picture of a comparison: perplexity over the base's against the layers that remain, one panel per text."""
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from mka.bench.statistics import Comparison
+from mka.bench.tables import format_ratio
+from mka.report.pictures import FAINT, INK, LEGEND, MUTED, VERMILION, Format, render_figure, write_heading
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+# The rest of Okabe and Ito's set, and marks that tell rows apart without it.
+TINTS = ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#6a737d", "#000000")
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
+OURS_MARKS, OURS_LINES = ("*", "p", "d", "8"), ("-", "--", ":", "-.")
+PANEL, LEFT, RIGHT, GAP = 3.5, 0.75, 0.2, 0.35  # inches
+TOP, BOTTOM, TALL, LEGEND_ROW = 0.95, 0.5, 3.3, 0.2
+# Top of the axis: what is above it is no use as a model, and would press the rest together.
+HIGHEST = 40.0
+# Width over which the rows of one target are spread, of the distance to the next target.
+SPREAD = 0.3
+
+
+def draw_comparison(comparison: Comparison, form: Format = "png") -> bytes:
+    """Draw every cell with its 95 % interval; the axis of ratios is logarithmic, ours are red, thick and on top.
+
+    Rows are shifted a little to the side so that their bars do not hide each other. Missing cells are left out.
+    """
+    count = len(comparison.ratios)
+    legend_rows = -(-len(comparison.rows) // _columns(count))
+    size = (LEFT + count * PANEL + (count - 1) * GAP + RIGHT, TOP + TALL + BOTTOM + 0.15 + LEGEND_ROW * legend_rows)
+    return render_figure(lambda figure: _panels(figure, comparison), size, form)
+
+
+def _columns(panels: int) -> int:
+    return max(1, int(panels * PANEL / 2.4))
+
+
+def _panels(figure: "Figure", comparison: Comparison) -> None:
+    wide, tall = figure.get_size_inches()
+    looks = _choose_looks(comparison)
+    values = [e for ratios in comparison.ratios.values() for e in ratios.values()]
+    highest = max([e.value for e in values], default=1.0)
+    high = min(max([e.upper for e in values] + [1.2]), HIGHEST)
+    low = min([e.lower for e in values] + [1.0])
+    kinds = {text.name: "kind seen" if text.seen else "kind not seen" for text in comparison.results.bench.recipe.texts}
+    lines: dict[str, Any] = {}
+    for index, (name, ratios) in enumerate(comparison.ratios.items()):
+        left = LEFT + index * (PANEL + GAP)
+        axes = figure.add_axes((left / wide, 1 - (TOP + TALL) / tall, PANEL / wide, TALL / tall))
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.06, high * 1.12)
+        for position, row in enumerate(comparison.rows):
+            at = [(target, ratios[row, target]) for target in comparison.targets if (row, target) in ratios]
+            if not at:
+                continue
+            shift = (0.5 - position / max(1, len(comparison.rows) - 1)) * SPREAD * _spacing(comparison)
+            x = [target + shift for target, _ in at]
+            y = [e.value for _, e in at]
+            below, above = [e.value - e.lower for _, e in at], [e.upper - e.value for _, e in at]
+            lines[row] = axes.errorbar(x, y, yerr=[below, above], label=row, **looks[row])
+        _dress(axes, comparison, f"{name} ({kinds[name]}, n = {comparison.draws[name].windows} windows)")
+        if index == 0:
+            axes.set_ylabel("perplexity / base's (log scale)")
+    shown = [row for row in comparison.rows if row in lines]
+    where = {
+        "loc": "lower center",
+        "bbox_to_anchor": (0.5, 0.06 / tall),
+        "ncols": min(_columns(len(kinds)), len(shown)),
+    }
+    figure.legend([lines[row] for row in shown], shown, **LEGEND, **where)
+    note = "Lower is better; 1 is as good as the base. Bars: 95 % intervals, paired bootstrap over windows."
+    if highest > high:
+        note += f" Lines that leave the frame go on to at most {format_ratio(highest)}."
+    write_heading(figure, f"Depth compression of {comparison.results.bench.recipe.model.label}", note)
+
+
+def _choose_looks(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    looks: dict[str, dict[str, Any]] = {}
+    ours = others = 0
+    for row in comparison.rows:
+        if row in comparison.ours:
+            look = {"color": VERMILION, "marker": OURS_MARKS[ours % len(OURS_MARKS)], "markersize": 9, "linewidth": 2.2}
+            look |= {"linestyle": OURS_LINES[ours % len(OURS_LINES)], "zorder": 6}
+            ours += 1
+        else:
+            look = {"color": TINTS[others % len(TINTS)], "marker": MARKS[others % len(MARKS)], "markersize": 4.5}
+            # The tints begin again with broken lines.
+            look |= {"linewidth": 1.0, "zorder": 3, "linestyle": "--" if others // len(TINTS) % 2 else "-"}
+            others += 1
+        looks[row] = look | {"capsize": 2, "elinewidth": 0.9, "markeredgecolor": "white", "markeredgewidth": 0.5}
+    return looks
+
+
+def _spacing(comparison: Comparison) -> float:
+    """Least distance of two targets; 1 if there is one."""
+    targets = sorted(comparison.targets)
+    return float(min((b - a for a, b in pairwise(targets)), default=1))
+
+
+def _dress(axes: "Axes", comparison: Comparison, title: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    targets = comparison.targets
+    margin = 0.5 * _spacing(comparison)
+    # Fewer layers to the right: compression grows along the axis.
+    axes.set_xlim(max(targets) + margin, min(targets) - margin)
+    axes.set_xticks(targets, [str(target) for target in targets])
+    axes.set_xlabel(f"layers that remain, of {comparison.results.bench.base.layers}")
+    axes.set_title(title, loc="left", fontsize=8.5, color=INK, pad=5)
+    top = axes.get_ylim()[1]
+    steps = (1.0, 1.1, 1.2, 1.5, 2.0) if top < 2 else (1.0, 1.5, 2.0, 3.0, 5.0) if top < 20 else (1.0, 2.0, 5.0)
+    axes.yaxis.set_major_locator(LogLocator(subs=steps))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.axhline(1.0, color=MUTED, linewidth=1.0, zorder=1)
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

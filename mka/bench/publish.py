@@ -1,0 +1,40 @@
+"""What is left of a comparison when it is done: page, picture, README rows, and what the command says."""
+
+import os
+from pathlib import Path
+
+from mka.bench.page import render_page, update_readme
+from mka.bench.results import Results
+from mka.bench.statistics import Comparison
+from mka.bench.tables import show_comparison, to_document
+from mka.store.publishing import write_bytes, write_text
+from mka.terminal import Outcome
+
+
+def publish_results(results: Results, readme: Path | None = None) -> Outcome:
+    """Write what the recipe asks for and say what was found.
+
+    A page is written only of a comparison of which every cell was run: half of one would mislead.
+
+    Raises:
+        OutputError: if a file cannot be written, or the README has no markers.
+    """
+    recipe = results.bench.recipe
+    comparison = Comparison(results)
+    text, document = show_comparison(comparison), to_document(comparison)
+    written: list[Path] = []
+    if not results.missing:
+        if recipe.picture is not None:
+            from mka.bench.picture import draw_comparison
+
+            write_bytes(recipe.picture, draw_comparison(comparison))
+            written.append(recipe.picture)
+        if recipe.output is not None:
+            link = os.path.relpath(recipe.picture, recipe.output.parent) if recipe.picture else None
+            write_text(recipe.output, render_page(comparison, link))
+            written.append(recipe.output)
+        if readme is not None:
+            update_readme(readme, comparison)
+            written.append(readme)
+    document["written"] = [str(path) for path in written]
+    return Outcome(document, "\n\n".join([text, *map(str, written)]), results.refusal)

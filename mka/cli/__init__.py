@@ -1,0 +1,1 @@
+"""The command line: one command, one file; options come from the sections of the recipe."""

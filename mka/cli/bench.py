@@ -1,0 +1,55 @@
+"""`mka bench`: methods side by side, on the same model and the same data."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mka.cli.console import examples, reports
+from mka.cli.options import FILE, find_work
+from mka.terminal import Outcome, align, quiet_libraries, say
+
+README = Path("README.md")
+
+
+@click.command(
+    epilog=examples(
+        "mka bench recipes/bench_smollm2.yaml --dry-run",
+        "mka bench recipes/bench_smollm2.yaml --only shortgpt",
+        "mka bench recipes/bench_smollm2.yaml --readme",
+    )
+)
+@click.argument("recipe", type=FILE)
+@click.option("--only", metavar="METHOD", help="Run the cells of one method, by name or label; show all stored ones.")
+@click.option("--readme", is_flag=True, help=f"Put the best rows between the benchmarks markers of {README} too.")
+@click.option("--dry-run", is_flag=True, help="Check everything and list the cells: stored, or about how long.")
+@reports
+def bench(recipe: Path, only: str | None, readme: bool, dry_run: bool) -> Outcome:
+    """Compare methods as RECIPE says: methods × targets, alignment off and on.
+
+    Every candidate is planned, merged, measured from disk on the same windows as the base, and deleted; plans and
+    figures stay in the work folder, so that the same command goes on where it was killed. Exit code 1 if a cell failed
+    for another reason than its method's limits.
+    """
+    from mka.bench.prepare import prepare
+    from mka.bench.publish import publish_results
+    from mka.bench.recipe import load_bench
+    from mka.bench.run import foresee_bench, run_bench
+
+    loaded = load_bench(recipe)
+    with quiet_libraries():
+        prepared = prepare(loaded, find_work(), command=shlex.join(["mka", "bench", str(recipe)]))
+        if dry_run:
+            return show_foresight(foresee_bench(prepared, only))
+        results = run_bench(prepared, only=only, say=say)
+        return publish_results(results, README if readme else None)
+
+
+def show_foresight(cells: list[dict[str, Any]]) -> Outcome:
+    """Say what a dry run found."""
+    rows = [[c["cell"], c["layers"], "stored" if c["stored"] else f"about {c['seconds']:,.0f} s"] for c in cells]
+    todo = [c["seconds"] for c in cells if not c["stored"]]
+    total = f"{len(todo)} of {len(cells)} to do, about {sum(todo) / 60:,.1f} minutes; searches come on top at first"
+    document = {"cells": cells, "to_do": len(todo), "seconds": sum(todo)}
+    return Outcome(document, f"{align(rows, ['cell', 'layers', 'state'], 'lrr')}\n\n{total}\ndry run: nothing was run")

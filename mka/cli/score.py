@@ -1,0 +1,56 @@
+"""`mka score`: how similar or important the layers are, as a method sees it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mka.cli.console import examples, reports
+from mka.cli.options import (
+    FILE,
+    model_argument,
+    open_model,
+    set_option,
+)
+from mka.errors import RecipeError
+from mka.store.publishing import check_free, write_file
+from mka.terminal import Outcome, align
+
+
+@click.command(
+    epilog=examples("mka score ./smollm2 --states states.safetensors --set coordinates=3 --output scores.json")
+)
+@model_argument
+@click.option("--states", type=FILE, required=True, metavar="FILE", help="What `mka observe` wrote.")
+@click.option("--method", default="mka", show_default=True, help="Who scores; `mka methods` lists them.")
+@set_option
+@click.option("--output", type=FILE, required=True, metavar="FILE", help="Scores, JSON; must not exist.")
+@reports
+def score(model: str, states: Path, method: str, settings: dict[str, Any], output: Path) -> Outcome:
+    """Score how similar or important MODEL's layers are.
+
+    What a high score means is printed with the scores; which kind it is depends on the method.
+    """
+    from mka.evidence.states import HiddenStates
+    from mka.methods import method_settings
+    from mka.pipeline.observe import needs_hidden_states
+    from mka.pipeline.score import score_layers
+    from mka.recipe import MethodChoice
+
+    check_free(output)
+    method_settings(method, settings)
+    choice = MethodChoice(name=method, settings=settings)
+    if not needs_hidden_states(choice):
+        raise RecipeError(f"method {method!r} scores nothing; go on with mka plan {model} --method {method}")
+    observed = HiddenStates.load(states)
+    scores = score_layers(choice, open_model(model)[0], observed)
+    assert scores is not None
+    write_file(output, scores.save)
+    if scores.values.ndim == 2:
+        rows = [[f"{i} - {i + 1}", f"{scores.values[i, i + 1]:.4f}"] for i in range(scores.layers - 1)]
+        table = align(rows, ["layers", scores.kind.rpartition("-")[2]], "lr")
+    else:
+        table = align([[i, f"{value:.4f}"] for i, value in enumerate(scores.values)], ["layer", "importance"], "rr")
+    document = json.loads(output.read_text(encoding="utf-8")) | {"output": str(output)}
+    return Outcome(document, f"{scores.meaning}\n\n{table}\n\n{output}")

@@ -1,0 +1,1 @@
+"""DVC's stages: the project's own tables, made of pinned sources."""

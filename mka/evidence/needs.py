@@ -1,0 +1,59 @@
+"""The kinds of evidence a method may ask for, and what it is then handed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mka.evidence.states import HiddenStates
+from mka.plan.plan import LayerRecipe
+
+HIDDEN_STATES = "hidden_states"
+REOBSERVE = "reobserve"
+DIVERGENCE = "divergence"
+LOSS = "loss"
+OUTPUT_SIMILARITY = "output_similarity"
+TRIALS = "trials"
+
+
+class Trials(Protocol):
+    """KL(base || changed base) on held-out calibration tokens, nats per token, for one change at a time."""
+
+    def measure_attention(self, layer: int) -> float:
+        """Without the attention of one layer."""
+        ...
+
+    def measure_mlp(self, layer: int) -> float:
+        """Without the MLP of one layer."""
+        ...
+
+    def measure_group(self, layer: LayerRecipe) -> float:
+        """With one group of layers replaced by one aligned layer."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a method may look at; only what its ``needs`` asked for is there.
+
+    Attributes:
+        layers: L of the base model.
+        kinds: one value per layer; layers of different kinds are never merged.
+        states: hidden states of the base.
+        reobserve: hidden states of a partly merged model, given its output layers.
+        divergence: KL(base || model made of these output layers) on calibration tokens, nats per token.
+        loss: mean negative log-likelihood of the model made of these output layers, nats per predicted token.
+        output_similarity: mean cosine, over calibration texts, of the final hidden states of the base and of the model
+            made of these output layers.
+        trials: what single changes of the base cost; see `Trials`.
+        on_progress: called with the number of units done, for a progress bar.
+    """
+
+    layers: int
+    kinds: Sequence[Any]
+    states: HiddenStates | None = None
+    reobserve: Callable[[Sequence[LayerRecipe]], HiddenStates] | None = None
+    divergence: Callable[[Sequence[LayerRecipe]], float] | None = None
+    loss: Callable[[Sequence[LayerRecipe]], float] | None = None
+    output_similarity: Callable[[Sequence[LayerRecipe]], float] | None = None
+    trials: Trials | None = None
+    on_progress: Callable[[int], Any] | None = None

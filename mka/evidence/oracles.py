@@ -1,0 +1,149 @@
+"""Oracles: what planned models do to calibration text, as one number each."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mka.errors import CalibrationError, NumericsError
+from mka.evidence.candidate import ROWS, build_candidate
+from mka.model.readout import read_out, sum_divergence
+from mka.plan.plan import LayerRecipe, identity_layers
+from mka.texts.tokens import pad, tokenize
+
+
+class Oracle:
+    """Runs planned models on calibration tokens, all in one padded batch.
+
+    The input of every layer of the last model run is kept (layers x tokens x hidden size), and a model that begins with
+    the same output layers goes on from there. A search saves most when it tries changes from the deepest layer up.
+    What was measured is remembered, so that a search for fewer layers starts where one for more layers ended.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, texts: Sequence[str], *, max_tokens: int, tokens: int) -> None:
+        """Take texts in order until ``tokens`` tokens are there, each cut to ``max_tokens``."""
+        self.model = model
+        sequences: list[list[int]] = []
+        taken = 0
+        for ids in tokenize(tokenizer, texts, max_tokens):
+            if taken >= tokens:
+                break
+            sequences.append(ids)
+            taken += len(ids)
+        self.tokens = taken
+        self.ids, self.mask = pad(sequences, model.device)
+        self._layers: tuple[LayerRecipe, ...] = ()
+        self._inputs: list[torch.Tensor] = []
+        self._measured: dict[tuple[LayerRecipe, ...], float] = {}
+
+    @property
+    def base_layers(self) -> tuple[LayerRecipe, ...]:
+        """Output layers that make the base."""
+        return identity_layers(len(self.model.model.layers))
+
+    @torch.inference_mode()
+    def run(self, layers: Sequence[LayerRecipe]) -> torch.Tensor:
+        """Return the final-normed hidden states, (S, T, D), of the model these output layers make."""
+        layers = tuple(layers)
+        shared, limit = 0, min(len(layers), len(self._inputs)) - 1
+        while shared < limit and layers[shared] == self._layers[shared]:
+            shared += 1
+        start = {"inputs_embeds": self._inputs[shared]} if shared else {"input_ids": self.ids}
+        candidate = build_candidate(self.model, layers[shared:])
+        caught: list[torch.Tensor] = []
+
+        def catch(module: Any, args: Any, kwargs: Any) -> None:
+            caught.append(args[0] if args else kwargs["hidden_states"])
+
+        for layer in candidate.model.layers:
+            layer.register_forward_pre_hook(catch, with_kwargs=True)
+        hidden = candidate.model(**start, attention_mask=self.mask, use_cache=False).last_hidden_state
+        self._layers, self._inputs = layers, self._inputs[:shared] + caught
+        if not bool(hidden[self.mask.bool()].isfinite().all()):
+            raise NumericsError("the candidate's hidden states are NaN or infinite; the merge destroyed the model")
+        return hidden
+
+    def __call__(self, layers: Sequence[LayerRecipe]) -> float:
+        """Measure the model these output layers make; refusals are those of `measure`."""
+        layers = tuple(layers)
+        if layers not in self._measured:
+            self._measured[layers] = self.measure(layers)
+        return self._measured[layers]
+
+    def measure(self, layers: Sequence[LayerRecipe]) -> float:
+        """Run and measure the model these output layers make."""
+        raise NotImplementedError
+
+    def read_out(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the log-probabilities, (R, V) float32, of R final-normed hidden states, (R, D)."""
+        return read_out(self.model, hidden)
+
+
+class Divergence(Oracle):
+    """KL divergence of planned models from their base on calibration tokens.
+
+    ``KL(base || candidate)`` in nats per token, averaged over all real positions. The base's logits are computed once
+    and kept (tokens x vocabulary x 4 bytes).
+    """
+
+    _base: torch.Tensor | None = None
+
+    @torch.inference_mode()
+    def measure(self, layers: Sequence[LayerRecipe]) -> float:
+        """Return nats per token for the model these output layers make.
+
+        Raises:
+            NumericsError: if the candidate's hidden states or logits are not finite.
+        """
+        real = self.mask.bool()
+        if self._base is None:
+            self._base = self.read_out(self.run(self.base_layers)[real])
+        total = 0.0
+        for base, hidden in zip(self._base.split(ROWS), self.run(layers)[real].split(ROWS)):
+            total += sum_divergence(base, self.read_out(hidden))
+        return total / self._base.shape[0]
+
+
+class Loss(Oracle):
+    """Mean negative log-likelihood of calibration tokens under planned models, each given those before it."""
+
+    @torch.inference_mode()
+    def measure(self, layers: Sequence[LayerRecipe]) -> float:
+        """Return nats per predicted token (the first token of a text is given) for the model these layers make.
+
+        Raises:
+            CalibrationError: if no text has a second token.
+            NumericsError: if the candidate's hidden states or logits are not finite.
+        """
+        predicted = self.mask[:, 1:].bool()
+        targets = self.ids[:, 1:][predicted]
+        if not len(targets):
+            raise CalibrationError("every calibration text has one token only; a loss needs two, give longer texts")
+        total = 0.0
+        for hidden, target in zip(self.run(layers)[:, :-1][predicted].split(ROWS), targets.split(ROWS)):
+            total -= float(self.read_out(hidden).gather(1, target[:, None]).sum(dtype=torch.float64))
+        return total / len(targets)
+
+
+class OutputSimilarity(Oracle):
+    """Mean cosine, over texts, of the base's and planned models' final hidden states at the last real token.
+
+    Final means after the final norm: what the language-model head reads.
+    """
+
+    _base: torch.Tensor | None = None
+
+    @torch.inference_mode()
+    def measure(self, layers: Sequence[LayerRecipe]) -> float:
+        """Return the mean cosine, -1 to 1, for the model these output layers make.
+
+        Raises:
+            NumericsError: if the candidate's hidden states are not finite.
+        """
+        if self._base is None:
+            self._base = self._last(self.base_layers)
+        return float(torch.nn.functional.cosine_similarity(self._base, self._last(layers), dim=-1).mean())
+
+    def _last(self, layers: Sequence[LayerRecipe]) -> torch.Tensor:
+        rows = torch.arange(len(self.mask), device=self.mask.device)
+        return self.run(layers)[rows, self.mask.sum(dim=1) - 1].double()

@@ -1,0 +1,246 @@
+"""A decoder that is walked layer by layer. Of a streamed one, only the layers somebody holds are in memory."""
+
+import ctypes
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+from mka.errors import CheckpointError
+from mka.model.checkpoint import Checkpoint
+from mka.model.families import Family, get_family
+from mka.model.tensors import TensorReader
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+# Bytes of layers after which memory is tidied up.
+TRIM_BYTES = 1 << 28
+
+
+class Decoder:
+    """A transformers causal language model, in memory as a whole.
+
+    Attributes:
+        model: the model; what a streamed one does not hold has no values.
+        family: its family.
+        device: where it computes.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.family: Family = get_family(model.config.model_type, "model")
+        self.device: torch.device = model.device
+
+    @property
+    def layers(self) -> Any:
+        """The decoder layers; those that are not held must not be run."""
+        return self.model.model.layers
+
+    @contextmanager
+    def hold(self, *layers: int) -> Iterator[None]:
+        """Have these layers in memory within the block; blocks may be nested."""
+        yield
+
+    @contextmanager
+    def hold_head(self) -> Iterator[None]:
+        """Have the language-model head in memory within the block."""
+        yield
+
+    def tidy(self) -> None:
+        """Called when a lot of memory has been let go of."""
+
+    @contextmanager
+    def _hold_rows(self, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Have the embeddings of these tokens in memory within the block; yields ids that name them there."""
+        yield ids
+
+    @torch.inference_mode()
+    def enter(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+        """Return what enters the first layer and what the decoder hands to each layer beside it; runs no layer.
+
+        Args:
+            ids: token ids, (S, T).
+            mask: 1 for real tokens, (S, T); None if all are.
+
+        Returns:
+            Hidden states (S, T, D), and one dictionary of keyword arguments (masks, positions) per layer. Without a
+            mask they serve any number of sequences of T tokens.
+        """
+        states: list[torch.Tensor] = []
+        contexts: list[dict[str, Any]] = []
+
+        def catch(hidden_states: torch.Tensor, **context: Any) -> torch.Tensor:
+            states.append(hidden_states)
+            contexts.append(context)
+            return hidden_states
+
+        # On the instance, so that everything the decoder reads of a layer (its kind of attention) is still there.
+        for layer in self.layers:
+            layer.forward = catch
+        try:
+            with self._hold_rows(ids.to(self.device)) as held:
+                mask = mask if mask is None else mask.to(self.device)
+                self.model.model(input_ids=held, attention_mask=mask, use_cache=False)
+        finally:
+            for layer in self.layers:
+                del layer.forward
+        return states[0], contexts
+
+
+def as_decoder(model: Any) -> Decoder:
+    """Return a decoder as it is, and a transformers model as one."""
+    return model if isinstance(model, Decoder) else Decoder(model)
+
+
+class StreamedDecoder(Decoder):
+    """A decoder whose weights are read when they are held, and let go of afterwards.
+
+    The final norm stays; of the embedding only the rows of the tokens that enter are read. The memory of a layer let go
+    of is that of the next one held.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, read: TensorReader, dtype: str, trust_remote_code: bool = False) -> None:
+        """Build the model without its weights, on cuda if there is one.
+
+        Args:
+            checkpoint: unquantized.
+            read: of the checkpoint, open for as long as the decoder is used.
+            dtype: what weights are cast to, e.g. "float32".
+            trust_remote_code: run Python code that comes with the model.
+
+        Raises:
+            CheckpointError: if a weight is missing, left over or of another shape than the config says.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.read, self.dtype = read, getattr(torch, dtype)
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, **options)
+        with _without_values():
+            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, **options)
+        model.tie_weights()
+        model.eval()
+        _check_weights(checkpoint, model)
+        super().__init__(model)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Only gradients read it, and rows are numbered anew.
+        model.model.embed_tokens.padding_idx = None
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
+        self._held: Counter[int] = Counter()
+        self._passed = 0
+        self._spare: defaultdict[torch.Size, list[torch.Tensor]] = defaultdict(list)
+        largest = max(t.nbytes for i in range(checkpoint.layers) for t in checkpoint.layer_tensors(i).values())
+        self._raw = torch.empty(largest, dtype=torch.uint8)
+        self._fill(model.model.norm, {"weight": "model.norm.weight"})
+
+    @contextmanager
+    def hold(self, *layers: int) -> Iterator[None]:
+        """Have these layers in memory within the block; blocks may be nested."""
+        for index in layers:
+            if not self._held[index]:
+                names = {name: f"model.layers.{index}.{name}" for name, _ in self.layers[index].named_parameters()}
+                self._fill(self.layers[index], names)
+            self._held[index] += 1
+        try:
+            yield
+        finally:
+            for index in layers:
+                self._held[index] -= 1
+                if not self._held[index]:
+                    for value in _empty(self.layers[index]):
+                        self._spare[value.shape].append(value)
+                        self._passed += value.nbytes
+            if self._passed > TRIM_BYTES:
+                self._passed = 0
+                self.tidy()
+
+    def tidy(self) -> None:
+        """Give free memory back to the system.
+
+        Holes that aligned allocations leave in glibc's heap are seldom used again (before glibc 2.38): over hundreds of
+        layers they would add up to the size of the model.
+        """
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+        if trim is not None:
+            trim(0)
+
+    @contextmanager
+    def hold_head(self) -> Iterator[None]:
+        """Have the language-model head in memory within the block."""
+        name = EMBEDDING if self.model.config.tie_word_embeddings else HEAD
+        _put(self.model.lm_head, "weight", self.read(name).to(self.device, self.dtype))
+        try:
+            yield
+        finally:
+            _empty(self.model.lm_head)
+
+    @contextmanager
+    def _hold_rows(self, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+        wanted, held = ids.unique(return_inverse=True)
+        rows = [self.read(EMBEDDING, slice(row, row + 1)) for row in wanted.tolist()]
+        _put(self.model.model.embed_tokens, "weight", torch.cat(rows).to(self.device, self.dtype))
+        try:
+            yield held
+        finally:
+            _empty(self.model.model.embed_tokens)
+
+    @torch.inference_mode()
+    def _fill(self, module: Any, names: Mapping[str, str]) -> None:
+        """Give a module's parameters the values of the checkpoint's tensors."""
+        for name, tensor in names.items():
+            shape = module.get_parameter(name).shape
+            spare = self._spare[shape]
+            value = spare.pop() if spare else torch.empty(shape, dtype=self.dtype, device=self.device)
+            _put(module, name, value.copy_(self.read(tensor, into=self._raw)))
+
+
+@contextmanager
+def _without_values() -> Iterator[None]:
+    """Parameters made within the block have a shape only; buffers, which no checkpoint holds, have their values."""
+    register = torch.nn.Module.register_parameter
+
+    def register_empty(module: torch.nn.Module, name: str, value: torch.nn.Parameter | None) -> None:
+        empty = None if value is None else torch.nn.Parameter(value.to("meta"), requires_grad=False)
+        register(module, name, empty)
+
+    with mock.patch.object(torch.nn.Module, "register_parameter", register_empty):
+        yield
+
+
+def _empty(module: Any) -> list[torch.Tensor]:
+    """Take a module's values away; returns them."""
+    values = dict(module.named_parameters())
+    for name, value in values.items():
+        _put(module, name, torch.empty_like(value, device="meta"))
+    return [value.data for value in values.values()]
+
+
+def _put(module: Any, name: str, value: torch.Tensor) -> None:
+    holder, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(holder), leaf, torch.nn.Parameter(value, requires_grad=False))
+
+
+def _check_weights(checkpoint: Checkpoint, model: Any) -> None:
+    """Refuse a folder whose weights are not those of its config, as loading it would."""
+    wanted = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    if model.config.tie_word_embeddings:
+        found.pop(HEAD, None)
+    _refuse(checkpoint, "missing", wanted.keys() - found.keys())
+    _refuse(checkpoint, "unexpected", found.keys() - wanted.keys())
+    _refuse(checkpoint, "mismatched", [name for name, shape in wanted.items() if found[name] != shape])
+
+
+def _refuse(checkpoint: Checkpoint, kind: str, names: Sequence[str] | set[str]) -> None:
+    if names:
+        raise CheckpointError(
+            f"{checkpoint.path}: config and weights disagree: {len(names)} {kind} keys, e.g. {sorted(names)[0]}; "
+            "fetch or write the model again"
+        )

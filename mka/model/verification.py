@@ -1,0 +1,114 @@
+"""A stranger's look at a finished folder: does stock transformers load it, whole, and does it generate soundly?"""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from mka.errors import CheckpointError
+from mka.model.checkpoint import Checkpoint, open_checkpoint
+from mka.model.tensors import is_finite
+from mka.terminal import quiet_libraries
+
+
+def _verify(folder: Path) -> dict[str, Any]:
+    facts = inspect_checkpoint(folder)
+    require_sound(facts, folder)
+    return facts
+
+
+PROBE_TOKENS = 8
+# Of a model with more bytes than this, whose every further token costs one more pass over the disk.
+FEW_PROBE_TOKENS, LARGE = 2, 2_000_000_000
+
+
+def inspect_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Load a folder as any user would and report what was found; judges nothing.
+
+    Weights stay on disk and are read when a layer needs them (transformers' ``device_map="disk"``), so that memory is
+    a few tensors whatever the size; those of a quantized folder, which have to be unpacked, are loaded.
+
+    Args:
+        folder: the folder.
+        trust_remote_code: passed to transformers.
+
+    Returns:
+        JSON-able facts: model_type, layers, config_layers, parameters, bytes, dtype, missing_keys, unexpected_keys,
+        mismatched_keys, nonfinite_tensors (counts) and generation_mismatches: of `PROBE_TOKENS` tokens generated
+        greedily with the key-value cache (`FEW_PROBE_TOKENS` of a large model), how many are not the best choice of
+        a forward pass without cache; all of them if keys do not match, since nothing can be generated then.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = open_checkpoint(folder, verify=False)
+    with TemporaryDirectory() as offloaded, quiet_libraries(checkpoint.is_quantized):
+        options = {} if checkpoint.is_quantized else {"device_map": {"": "disk"}, "offload_folder": offloaded}
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code, **options
+        )
+        model.eval()
+        facts: dict[str, Any] = {
+            "model_type": checkpoint.family.model_type,
+            "layers": len(model.model.layers),
+            "config_layers": checkpoint.layers,
+            "bytes": checkpoint.nbytes,
+            "dtype": checkpoint.dtype,
+            "missing_keys": len(info["missing_keys"]),
+            "unexpected_keys": len(info["unexpected_keys"]),
+            "mismatched_keys": len(info["mismatched_keys"]),
+        }
+        tokens = PROBE_TOKENS if checkpoint.nbytes <= LARGE else FEW_PROBE_TOKENS
+        whole = not any(facts[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
+        with torch.inference_mode():
+            facts["generation_mismatches"] = _count_generation_mismatches(model, tokens) if whole else tokens
+    return facts | _count_parameters(checkpoint, model)
+
+
+def _count_parameters(checkpoint: Checkpoint, model: Any) -> dict[str, int]:
+    """Count parameters, and tensors with NaN or infinity; of a quantized model after the pass that unpacks it."""
+    if checkpoint.is_quantized:
+        count = sum(p.numel() for n, p in model.named_parameters() if n.endswith((".weight", ".bias")))
+        return {"parameters": count, "nonfinite_tensors": sum(not is_finite(p) for p in model.parameters())}
+    # A tied head that is stored beside the embedding is no parameter of its own.
+    tied = model.config.tie_word_embeddings and "model.embed_tokens.weight" in checkpoint.tensors
+    own = [t for name, t in checkpoint.tensors.items() if not (tied and name == "lm_head.weight")]
+    with checkpoint.reader() as read:
+        nonfinite = sum(not is_finite(read(tensor.name)) for tensor in own)
+    return {"parameters": sum(t.parameters for t in own), "nonfinite_tensors": nonfinite}
+
+
+def _count_generation_mismatches(model: Any, tokens: int) -> int:
+    import torch
+
+    vocabulary = model.config.vocab_size
+    prompt = (torch.arange(1, 7) * 7919 % vocabulary).unsqueeze(0)
+    model.generation_config.eos_token_id = None
+    generated = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=0,
+    )
+    logits = model(generated, use_cache=False).logits[0, prompt.shape[1] - 1 : -1].float()
+    chosen = logits.gather(1, generated[0, prompt.shape[1] :].unsqueeze(1)).squeeze(1)
+    # Rounding may swap two equally good tokens; a wrong cache moves logits by far more.
+    slack = max(1e-3, 4 * torch.finfo(model.dtype).eps) * (logits.max() - logits.min())
+    return int((logits.max(dim=1).values - chosen > slack).sum())
+
+
+def require_sound(facts: dict[str, Any], where: str | Path) -> None:
+    """Refuse a folder that does not load whole or does not generate soundly.
+
+    Raises:
+        CheckpointError: naming the first fact that is wrong.
+    """
+    for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "nonfinite_tensors", "generation_mismatches"):
+        if facts[name]:
+            raise CheckpointError(
+                f"{where}: {facts[name]} {name.replace('_', ' ')} after writing; nothing was published"
+            )
+    if facts["layers"] != facts["config_layers"]:
+        raise CheckpointError(f"{where}: loads {facts['layers']} layers, config.json says {facts['config_layers']}")

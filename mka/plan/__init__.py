@@ -1,0 +1,1 @@
+"""The decision: which source layers make each output layer. Pure: no torch."""

@@ -1,0 +1,231 @@
+"""The merge plan: which source layers make each output layer, and how. A small JSON file a person can read."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from mka.errors import PlanError
+
+FORMAT = "mka-plan/1"
+
+
+@dataclass(frozen=True)
+class LayerRecipe:
+    """One output layer, made of a group of source layers by one of two verbs.
+
+    ``combine``: ``sum_i weights[i] * source layer sources[i]``; weights apply to tensors whose norm gains were folded
+    first (see `mka.transforms.merge`), and sum to 1. A single source with weight 1 is a plain copy.
+
+    ``take``: the attention of the layers in ``attention`` and the MLP of those in ``mlp``. Of one layer the sublayer is
+    taken whole; of several, the heads and neurons that matter most, as many as one layer has, chosen while aligning.
+    """
+
+    sources: tuple[int, ...]
+    weights: tuple[float, ...] = ()
+    attention: tuple[int, ...] = ()
+    mlp: tuple[int, ...] = ()
+
+    @property
+    def verb(self) -> str:
+        """``combine`` or ``take``."""
+        return "take" if self.attention or self.mlp else "combine"
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether this output layer is one source layer, unchanged."""
+        return len(self.sources) == 1 and self.weights == (1.0,)
+
+    @property
+    def used(self) -> tuple[int, ...]:
+        """Source layers of which something is left."""
+        if self.verb == "take":
+            return tuple(sorted({*self.attention, *self.mlp}))
+        return tuple(s for s, w in zip(self.sources, self.weights) if w != 0.0)
+
+    @property
+    def head(self) -> int:
+        """Source layer that decides the output layer's kind: the first its attention comes from."""
+        return self.attention[0] if self.attention else self.sources[0]
+
+    @property
+    def selects(self) -> bool:
+        """Whether heads or neurons of several layers compete, which only an alignment can decide."""
+        return len(self.attention) > 1 or len(self.mlp) > 1
+
+    def check(self, position: int) -> None:
+        """Refuse a recipe that is not well formed.
+
+        Raises:
+            PlanError: if weights do not sum to 1, or a sublayer comes from outside the group.
+        """
+        if self.verb == "take":
+            if self.weights:
+                raise PlanError(f"plan layer {position}: weights go with the verb combine, not with take")
+            for name, chosen in (("attention", self.attention), ("mlp", self.mlp)):
+                if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(self.sources):
+                    raise PlanError(f"plan layer {position}: {name} of {list(chosen)}; allowed: {list(self.sources)}")
+            return
+        if not self.sources or len(self.sources) != len(self.weights):
+            raise PlanError(f"plan layer {position}: {len(self.sources)} sources, {len(self.weights)} weights")
+        if not abs(sum(self.weights) - 1.0) < 1e-6:
+            raise PlanError(f"plan layer {position}: weights sum to {sum(self.weights):.6g}, must be 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields of its verb."""
+        body: dict[str, Any] = {"verb": self.verb, "sources": self.sources}
+        if self.verb == "take":
+            return body | {"attention": self.attention, "mlp": self.mlp}
+        return body | {"weights": self.weights}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decision on the way to the plan, kept so that a reader can follow it.
+
+    ``left`` and ``right`` are the groups of source layers that became one (``right`` empty: the left was deleted),
+    ``score`` what made it first choice, ``weight`` the share of the left group.
+    """
+
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+    score: float
+    weight: float
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """How ``layers_in`` source layers become ``len(layers)`` output layers.
+
+    Attributes:
+        method: name of the compressor that made it.
+        label: one line for people, e.g. what a baseline really is.
+        layers_in: number of layers of the base model, L.
+        layers: one `LayerRecipe` per output layer, in order.
+        steps: the decisions in the order they were taken.
+        settings: the method's resolved settings.
+        base: facts of the base checkpoint (model, digest).
+        folds: SHA-256 of the folds it is written with (`mka.transforms.fold`); None if it needs none.
+    """
+
+    method: str
+    label: str
+    layers_in: int
+    layers: tuple[LayerRecipe, ...]
+    steps: tuple[Step, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    base: Mapping[str, Any] = field(default_factory=dict)
+    folds: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a plan that is not well formed.
+
+        Raises:
+            PlanError: if an index is out of range, out of order or used twice, or weights do not sum to 1.
+        """
+        if not 1 <= len(self.layers) <= self.layers_in:
+            raise PlanError(f"plan keeps {len(self.layers)} layers; allowed: 1 to {self.layers_in}")
+        last = -1
+        for position, layer in enumerate(self.layers):
+            layer.check(position)
+            for source in layer.sources:
+                if type(source) is not int:
+                    raise PlanError(f"plan layer {position}: source {source!r}; sources are whole numbers")
+                if not last < source < self.layers_in:
+                    raise PlanError(
+                        f"plan layer {position}: source {source} after {last}; sources must rise and stay below "
+                        f"{self.layers_in}, each used once"
+                    )
+                last = source
+
+    @property
+    def layers_out(self) -> int:
+        """Number of output layers."""
+        return len(self.layers)
+
+    @property
+    def layer_ratio(self) -> float:
+        """``1 - layers out / layers in``, the ratio that papers print."""
+        return 1.0 - self.layers_out / self.layers_in
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """Source layers of which nothing is left in the output."""
+        kept = {s for layer in self.layers for s in layer.used}
+        return tuple(i for i in range(self.layers_in) if i not in kept)
+
+    @property
+    def merged(self) -> tuple[LayerRecipe, ...]:
+        """Output layers made of more than one source layer."""
+        return tuple(layer for layer in self.layers if len(layer.sources) > 1)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the plan changes nothing."""
+        return self.layers_out == self.layers_in
+
+    def to_json(self) -> str:
+        """Serialise with every field named, in the documented format (docs/formats.md)."""
+        body = {"format": FORMAT, **asdict(self), "layers_out": self.layers_out, "removed": list(self.removed)}
+        body["layers"] = [layer.to_dict() for layer in self.layers]
+        return json.dumps(body, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "plan") -> Self:
+        """Read a plan back.
+
+        Raises:
+            PlanError: if the text is not a plan in this format.
+        """
+        try:
+            body = json.loads(text)
+            if body.get("format") != FORMAT:
+                raise PlanError(f"{where}: format {body.get('format')!r}, expected {FORMAT!r}")
+            verbs = {layer["verb"] for layer in body["layers"]} - {"combine", "take"}
+            if verbs:
+                raise PlanError(f"{where}: unknown verb {sorted(verbs)}; allowed: combine, take")
+            return cls(
+                method=body["method"],
+                label=body["label"],
+                layers_in=body["layers_in"],
+                layers=tuple(
+                    LayerRecipe(*(tuple(x.get(key, ())) for key in ("sources", "weights", "attention", "mlp")))
+                    for x in body["layers"]
+                ),
+                steps=tuple(Step(tuple(s["left"]), tuple(s["right"]), s["score"], s["weight"]) for s in body["steps"]),
+                settings=body["settings"],
+                base=body["base"],
+                folds=body.get("folds"),
+            )
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"{where}: not a plan ({type(error).__name__}: {error})") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a plan file.
+
+        Raises:
+            PlanError: if it does not exist or is not a plan.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"plan {path} cannot be read: {error}") from None
+
+
+def identity_layers(count: int) -> tuple[LayerRecipe, ...]:
+    """Return ``count`` plain copies, the plan that changes nothing."""
+    return tuple(LayerRecipe((i,), (1.0,)) for i in range(count))
+
+
+def keep_layers(kept: Sequence[int]) -> tuple[LayerRecipe, ...]:
+    """Return plain copies of the layers named, the plan of a deletion."""
+    return tuple(LayerRecipe((i,), (1.0,)) for i in sorted(kept))
+
+
+def take_layers(sources: Sequence[int], attention: Sequence[int], mlp: Sequence[int]) -> LayerRecipe:
+    """Return the recipe that takes these sublayers of a group; a group of one layer is a plain copy."""
+    if len(sources) == 1:
+        return LayerRecipe((sources[0],), (1.0,))
+    return LayerRecipe(tuple(sources), attention=tuple(attention), mlp=tuple(mlp))

@@ -1,0 +1,1 @@
+"""Evidence for people: page, card, pictures, and the index over all runs."""

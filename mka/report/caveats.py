@@ -1,0 +1,36 @@
+"""The limits of the figures, each with its number."""
+
+from typing import TYPE_CHECKING
+
+from mka.report.data import ReportData
+
+if TYPE_CHECKING:
+    pass
+
+FEW_WINDOWS, FEW_ITEMS = 30, 200
+
+
+def list_caveats(data: ReportData) -> list[str]:
+    """State the limits that these figures have, each with its number."""
+    notes = []
+    measured = data.candidate
+    if not measured or not (measured.text or measured.tasks):
+        notes.append("Nothing was measured: no statement about quality is made.")
+    else:
+        for scores, few, noun in ((measured.text, FEW_WINDOWS, "windows"), (measured.tasks, FEW_ITEMS, "items")):
+            small = [f"{score.name} ({score.n})" for score in scores if score.n < few]
+            if small:
+                notes.append(f"Few {noun}, so read the ± before the figure: {', '.join(small)}.")
+        if any("mmlu" in score.name for score in measured.tasks):
+            notes.append("A model that has lost its language can still pick letters: read MMLU with perplexity.")
+        notes.append("Speed was timed on the machine named under conditions; other hardware ranks differently.")
+    label = f" ({data.provenance['base_model']})" if data.provenance.get("base_model") else ""
+    notes.append(f"The base{label} is measured as it was loaded here; its figures are its own, not published ones.")
+    facts = [report.checkpoint for report in (data.base, data.candidate) if report]
+    if len(facts) == 2 and all(fact.get("bytes") and fact.get("parameters") for fact in facts):
+        before, after = (8 * fact["bytes"] / fact["parameters"] for fact in facts)
+        whole, fewer = (1 - facts[1][key] / facts[0][key] for key in ("bytes", "parameters"))
+        if abs(before - after) > 0.05 * before:
+            told = f"{fewer:.1%} fewer parameters, and {after:.1f} instead of {before:.1f} bits per parameter"
+            notes.append(f"The size ratio of {whole:.1%} mixes two things: {told}.")
+    return notes

@@ -1,0 +1,42 @@
+"""What the page and the card are made of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mka.evaluation.scores import EvalReport
+from mka.plan.plan import MergePlan
+
+if TYPE_CHECKING:
+    from mka.evidence.states import LayerScores
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What the page and the card are made of; all but recipe and plan may be absent.
+
+    Attributes:
+        recipe: the resolved recipe, JSON-able.
+        plan: what was merged.
+        scores: what the method saw of the layers.
+        base, candidate: their measurements; checkpoint facts alone, with no scores, are enough for a card.
+        gate: ``verdict`` and ``checks``, each with name, recovery, lower, upper, threshold, verdict, n.
+        recoveries: further recoveries to draw, keys as in a check, without threshold.
+        provenance: base_model, revision, digest, license, calibration_digest, calibration_rev, code_commit, versions,
+            created, command and whatever else; shown in the order given.
+        stages: stage -> seconds.
+        registered: address of the registered version, ``models:/NAME@ALIAS``.
+        alignment: facts of the refit, as `mka.alignment.aligner.Aligner` leaves them.
+    """
+
+    recipe: Mapping[str, Any]
+    plan: MergePlan
+    scores: "LayerScores | None" = None
+    base: EvalReport | None = None
+    candidate: EvalReport | None = None
+    gate: Mapping[str, Any] | None = None
+    recoveries: tuple[Mapping[str, Any], ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    stages: Mapping[str, float] = field(default_factory=dict)
+    registered: str | None = None
+    alignment: Mapping[str, Any] | None = None

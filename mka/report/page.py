@@ -1,0 +1,129 @@
+"""The evidence of one run for people: a self-contained HTML page and a model card."""
+
+import base64
+import contextlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mka.errors import OutputError
+from mka.plan.wording import describe_layer, describe_steps
+from mka.report.alignment import describe_alignment, draw_errors, layer_rows
+from mka.report.caveats import list_caveats
+from mka.report.data import ReportData
+from mka.report.markup import _plain, escape_markdown, fence_markdown
+from mka.report.table import result_table
+
+if TYPE_CHECKING:
+    pass
+
+
+INLINE_SVG_BYTES = 300_000
+TILES = ((r"layers$", 0), (r"size$", 0), (r"perplexity", 0), (r".*items\)$", -1))
+VERDICTS = {
+    "pass": "every lower 95 % bound reaches its threshold",
+    "fail": "an upper 95 % bound stays below its threshold",
+    "undecided": "a threshold lies between the bounds: more items would decide",
+}
+
+
+def write_report(data: ReportData, folder: str | Path) -> Path:
+    """Write ``report.html``: one page with its style and pictures inside, which loads nothing from anywhere.
+
+    Raises:
+        OutputError: if the folder cannot be written.
+    """
+    from mka.report import pictures
+
+    images = {"plan": _embed(lambda form: pictures.draw_plan(data.plan, form))}
+    if (scores := data.scores) is not None:
+        title = "What the layers share" if scores.kind == "pairwise-similarity" else "What the layers change"
+        seen = (scores.values, data.plan, title, scores.meaning)
+        images["scores"] = _embed(lambda form: pictures.draw_similarity(*seen, form))
+    if data.alignment and layer_rows(data.alignment):
+        images["alignment"] = _embed(lambda form: draw_errors(data.alignment or {}, form))
+    checks = [*(data.gate or {}).get("checks", ())]
+    if checks or data.recoveries:
+        images["recovery"] = _embed(lambda form: pictures.draw_recovery(checks, data.recoveries, form))
+    return _publish(Path(folder) / "report.html", _render("report.html.j2", data, images=images))
+
+
+def write_card(data: ReportData, folder: str | Path) -> Path:
+    """Write ``README.md``, a model card with YAML front matter, beside the weights.
+
+    Raises:
+        OutputError: if the folder cannot be written.
+    """
+    import yaml
+
+    hub = (data.recipe.get("model") or {}).get("hub")
+    tags = list(dict.fromkeys(["mka", data.plan.method, "layer-merging", "compression"]))
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "base_model": hub}
+    front |= {"license": data.provenance.get("license"), "tags": tags}
+    # Hubs refuse a card whose base_model is not a model id; other sources are named in the text.
+    header = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False, allow_unicode=True)
+    return _publish(Path(folder) / "README.md", _render("card.md.j2", data, header=header))
+
+
+def _render(template: str, data: ReportData, **more: Any) -> str:
+    """Fill a template. Every value is escaped for the language of the template unless marked safe in it."""
+    import jinja2
+    import yaml
+
+    markdown = template.endswith(".md.j2")
+    blocks: Any = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    engine = jinja2.Environment(autoescape=not markdown, undefined=jinja2.StrictUndefined, **blocks)
+    engine.loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    engine.finalize = escape_markdown if markdown else None
+    engine.filters |= {"fenced": fence_markdown, "quoted": json.dumps}
+    engine.filters["figure"] = lambda value: "–" if value is None else f"{value:.3f}"
+    plan, base, candidate = data.plan, data.base, data.candidate
+    before, after = (dict(report.generations) if report else {} for report in (base, candidate))
+    rows = result_table(base, candidate)
+    ratios = {"layer_ratio": plan.layer_ratio}
+    if base and candidate and base.checkpoint.get("bytes"):
+        ratios["size_ratio"] = 1 - candidate.checkpoint["bytes"] / base.checkpoint["bytes"]
+    return engine.get_template(template).render(
+        data=data,
+        name=data.recipe.get("name") or plan.base.get("model") or "model",
+        rows=rows,
+        # To see first: layers, size, a perplexity, and the mean of the tasks or the only one.
+        tiles=[found[at] for name, at in TILES if (found := [row for row in rows if re.match(name, row["quantity"])])],
+        ratios=ratios,
+        verdict=(data.gate or {}).get("verdict"),
+        verdicts=VERDICTS,
+        merges=[describe_layer(i, layer) for i, layer in enumerate(plan.layers) if len(layer.sources) > 1],
+        steps=describe_steps(plan),
+        alignment=describe_alignment(data.alignment) if data.alignment else {},
+        aligned_layers=layer_rows(data.alignment) if data.alignment else [],
+        texts=[(prompt, before.get(prompt), after.get(prompt)) for prompt in dict.fromkeys([*before, *after])],
+        recipe=yaml.safe_dump(json.loads(json.dumps(data.recipe, default=str)), sort_keys=False, allow_unicode=True),
+        provenance=_plain(data.provenance),
+        conditions=_plain((candidate or base).conditions) if candidate or base else {},  # type: ignore[union-attr]
+        caveats=list_caveats(data),
+        folder=(candidate.checkpoint.get("path") if candidate else None) or "path/to/this/folder",
+        **more,
+    )
+
+
+def _embed(draw: Callable[[Any], bytes]) -> str:
+    """A picture as a data address: SVG, or PNG where the SVG is large."""
+    image = draw("svg")
+    kind, image = ("svg+xml", image) if len(image) <= INLINE_SVG_BYTES else ("png", draw("png"))
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+
+def _publish(path: Path, text: str) -> Path:
+    """Write aside and rename, so that a reader never sees half a page."""
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; choose a writable folder") from None
+    return path

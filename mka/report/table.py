@@ -1,0 +1,83 @@
+"""Base and candidate side by side: the one table that terminal, artifact, page and card show."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mka.evaluation.scores import EvalReport, Score
+
+if TYPE_CHECKING:
+    pass
+
+
+def format_value(value: float, stderr: float | None = None) -> str:
+    """Format a figure with as many decimals as two digits of its standard error, or four significant digits."""
+    if not math.isfinite(value):
+        return str(value)
+    if stderr is not None and math.isfinite(stderr) and stderr > 0:
+        decimals = min(6, max(0, 1 - math.floor(math.log10(stderr))))
+        return f"{value:,.{decimals}f} ± {stderr:,.{decimals}f}"
+    if value == 0 or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
+
+
+def result_table(base: EvalReport | None, candidate: EvalReport | None) -> list[dict[str, str]]:
+    """Format base and candidate side by side, the one table that terminal, artifact, page and card show.
+
+    Returns:
+        rows with keys ``quantity``, ``base``, ``candidate`` and ``ratio`` (candidate / base). ``±`` is one standard
+        error; n is in ``quantity``, as ``n = base / candidate`` where they differ. A missing figure is an en dash.
+    """
+    pair = (base, candidate)
+    rows: list[dict[str, str]] = []
+
+    def add(quantity: str, values: list[Any], show: Callable[[Any], str], texts: list[str] | None = None) -> None:
+        """Add a row unless neither side has the figure."""
+        before, after = values
+        if before is None and after is None:
+            return
+        shown = texts or ["–" if value is None else show(value) for value in values]
+        ratio = "–" if not before or after is None else f"{after / before:.3f}"
+        rows.append({"quantity": quantity, "base": shown[0], "candidate": shown[1], "ratio": ratio})
+
+    def add_scores(quantity: str, scores: list[Score | None], noun: str) -> None:
+        """Add a row of measured scores with error and n."""
+        counts = " / ".join(dict.fromkeys(f"{score.n:,}" for score in scores if score))
+        texts = ["–" if score is None else format_value(score.value, score.stderr) for score in scores]
+        add(f"{quantity} (n = {counts} {noun})", [score and score.value for score in scores], str, texts)
+
+    facts = [report.checkpoint if report else {} for report in pair]
+    layers, parameters, size = ([fact.get(key) for fact in facts] for key in ("layers", "parameters", "bytes"))
+    add("layers", layers, "{:,}".format)
+    add("parameters", parameters, lambda count: f"{count / 1e6:,.1f} M")
+    add("size", size, lambda count: f"{count / 1e6:,.1f} MB")
+    add("bits per parameter", [b and p and 8 * b / p for b, p in zip(size, parameters)], "{:.1f}".format)
+    for name, scores in _matched(pair, "text"):
+        add_scores(f"{name[1]}, {name[0]}", scores, "windows")
+        bits = [score and score.extra.get("bits_per_byte") for score in scores]
+        add(f"bits per byte, {name[0]}", bits, "{:.3f}".format)
+    tasks = _matched(pair, "tasks")
+    for name, scores in tasks:
+        add_scores(f"{name[0]}, {name[1]}", scores, "items")
+    # A mean over different sets of tasks would compare nothing.
+    shared = [scores for _, scores in tasks if None not in scores]
+    if len(shared) > 1:
+        add_scores(f"mean of {len(shared)} tasks", [mean_score(side) for side in zip(*shared)], "items")
+    for part in ("prefill", "decode"):
+        speeds = [report.speed.get(f"{part}_tokens_per_second") if report else None for report in pair]
+        add(f"{part} speed", speeds, "{:,.1f} tokens/s".format)
+    return rows
+
+
+def mean_score(scores: Sequence[Score]) -> Score:
+    """Unweighted mean of task scores; tasks are independent, so the variances of their errors add."""
+    stderr = math.sqrt(sum(score.stderr**2 for score in scores)) / len(scores)
+    value = sum(score.value for score in scores) / len(scores)
+    return Score("mean", "mean", value, stderr, sum(score.n for score in scores), True)
+
+
+def _matched(pair: tuple[EvalReport | None, EvalReport | None], part: str) -> list[tuple[tuple[str, str], list[Any]]]:
+    """Scores of the same name and metric, base beside candidate."""
+    tables = [{(s.name, s.metric): s for s in (getattr(report, part) if report else ())} for report in pair]
+    return [(name, [table.get(name) for table in tables]) for name in {**tables[0], **tables[1]}]

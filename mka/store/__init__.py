@@ -1,0 +1,1 @@
+"""Whole or not there, found again by content."""

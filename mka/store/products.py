@@ -1,0 +1,153 @@
+"""Stage results on disk, keyed by content: the one mechanism by which anything is ever reused.
+
+A result's key is the digest of its stage, the stage's version, its settings and the digests of its inputs: never a
+name, a date or a path. It is reused only if every file it consists of still has its recorded digest.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mka.store.publishing import publish
+from mka.store.sums import file_sha256
+
+MANIFEST = "stage.json"
+FORMAT = "mka-stage/1"
+
+
+@dataclass(frozen=True)
+class Product:
+    """What one stage left behind.
+
+    Attributes:
+        stage: name of the stage.
+        key: SHA-256 over stage, version, settings and input digests.
+        folder: where its files are.
+        digest: SHA-256 over its files, or over its facts if it has none.
+        facts: JSON-able facts for checks, records and people.
+        seconds: what making it took.
+        reused: whether an earlier run made it.
+        why: one line that says why it was made or reused.
+    """
+
+    stage: str
+    key: str
+    folder: Path
+    digest: str
+    facts: Mapping[str, Any]
+    seconds: float
+    reused: bool
+    why: str
+
+
+def stage_key(stage: str, version: int, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Digest of everything that decides a stage's result.
+
+    Args:
+        stage: its name.
+        version: raised by hand when the stage's meaning changes.
+        settings: JSON-able settings; nothing that names a machine, path or time.
+        inputs: name -> digest of each input.
+    """
+    body = {"stage": stage, "version": version, "settings": settings, "inputs": inputs}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def produce(
+    store: Path,
+    stage: str,
+    *,
+    version: int,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    make: Callable[[Path], Mapping[str, Any]],
+) -> Product:
+    """Return the stage's result: the stored one if it is whole, else a new one.
+
+    Two processes that want the same result take turns; the second finds the first one's. A killed process leaves
+    nothing that looks like a result, and its lock is released by the operating system.
+
+    Args:
+        store: folder of all results.
+        stage: name of the stage.
+        version: see `stage_key`.
+        settings: see `stage_key`.
+        inputs: see `stage_key`.
+        make: fills an empty folder and returns facts; an exception from it stores nothing.
+    """
+    from filelock import FileLock
+
+    key = stage_key(stage, version, settings, inputs)
+    folder = store / f"{stage}-{key[:16]}"
+    store.mkdir(parents=True, exist_ok=True)
+    with FileLock(store / f".{folder.name}.lock"):
+        stored, why = _read(folder, key)
+        if stored is not None:
+            return stored
+        shutil.rmtree(folder, ignore_errors=True)
+        for left in store.glob(f".{folder.name}.partial-*"):  # by a killed process; its lock is ours now
+            shutil.rmtree(left, ignore_errors=True)
+        started = time.perf_counter()
+        with publish(folder) as partial:
+            facts = dict(make(partial))
+            files = {f.relative_to(partial).as_posix(): f for f in sorted(partial.rglob("*")) if f.is_file()}
+            body = {
+                "format": FORMAT,
+                "stage": stage,
+                "key": key,
+                "version": version,
+                "settings": settings,
+                "inputs": inputs,
+                "seconds": round(time.perf_counter() - started, 3),
+                "files": {n: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for n, f in files.items()},
+                "facts": facts,
+            }
+            manifest = json.dumps(body, indent=2) + "\n"
+            (partial / MANIFEST).write_text(manifest, encoding="utf-8")
+        # What a later run will read, whether `make` returned tuples or lists.
+        return _describe(json.loads(manifest), folder, reused=False, why=why)
+
+
+def find(
+    store: Path, stage: str, *, version: int, settings: Mapping[str, Any], inputs: Mapping[str, str]
+) -> Product | None:
+    """Return the stored result if it is there and whole; waits for nobody and makes nothing."""
+    key = stage_key(stage, version, settings, inputs)
+    return _read(store / f"{stage}-{key[:16]}", key)[0]
+
+
+def _read(folder: Path, key: str) -> tuple[Product | None, str]:
+    """Return the stored product, or None and why it cannot be used."""
+    try:
+        body = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None, "no result for these inputs and settings yet"
+    except (OSError, ValueError):
+        return None, "the stored result's manifest cannot be read"
+    if not isinstance(body, dict) or body.get("format") != FORMAT or body.get("key") != key:
+        return None, "the stored result is of another format or key"
+    for name, entry in body["files"].items():
+        file = folder / name
+        if not file.is_file():
+            return None, f"stored file {name} is gone"
+        if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
+            return None, f"stored file {name} has changed"
+    # `mka clean` removes what was not used for long. A store that cannot be written is no reason to stop.
+    with contextlib.suppress(OSError):
+        os.utime(folder / MANIFEST)
+    count = len(body["files"])
+    why = "same inputs and settings" + (f"; {count} file{'s' if count > 1 else ''} intact" if count else "")
+    return _describe(body, folder, reused=True, why=why), why
+
+
+def _describe(body: Mapping[str, Any], folder: Path, *, reused: bool, why: str) -> Product:
+    basis = {n: e["sha256"] for n, e in body["files"].items()} or body["facts"]
+    digest = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
+    return Product(body["stage"], body["key"], folder, digest, body["facts"], body["seconds"], reused, why)

@@ -1,0 +1,143 @@
+"""Files and folders written whole or not at all: made aside, moved into place by one rename."""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mka.errors import OutputError
+
+if TYPE_CHECKING:
+    pass
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write aside and rename.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write aside and rename.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_bytes(data)
+        aside.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def check_free(output: Path) -> None:
+    """Refuse an output that exists, before anything is computed for it.
+
+    Raises:
+        OutputError: if it exists, or its place cannot be looked at.
+    """
+    try:
+        exists = output.is_symlink() or output.exists()
+    except OSError as error:
+        raise OutputError(f"output {output} cannot be written: {error.strerror}") from None
+    if exists:
+        raise OutputError(f"output {output} exists; choose another name or remove it")
+    parent = next((folder for folder in output.absolute().parents if folder.exists()), None)
+    if parent is None or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"output {output} cannot be written: {parent} is not a writable folder")
+
+
+def write_file(output: Path, write: Callable[[Path], Any]) -> None:
+    """Write one file aside and rename it into place.
+
+    Args:
+        output: the file; must not exist.
+        write: called with the path to write to.
+
+    Raises:
+        OutputError: if it exists or cannot be written.
+    """
+    check_free(output)
+    aside = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write(aside)
+        aside.replace(output)
+    except OSError as error:
+        raise OutputError(f"output {output} cannot be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def publish(output: str | Path, *, needed_bytes: int = 0) -> Iterator[Path]:
+    """Yield an empty folder beside ``output``; rename it into place when the block ends without an exception.
+
+    Nothing is left behind when it does not: ``output`` either holds the whole result or does not exist.
+
+    Args:
+        output: the folder to publish; must not exist.
+        needed_bytes: refuse early if the disk has less room than this.
+
+    Raises:
+        OutputError: if ``output`` exists, cannot be written, or the disk is full.
+    """
+    output = Path(output)
+    if output.exists():
+        raise OutputError(f"output {output} exists; choose another folder or remove it")
+    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    try:
+        _make_room(output.parent, partial)
+        free = shutil.disk_usage(partial).free
+        if needed_bytes > free:
+            raise OutputError(
+                f"disk full: {output} needs {needed_bytes / 1e6:,.0f} MB, {output.parent} has {free / 1e6:,.0f} MB free"
+            )
+        yield partial
+        _sync_files(partial)
+        partial.replace(output)
+        _sync(output.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(f"disk full while writing {output}; free some space and run again") from None
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise OutputError(f"output {output} appeared while it was being written; nothing was replaced") from None
+        if isinstance(error, PermissionError | NotADirectoryError) or error.errno == errno.EROFS:
+            raise OutputError(f"output {output} cannot be written: {error.strerror}") from None
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _make_room(parent: Path, partial: Path) -> None:
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    except OSError as error:
+        raise OutputError(f"output cannot be written in {parent}: {error.strerror or error}") from None
+
+
+def _sync_files(folder: Path) -> None:
+    """Wait until the disk has every file below a folder: a rename must not outlive a power cut that they do not."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""What is read: rows, overlap, calibration sets, windows, tokens."""

@@ -1,0 +1,113 @@
+"""Tables of texts: read, checked, digested, written."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mka.errors import CalibrationError
+
+EXCERPT_CHARACTERS = 60
+
+
+def normalize_text(text: str) -> str:
+    """Casefold a text and collapse its whitespace: what makes two texts the same text."""
+    return " ".join(text.casefold().split())
+
+
+def text_digest(text: str) -> str:
+    """Return the SHA-256 of the normalized text as 64 hex digits."""
+    return hashlib.sha256(normalize_text(text).encode()).hexdigest()
+
+
+def digest_texts(texts: Iterable[str]) -> str:
+    """Return the SHA-256 of a sequence of texts, as they are and in their order."""
+    return hashlib.sha256(json.dumps(list(texts), ensure_ascii=False).encode()).hexdigest()
+
+
+def read_rows(data: bytes | Path, name: str | None = None) -> list[dict[str, Any]]:
+    """Read a table of texts: JSON lines with a ``text`` field, or plain text whose paragraphs are the texts.
+
+    Args:
+        data: the file, or its bytes. Names that end in ``.txt`` are plain text.
+        name: how messages call it; needed for bytes of plain text.
+
+    Returns:
+        One row per text, each with at least ``text`` and ``source`` (the file's stem where the table has none).
+
+    Raises:
+        CalibrationError: if the file is missing, empty or not UTF-8, or a line is no object with a text.
+    """
+    name = name or (str(data) if isinstance(data, Path) else "calibration set")
+    decoded = _decode(data, name)
+    stem = Path(name).stem
+    if name.endswith(".txt"):
+        paragraphs = "\n".join(line.strip() for line in decoded.split("\n")).split("\n\n")
+        rows = [{"text": text.strip(), "source": stem} for text in paragraphs if text.strip()]
+    else:
+        # Not splitlines(): U+2028 and U+0085 are legal inside a JSON string.
+        lines = enumerate(decoded.split("\n"), start=1)
+        rows = [{"source": stem} | _parse_line(line, f"{name}, line {i}") for i, line in lines if line.strip()]
+    if not rows:
+        raise CalibrationError(f"{name} is empty; give JSON lines with a `text` field, or a .txt file")
+    return rows
+
+
+def read_texts(data: bytes | Path, name: str | None = None) -> list[str]:
+    """Read the texts of a table; arguments and refusals are those of `read_rows`."""
+    return [row["text"] for row in read_rows(data, name)]
+
+
+def read_heldout(path: Path) -> dict[str, list[str]]:
+    """Read held-out texts and group them by source, in the table's order.
+
+    Raises:
+        CalibrationError: as `read_rows`.
+    """
+    grouped: dict[str, list[str]] = {}
+    for row in read_rows(path):
+        grouped.setdefault(row["source"], []).append(row["text"])
+    return grouped
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    r"""Write JSON lines of which equal rows give equal bytes: sorted keys, UTF-8, ``\n``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    lines = (json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+    aside.write_text("".join(lines), encoding="utf-8", newline="\n")
+    aside.replace(path)
+
+
+def _decode(data: bytes | Path, name: str) -> str:
+    if isinstance(data, Path):
+        try:
+            data = data.read_bytes()
+        except FileNotFoundError:
+            raise CalibrationError(f"text table not found: {name}; `make data` builds the project's own") from None
+        except OSError as error:
+            raise CalibrationError(f"{name} cannot be read: {error.strerror}") from None
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{name} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}") from None
+
+
+def _parse_line(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise CalibrationError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise CalibrationError(f"{where}: needs a `text` field that is a string, got {keys or 'no fields'}")
+    if not row["text"].strip():
+        raise CalibrationError(f"{where}: the text is empty")
+    if not isinstance(row.get("source", ""), str):
+        raise CalibrationError(f"{where}: `source` must be a string, got {row['source']!r}")
+    try:
+        row["text"].encode()
+    except UnicodeEncodeError as error:
+        raise CalibrationError(f"{where}: the text holds a lone surrogate at character {error.start}") from None
+    return row

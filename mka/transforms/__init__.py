@@ -1,0 +1,1 @@
+"""What is done to weights: one file each, checkpoint in, stock folder out, streamed."""

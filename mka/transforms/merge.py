@@ -1,0 +1,282 @@
+"""Execute a plan: source checkpoint in, stock folder out, one tensor in memory at a time.
+
+Merging is linear, ``theta_c = sum_i w_i theta_i`` (MKA, arXiv 2406.16330), after the gain g of each RMSNorm is moved
+into the linear layers that read it. That move is exact, ``W (g * x) = (W diag(g)) x``, and makes the sum meaningful:
+otherwise one layer's gains would scale another layer's weights.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mka.errors import CheckpointError, NumericsError, PlanError
+from mka.model.checkpoint import Checkpoint
+from mka.model.families import LAYER_KEY, Family
+from mka.model.shards import BLOCK_BYTES, MAX_SHARD_BYTES, Blocks, copy_companions, write_tensors
+from mka.model.tensors import TensorInfo, TensorReader, is_finite, torch_dtype
+from mka.plan.plan import LayerRecipe, MergePlan
+from mka.store.publishing import publish
+from mka.store.sums import write_sums
+from mka.transforms.fold import Folds, apply_fold, check_folds, find_fold
+
+if TYPE_CHECKING:
+    import torch
+
+
+# Bytes of each source of a sum at a time: as float32 they stay in the processor's cache.
+SUM_BYTES = 1 << 20
+
+
+def check_plan_fits(plan: MergePlan, source: Checkpoint) -> None:
+    """Refuse a plan that was made for another model.
+
+    Raises:
+        PlanError: if the layer counts differ or a merge mixes kinds of layers.
+        CheckpointError: if the checkpoint is already quantized.
+    """
+    if source.is_quantized:
+        raise CheckpointError(f"{source.path}: weights are already quantized; merge the original checkpoint instead")
+    if plan.layers_in != source.layers:
+        raise PlanError(f"plan is for {plan.layers_in} layers, {source.path} has {source.layers}")
+    planned = plan.base.get("digest")
+    if planned and planned != source.digest:
+        raise PlanError(
+            f"plan was made for digest {planned[:12]}…, {source.path} has {source.digest[:12]}…; plan again"
+        )
+    for layer in plan.merged:
+        # Kinds differ in how attention looks back; an MLP goes with any of them.
+        mixed = layer.attention if layer.verb == "take" else layer.sources
+        if len({source.kinds[i] for i in mixed}) > 1:
+            kinds = ", ".join(f"{i}: {'/'.join(map(str, source.kinds[i]))}" for i in mixed)
+            raise PlanError(f"layers of different kinds cannot be merged ({kinds})")
+
+
+def check_alignable(plan: MergePlan, aligned: bool) -> None:
+    """Refuse a plan that cannot be written with, or without, an alignment.
+
+    Raises:
+        PlanError: if it was made with folds and is to be aligned, or leaves a choice to an alignment and is not.
+    """
+    if aligned and plan.folds is not None:
+        raise PlanError(f"method {plan.method!r} fits on its own; allowed: alignment of plans without folds")
+    for layer in plan.layers if not aligned else ():
+        if layer.selects:
+            raise PlanError(
+                f"layers {list(layer.sources)}: which heads and neurons stay is decided by an alignment; "
+                f"merge this plan with alignment enabled"
+            )
+
+
+def combine_layers(layer: LayerRecipe, suffix: str, family: Family, read: Callable[[int, str], "torch.Tensor"]) -> Any:
+    """Compute one tensor of an output layer.
+
+    Args:
+        layer: source layers and weights.
+        suffix: tensor name within a layer, e.g. ``"mlp.up_proj.weight"``.
+        family: tells which norm gains are folded into which linear layers.
+        read: ``read(source layer, suffix) -> tensor``.
+
+    Returns:
+        The tensor in its own dtype: untouched bytes for a copy, else a float32 weighted sum cast back.
+    """
+    import torch
+
+    if layer.verb == "take":
+        if layer.selects:
+            raise PlanError(
+                f"layers {list(layer.sources)}: which heads and neurons stay is decided by an alignment; "
+                f"merge this plan with alignment enabled"
+            )
+        return read(layer.mlp[0] if family.mlp.owns(suffix) else layer.attention[0], suffix)
+    active = [(i, w) for i, w in zip(layer.sources, layer.weights) if w != 0.0]
+    if len(active) == 1 and active[0][1] == 1.0:
+        return read(active[0][0], suffix)
+    module, _, kind = suffix.rpartition(".")
+    if module in family.folds and kind == "weight":
+        like = read(active[0][0], suffix)
+        return torch.full_like(like, 1.0 - family.gain_offset)
+    norm = next((n for n, readers in family.folds.items() if module in readers and kind == "weight"), None)
+    total: torch.Tensor | None = None
+    dtype = None
+    for index, weight in active:
+        value = read(index, suffix)
+        dtype = value.dtype
+        value = value.to(torch.float32, copy=True)
+        if norm is not None:
+            gain = read(index, f"{norm}.weight").to(torch.float32) + family.gain_offset
+            value.mul_(gain)  # (out, in) * (in,)
+        total = value.mul_(weight) if total is None else total.add_(value, alpha=weight)
+    assert total is not None and dtype is not None
+    return total.to(dtype)
+
+
+def plan_tensors(layers: Sequence[LayerRecipe], source: Checkpoint) -> list[tuple[TensorInfo, LayerRecipe | None, str]]:
+    """List the output's tensors in the source's order: what each is, the recipe of its layer, its name or suffix."""
+    suffixes = [source.layer_tensors(i) for i in range(source.layers)]
+    planned: list[tuple[TensorInfo, LayerRecipe | None, str]] = []
+    done = False
+    for name, info in source.tensors.items():
+        if not LAYER_KEY.match(name):
+            planned.append((info, None, name))
+            continue
+        if done:
+            continue
+        done = True
+        for position, layer in enumerate(layers):
+            shapes = {i: {s: (t.shape, t.dtype) for s, t in suffixes[i].items()} for i in layer.used}
+            first = shapes[layer.used[0]]
+            if any(other != first for other in shapes.values()):
+                raise PlanError(f"layers {list(layer.used)} hold different tensors or shapes and cannot be merged")
+            for suffix, (shape, dtype) in first.items():
+                target = TensorInfo(f"model.layers.{position}.{suffix}", "", dtype, shape)
+                planned.append((target, layer, suffix))
+    return planned
+
+
+def cut_config(
+    config: Mapping[str, Any], kinds: Sequence[tuple[Any, ...]], family: Family, layers: Sequence[LayerRecipe]
+) -> dict[str, Any]:
+    """Return config.json for the output: layer count and every per-layer list follow the layers kept.
+
+    Lists that the source left implicit (Gemma's alternating pattern) are written out, since the pattern they were
+    derived from no longer holds.
+    """
+    cut = dict(config)
+    cut["num_hidden_layers"] = len(layers)
+    for position, name in enumerate(family.per_layer_config):
+        if kinds[0][position] is not None:
+            cut[name] = [kinds[layer.head][position] for layer in layers]
+    return cut
+
+
+def merge_checkpoint(
+    plan: MergePlan,
+    source: Checkpoint,
+    output: str | Path,
+    *,
+    folds: Folds | None = None,
+    aligned: Iterator[Mapping[str, "torch.Tensor"]] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    on_tensor: Callable[[int], Any] | None = None,
+    verify: Callable[[Path], Any] | None = None,
+) -> Any:
+    """Write the planned model as a stock folder; publish it only once it is whole.
+
+    Args:
+        plan: what to make.
+        source: the base checkpoint.
+        output: folder to publish; must not exist.
+        folds: what the plan's method fitted, by output tensor; see `mka.transforms.fold`.
+        aligned: of each output layer in order, the tensors that were refitted, by name within the layer; they replace
+            what the plan alone would make.
+        max_shard_bytes: largest shard.
+        on_tensor: called with the bytes of each tensor written (for a progress bar).
+        verify: called with the finished folder before it is published; an exception from it publishes nothing.
+
+    Returns:
+        What ``verify`` returned.
+
+    Raises:
+        PlanError: if plan and checkpoint, or plan and folds, do not fit.
+        NumericsError: if a merged tensor or a fold is not finite.
+        OutputError: if the folder cannot be written.
+    """
+    check_plan_fits(plan, source)
+    check_alignable(plan, aligned is not None)
+    planned = plan_tensors(plan.layers, source)
+    check_folds(plan, folds, {info.name: info.shape for info, _, _ in planned})
+    total = sum(info.nbytes for info, _, _ in planned)
+    with publish(output, needed_bytes=total + 64_000_000) as partial:
+        # Without an alignment there is nothing to compute that a second thread would not lose by waiting.
+        with source.reader() as read, _limit_threads(None if aligned else 1):
+            specs = [info for info, _, _ in planned]
+            stream = _stream(planned, source.family, read, folds, aligned, on_tensor)
+            sums = write_tensors(partial, specs, stream, max_shard_bytes)
+        config = cut_config(source.config, source.kinds, source.family, plan.layers)
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        copy_companions(source.path, partial)
+        result = verify(partial) if verify else None
+        write_sums(partial, sums)
+        return result
+
+
+@contextmanager
+def _limit_threads(count: int | None) -> Iterator[None]:
+    """Let torch use ``count`` threads within the block; None changes nothing."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _stream(
+    planned: Sequence[tuple[TensorInfo, LayerRecipe | None, str]],
+    family: Family,
+    read: TensorReader,
+    folds: Folds | None,
+    aligned: Iterator[Mapping[str, "torch.Tensor"]] | None,
+    on_tensor: Callable[[int], Any] | None,
+) -> Iterator[Blocks]:
+    """Yield the output's tensors in order, each as blocks of rows, to be used up before the next is asked for."""
+    import torch
+
+    refitted: Mapping[str, torch.Tensor] = {}
+    current: LayerRecipe | None = None
+    for info, layer, name in planned:
+        if aligned is not None and layer is not None and layer is not current:
+            refitted, current = next(aligned), layer
+        if layer is not None and name in refitted:
+            tensor = refitted[name].to(dtype=torch_dtype(info), device="cpu")
+            blocks: Blocks = _check_finite([tensor], info, "weights; the refit gave no number")
+        else:
+            blocks = _read_blocks(info, layer, name, family, read)
+            blocks = _check_finite(blocks, info, "weights; the source checkpoint is damaged")
+        if (fold := find_fold(folds or {}, info.name)) is not None:
+            offset = family.gain_offset if info.name.endswith("norm.weight") else 0.0
+            folded = apply_fold(fold, torch.cat([block.clone() for block in blocks]), offset)
+            blocks = _check_finite([folded], info, f"after its fold, which {info.dtype} cannot hold")
+        yield blocks
+        if on_tensor:
+            on_tensor(info.nbytes)
+
+
+def _read_blocks(
+    info: TensorInfo, layer: LayerRecipe | None, suffix: str, family: Family, read: TensorReader
+) -> Iterator["torch.Tensor"]:
+    """Read, or compute, one tensor of the output in blocks of rows: neither it nor its sources are there whole.
+
+    A block is overwritten when the one after the next is asked for.
+    """
+    import torch
+
+    summed = layer is not None and layer.verb == "combine" and len(layer.used) > 1
+    row = info.nbytes // info.shape[0] if len(info.shape) > 1 and info.shape[0] else info.nbytes
+    size = max(row, SUM_BYTES if summed else BLOCK_BYTES)
+    buffers = [torch.empty(min(size, info.nbytes), dtype=torch.uint8) for _ in range(0 if summed else 2)]
+    vectors: dict[str, torch.Tensor] = {}
+
+    def read_source(index: int, name: str) -> "torch.Tensor":
+        if name == suffix:
+            return read(f"model.layers.{index}.{name}", rows, buffers[0] if buffers else None)
+        if (full := f"model.layers.{index}.{name}") not in vectors:
+            vectors[full] = read(full)
+        return vectors[full]
+
+    step = size // row if row else 1
+    for first in range(0, info.shape[0] if len(info.shape) > 1 else 1, step):
+        rows = slice(first, first + step) if len(info.shape) > 1 else None
+        buffers.reverse()
+        yield read(suffix, rows, buffers[0]) if layer is None else combine_layers(layer, suffix, family, read_source)
+
+
+def _check_finite(blocks: Blocks, info: TensorInfo, cause: str) -> Iterator["torch.Tensor"]:
+    for block in blocks:
+        if not is_finite(block):
+            raise NumericsError(f"{info.name}: NaN or infinite {cause}")
+        yield block

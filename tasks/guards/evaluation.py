@@ -1,0 +1,73 @@
+"""The door in front of the gate: plausible figures, measured alike."""
+
+from typing import TYPE_CHECKING, Any
+
+from mka.evaluation.scores import EvalReport
+from tasks.guards.columns import LARGEST, _complete
+from tasks.guards.guard import import_great_expectations
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ACCURACIES = ("acc", "acc_norm", "exact_match")
+
+
+def evaluation_report_suite(minimum_rows: int = 2) -> list[Any]:
+    """Expectations of `evaluation_report_table`: plausible figures, under equal n on both sides."""
+    gxe = import_great_expectations().expectations
+    from great_expectations.expectations.row_conditions import Column
+
+    metric = Column("metric")
+    return [
+        gxe.ExpectTableRowCountToBeBetween(min_value=minimum_rows),
+        gxe.ExpectColumnDistinctValuesToContainSet(column="model", value_set=["base", "candidate"]),
+        gxe.ExpectCompoundColumnsToBeUnique(column_list=["model", "name", "metric"]),
+        _complete("value"),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="value", min_value=-LARGEST, max_value=LARGEST, description="The number is finite."
+        ),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="value",
+            min_value=0,
+            max_value=1,
+            row_condition=metric.is_in(list(ACCURACIES)),
+            description="An accuracy is a share.",
+        ),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="value", min_value=1, row_condition=metric == "perplexity", description="A perplexity is at least 1."
+        ),
+        # One item has no standard error; its score is still a score.
+        gxe.ExpectColumnValuesToNotBeNull(column="stderr", severity="warning"),
+        gxe.ExpectColumnValuesToBeBetween(column="stderr", min_value=0, max_value=LARGEST),
+        _complete("n"),
+        gxe.ExpectColumnValuesToBeBetween(column="n", min_value=1),
+        gxe.ExpectColumnPairValuesToBeEqual(
+            column_A="n",
+            column_B="n_of_other",
+            ignore_row_if="neither",
+            description="Base and candidate are measured on the same items.",
+        ),
+    ]
+
+
+REPORT_COLUMNS = ("model", "name", "metric", "value", "stderr", "n", "n_of_other")
+
+
+def evaluation_report_table(base: EvalReport, candidate: EvalReport) -> "pd.DataFrame":
+    """One row per score of both reports.
+
+    Returns:
+        Columns model ("base", "candidate"), name, metric, value, stderr, n, n_of_other (n of the same name and metric
+        in the other report; 0 if it is not there).
+    """
+    import pandas as pd
+
+    reports = {"base": base, "candidate": candidate}
+    scores = {model: [*report.text, *report.tasks] for model, report in reports.items()}
+    counts = {model: {(score.name, score.metric): score.n for score in listed} for model, listed in scores.items()}
+    rows = []
+    for model, other in (("base", "candidate"), ("candidate", "base")):
+        for score in scores[model]:
+            n_of_other = counts[other].get((score.name, score.metric), 0)
+            rows.append((model, score.name, score.metric, score.value, score.stderr, score.n, n_of_other))
+    return pd.DataFrame(rows, columns=list(REPORT_COLUMNS))

@@ -1,0 +1,85 @@
+"""Where a run keeps its things: one folder, ignored by git and DVC."""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from mka.errors import OutputError
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Folders of one checkout.
+
+    Attributes:
+        root: the project's root; relative paths in recipes start here.
+        work: the work folder, ``data/work`` unless ``MKA_WORK`` says otherwise.
+    """
+
+    root: Path
+    work: Path
+
+    @property
+    def stages(self) -> Path:
+        """Stage results, keyed by content."""
+        return self.work / "stages"
+
+    @property
+    def checks(self) -> Path:
+        """Data Docs and the page that sums them up."""
+        return self.work / "checks"
+
+    @property
+    def last_run(self) -> Path:
+        """Facts of the last flow run, for machines."""
+        return self.work / "last_run.json"
+
+    @property
+    def tracking_uri(self) -> str:
+        """The default MLflow store."""
+        return f"sqlite:///{self.work / 'mlflow.db'}"
+
+    @property
+    def model_artifacts(self) -> str:
+        """Where the default MLflow store keeps files."""
+        return (self.work / "mlartifacts").as_uri()
+
+    def prepare(self) -> None:
+        """Make the work folder.
+
+        Raises:
+            OutputError: if it cannot be made or written.
+        """
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.work):
+                pass
+        except OSError as error:
+            raise OutputError(
+                f"work folder {self.work} cannot be written: {error.strerror}; set MKA_WORK to one that can"
+            ) from None
+
+    def path(self, path: Path) -> Path:
+        """Resolve a recipe's path against the root."""
+        return path if path.is_absolute() else self.root / path
+
+    def relative(self, path: Path) -> Path:
+        """Name a path as seen from the root, or as it is if it lies elsewhere."""
+        return path.relative_to(self.root) if path.is_relative_to(self.root) else path
+
+
+def enter_checkout() -> dict[str, str]:
+    """Change into the checkout this file lies in: the pull step of every deployment.
+
+    A worker runs it in its own environment, so a deployment made on one machine finds the checkout of another.
+    """
+    root = find_workplace().root
+    os.chdir(root)
+    return {"directory": str(root)}
+
+
+def find_workplace() -> Workplace:
+    """Return the workplace of the checkout this file lies in."""
+    root = Path(__file__).resolve().parents[2]
+    return Workplace(root, Path(os.environ.get("MKA_WORK", root / "data" / "work")).resolve())

@@ -1,0 +1,1 @@
+"""What MLflow remembers: records, versions, promotion, the index."""

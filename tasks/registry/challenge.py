@@ -1,0 +1,144 @@
+"""What a version has to get through before it becomes champion."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import yaml
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from mka.errors import GuardError, PromotionError
+from mka.pipeline.recipes import validate_recipe
+from mka.recipe import GateSettings, Recipe
+from mka.store.products import Product
+from tasks.base_model import pin_base_model
+from tasks.machine.workplace import Workplace
+from tasks.registry.promotion import Move, RegisteredVersion, fetch_version, move_champion, read_aliases, read_version
+from tasks.registry.tracking import CHAMPION, connect_registry
+from tasks.stages import Job, decide_gate, evaluate
+
+
+def read_recipe(version: RegisteredVersion) -> Recipe:
+    """Return the recipe a version was made by, as its run recorded it.
+
+    Raises:
+        RegistryError: if the record cannot be had.
+        RecipeError: if recipes have changed since so that it is no longer valid.
+    """
+    with connect_registry(version.uri):
+        import mlflow
+
+        text = mlflow.artifacts.load_text(f"runs:/{version.run_id}/recipe.yaml")
+    return validate_recipe(yaml.safe_load(text), f"recipe of {version.label}")
+
+
+def refuse_unapproved(recipe: Recipe, approver: str | None) -> None:
+    """Refuse a move that none of the recipe's approvers stands for.
+
+    Raises:
+        PromotionError: naming who may.
+    """
+    allowed = recipe.registry.approvers
+    if allowed and approver not in allowed:
+        given = f"given {approver!r}" if approver else "none was given"
+        raise PromotionError(f"{recipe.registered_name}: an approver must be named, {given}; {', '.join(allowed)} may")
+
+
+@task(task_run_name="pin {recipe.model.label}", cache_policy=NO_CACHE)
+def refuse_stale(place: Workplace, recipe: Recipe, version: RegisteredVersion) -> None:
+    """Refuse a version of a base that has changed since.
+
+    Raises:
+        PromotionError: naming both revisions.
+        CheckpointError: if the base cannot be found.
+    """
+    for tag, now in pin_base_model(place, recipe.model).items():
+        then = version.tags.get(tag, "unknown")
+        if then != now:
+            raise PromotionError(
+                f"{version.label} was made from {recipe.model.label} at {then[:40]}, which is now at {now[:40]}: its "
+                f"evidence is stale; recompress first"
+            )
+
+
+def require_pass(job: Job, version: RegisteredVersion, base: Mapping[str, Any]) -> Product:
+    """Decide the gate anew on today's tables and the files in the registry; return the version's measurement.
+
+    Raises:
+        PromotionError: if the gate does not pass it.
+    """
+    before = evaluate(job, "base", base)
+    digest = {"digest": version.tags["candidate_digest"]}
+    # Fetched whether it has been measured or not: what becomes champion is what the registry holds now.
+    with fetch_version(job.place, version) as folder:
+        after = evaluate(job, "candidate", digest, lambda: folder)
+    gate = decide_gate(job, before, after)
+    if gate.facts["verdict"] != "pass":
+        raise PromotionError(f"{version.label}: the gate says {gate.facts['verdict']}; {_say(gate)}")
+    return after
+
+
+def require_as_good(job: Job, champion: RegisteredVersion, version: RegisteredVersion, measured: Product) -> str:
+    """Hold a measured version against the current champion on the same windows and items; return what was found.
+
+    Raises:
+        PromotionError: if it is not proven as good, or the two cannot be compared.
+    """
+    needed = job.recipe.gate.champion_recovery
+    digest = {"digest": champion.tags["candidate_digest"]}
+    with ExitStack() as stack:
+        fetched = fetch_version(job.place, champion)
+        before = evaluate(job, "champion", digest, lambda: stack.enter_context(fetched))
+    thresholds = GateSettings(perplexity_recovery=needed, task_recovery=needed)
+    try:
+        held = decide_gate.with_options(task_run_name="compare with champion")(job, before, measured, thresholds)
+    except GuardError as error:
+        raise PromotionError(
+            f"{version.label} cannot be held against champion version {champion.version}: {error}; to promote it "
+            f"all the same: python -m flows.promote {version.model} --without-comparison --because TEXT"
+        ) from None
+    if not all(is_met(check) for check in held.facts["checks"]):
+        raise PromotionError(
+            f"{version.label} is not proven as good as champion version {champion.version}: {_say(held)}"
+        )
+    return f"as good as version {champion.version}: {_say(held)}"
+
+
+def is_met(check: Mapping[str, Any]) -> bool:
+    """Whether one recovery against the champion lets a version through.
+
+    Perplexity has to be proven good enough. Task items decide too coarsely for that, so they only stop what they prove
+    to be worse.
+    """
+    return bool(check["verdict"] != "fail" if check["name"] == "tasks" else check["verdict"] == "pass")
+
+
+def _say(gate: Product) -> str:
+    return "; ".join(
+        f"{check['name']} {check['recovery']:.3f}, at least {check['lower']:.3f}, needed {check['threshold']:.3f}"
+        for check in gate.facts["checks"]
+    )
+
+
+def promote_measured(
+    job: Job, version: RegisteredVersion, measured: Product, *, who: str, why: str, compare: bool = True
+) -> Move:
+    """Make a version champion that the gate passed, if it is as good as the champion there is.
+
+    Should another promotion come first, the version is held against the new champion.
+
+    Raises:
+        PromotionError: if it is not as good, or is champion already.
+    """
+    while True:
+        current = read_aliases(version.uri, version.model).get(CHAMPION)
+        if current == version.version:
+            raise PromotionError(f"{version.label} is champion already")
+        found = ""
+        if current is not None and compare:
+            champion = read_version(version.uri, version.model, current)
+            found = require_as_good(job, champion, version, measured)
+        reason = f"{why} ({found})" if found else why
+        if (move := move_champion(version, expected=current, action="promote", who=who, why=reason)) is not None:
+            return move

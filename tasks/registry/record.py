@@ -1,0 +1,258 @@
+"""MLflow: one run per recompression with its evidence, and the registered version it leads to.
+
+Record and registration are keyed like every stage, by the digests of what is recorded. The registry itself is the
+store: a version with the same key is found there and never made twice.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from mka.errors import RegistryError
+from mka.recipe import Recipe
+from mka.store.products import Product, stage_key
+from tasks.base_model import is_worth_retrying
+from tasks.guards import guard
+from tasks.machine.workplace import Workplace
+from tasks.registry.tracking import CANDIDATE, COMPLETE, EXPERIMENT, connect_registry, registry_address
+from tasks.reporting import Evidence, calibration_revision, describe_alignment_table, read_code_commit
+from tasks.stages import MODEL_FOLDER, Job, open_scores
+
+VERSION = 1
+# Same environment for serving; named here so that MLflow does not import the model to guess them.
+REQUIREMENTS = ("torch", "transformers", "compressed-tensors", "accelerate", "safetensors")
+
+
+@dataclass(frozen=True)
+class Registration:
+    """Where a recompression is remembered.
+
+    Attributes:
+        tracking_uri: the MLflow store.
+        run_id: its run.
+        name: registered model; None if the gate refused it.
+        version: its version.
+        aliases: aliases that point at it.
+        reused: found there, not made.
+    """
+
+    tracking_uri: str
+    run_id: str
+    name: str | None
+    version: str | None
+    aliases: tuple[str, ...]
+    reused: bool
+
+
+@task(task_run_name="reach registry", cache_policy=NO_CACHE)
+def reach_registry(place: Workplace, recipe: Recipe) -> str:
+    """Find out that the registry answers before hours are spent on what it has to remember.
+
+    Raises:
+        RegistryError: if it cannot be reached.
+    """
+    with connect_registry(registry_address(place, recipe)) as client:
+        client.search_registered_models(max_results=1)
+        return str(client.tracking_uri)
+
+
+@task(
+    task_run_name="register {job.recipe.registered_name}",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=5,
+    retry_condition_fn=is_worth_retrying,
+)
+def register(job: Job, evidence: Evidence, report: Product) -> Registration:
+    """Record the run with its evidence; register the candidate unless the gate refused it.
+
+    The alias "candidate" moves to the new version; "champion" is moved by promotion only.
+
+    Raises:
+        RegistryError: if the registry cannot be reached, or does not hold the whole model afterwards.
+    """
+    verdict = evidence.gate.facts["verdict"]
+    inputs = {name: product.digest for name, product in vars(evidence).items() if product is not None}
+    key = stage_key("register", VERSION, {"name": job.recipe.registered_name}, inputs | {"report": report.digest})
+    with connect_registry(registry_address(job.place, job.recipe)) as client:
+        name = job.recipe.registered_name
+        if verdict == "fail":
+            if (refused := _find_refused(client, key)) is not None:
+                return Registration(client.tracking_uri, refused, None, None, (), True)
+        elif (found := _find_version(client, name, key)) is not None:
+            if found.tags.get(COMPLETE) == "true":
+                aliases = tuple(client.get_model_version(name, found.version).aliases)
+                return Registration(client.tracking_uri, found.run_id, name, str(found.version), aliases, True)
+            # An earlier run was killed between registering this version and naming it.
+            aliases = _complete(client, name, found.version, evidence)
+            return Registration(client.tracking_uri, found.run_id, name, str(found.version), aliases, False)
+        import mlflow
+
+        with _experiment_run(job, key) as run:
+            _log_evidence(job, evidence, report)
+            if verdict == "fail":
+                return Registration(client.tracking_uri, run.info.run_id, None, None, (), False)
+            address = _log_model(job, evidence)
+        # It prints to the terminal what the summary says at the end.
+        with redirect_stderr(io.StringIO()):
+            version = mlflow.register_model(address, name, tags=_tags(job, evidence) | {"mka.key": key}).version
+        aliases = _complete(client, name, version, evidence)
+        return Registration(client.tracking_uri, run.info.run_id, name, str(version), aliases, False)
+
+
+def _find_version(client: Any, name: str, key: str) -> Any:
+    """Find the version an earlier run with the same key registered, so that nothing is registered twice."""
+    versions = client.search_model_versions(f"name = '{name}'")
+    return next((version for version in versions if version.tags.get("mka.key") == key), None)
+
+
+def _find_refused(client: Any, key: str) -> str | None:
+    """Find the recorded run of a candidate the gate refused."""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        return None
+    runs = client.search_runs(
+        [experiment.experiment_id], f"tags.`mka.key` = '{key}' and attributes.status = 'FINISHED'"
+    )
+    return str(runs[0].info.run_id) if runs else None
+
+
+def _complete(client: Any, name: str, version: str, evidence: Evidence) -> tuple[str, ...]:
+    """Check that the version is whole, then point "candidate" at it."""
+    _require_whole(client, name, version, evidence.candidate)
+    client.set_registered_model_alias(name, CANDIDATE, version)
+    client.set_model_version_tag(name, version, COMPLETE, "true")
+    return (CANDIDATE,)
+
+
+@contextmanager
+def _experiment_run(job: Job, key: str) -> Iterator[Any]:
+    import mlflow
+
+    if mlflow.get_experiment_by_name(EXPERIMENT) is None:
+        uses_default = registry_address(job.place, job.recipe) == job.place.tracking_uri
+        mlflow.create_experiment(EXPERIMENT, artifact_location=job.place.model_artifacts if uses_default else None)
+    mlflow.set_experiment(EXPERIMENT)
+    with mlflow.start_run(run_name=job.run, tags={"mka.key": key}) as run:
+        yield run
+
+
+def _tags(job: Job, evidence: Evidence) -> dict[str, str]:
+    """What ties a version to where it came from."""
+    return {
+        "base_model": job.recipe.model.label,
+        "base_revision": str(job.base["revision"]),
+        "base_digest": job.base["digest"],
+        "candidate_digest": evidence.candidate.facts["digest"],
+        "calibration_digest": evidence.calibration.facts["digest"],
+        "calibration_rev": calibration_revision(job),
+        **describe_alignment_table(job, evidence),
+        "code_commit": read_code_commit(job.place.root),
+        "recipe": job.recipe.name,
+        "method": job.recipe.method.name,
+        "verdict": evidence.gate.facts["verdict"],
+    }
+
+
+def _log_evidence(job: Job, evidence: Evidence, report: Product) -> None:
+    import mlflow
+    import pandas as pd
+
+    mlflow.log_params(pd.json_normalize(job.recipe.model_dump(mode="json")).iloc[0].to_dict())
+    mlflow.set_tags(_tags(job, evidence))
+    metrics: dict[str, float] = {}
+    for role, measured in zip(("base", "candidate"), evidence.open_reports()):
+        for score in (*measured.text, *measured.tasks):
+            metrics[f"{role}/{score.name}/{score.metric}"] = score.value
+            metrics[f"{role}/{score.name}/{score.metric}_stderr"] = score.stderr
+        metrics |= {f"{role}/{name}": value for name, value in measured.speed.items()}
+        metrics |= {f"{role}/{name}": float(measured.checkpoint[name]) for name in ("layers", "parameters", "bytes")}
+    for check in evidence.gate.facts["checks"]:
+        bounds = {part: check[part] for part in ("recovery", "lower", "upper") if check[part] is not None}
+        metrics |= {f"gate/{check['name']}/{part}": value for part, value in bounds.items()}
+    metrics["layer_ratio"] = evidence.plan.facts["layer_ratio"]
+    metrics["size_ratio"] = 1.0 - metrics["candidate/bytes"] / metrics["base/bytes"]
+    mlflow.log_metrics({name: float(value) for name, value in metrics.items() if value == value})
+    contexts = {str(job.recipe.calibration.path): "calibration"}
+    if evidence.alignment is not None:
+        contexts.setdefault(str(job.recipe.alignment.path), "alignment")
+    if job.recipe.evaluation.text is not None:
+        contexts[str(job.recipe.evaluation.text)] = "evaluation"
+    for path, context in contexts.items():
+        table = pd.read_json(job.tables.folder / Path(path).name, lines=True, dtype=False)
+        dataset = mlflow.data.from_pandas(
+            table, source=path, name=Path(path).stem, digest=job.versions[path].digest[:36]
+        )
+        tags = {
+            "dvc_rev": job.versions[path].rev or "working copy",
+            "dvc_path": path,
+            "hash": job.versions[path].digest,
+        }
+        mlflow.log_input(dataset, context=context, tags=tags)
+    mlflow.log_dict(job.recipe.model_dump(mode="json"), "recipe.yaml")
+    mlflow.log_artifacts(str(report.folder), "report")
+    mlflow.log_artifacts(str(evidence.plan.folder), "plan")
+    for role, product in (("base", evidence.base_report), ("candidate", evidence.candidate_report)):
+        mlflow.log_artifacts(str(product.folder), f"evaluation/{role}")
+    if evidence.scores is not None and open_scores(evidence.scores) is not None:
+        mlflow.log_artifacts(str(evidence.scores.folder), "scores")
+    checks = job.place.checks / guard.PAGE
+    if checks.exists():
+        mlflow.log_artifact(str(checks), "checks")
+
+
+def _log_model(job: Job, evidence: Evidence) -> str:
+    import mlflow
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
+
+    text = Schema([ColSpec("string")])
+    signature = ModelSignature(text, text, ParamSchema([ParamSpec("max_new_tokens", "long", 32)]))
+    info = mlflow.pyfunc.log_model(
+        name="model",
+        python_model=str(Path(__file__).with_name("served_model.py")),
+        artifacts={"model": str(evidence.candidate.folder / MODEL_FOLDER)},
+        pip_requirements=pinned_requirements(),
+        signature=signature,
+        tags=_tags(job, evidence),
+        model_type="hf-causal-lm",
+    )
+    return str(info.model_uri)
+
+
+def pinned_requirements() -> list[str]:
+    """Installed versions of what serving needs."""
+    from importlib.metadata import version
+
+    return [f"{name}=={version(name).split('+')[0]}" for name in REQUIREMENTS]
+
+
+def _require_whole(client: Any, name: str, version: str, candidate: Product) -> None:
+    """Make sure the registry holds every file of the model before any alias points there."""
+    import mlflow
+
+    wanted = {f.name for f in (candidate.folder / MODEL_FOLDER).iterdir()}
+    held: set[str] = set()
+    pending = [""]
+    while pending:
+        for entry in mlflow.artifacts.list_artifacts(
+            artifact_uri=f"models:/{name}/{version}/{pending.pop()}".rstrip("/")
+        ):
+            if entry.is_dir:
+                pending.append(entry.path)
+            else:
+                held.add(Path(entry.path).name)
+    if missing := sorted(wanted - held):
+        client.delete_model_version(name, version)
+        raise RegistryError(f"registry lacks {missing[0]} of {name} version {version}; the version was removed again")
+
+
+def as_facts(registration: Registration) -> dict[str, Any]:
+    """JSON-able form for last_run.json."""
+    return asdict(registration) | {"aliases": list(registration.aliases)}

@@ -1,0 +1,1 @@
+"""The cells of a comparison as tasks, here or on other machines."""
