@@ -16,15 +16,17 @@ if __name__ == "__main__":
 from prefect import flow
 from prefect.runtime import flow_run
 
+from mka.methods import resolve_method
+from mka.pipeline.job import open_job
 from tasks.base_model import fetch_base_model
-from tasks.calibration import read_tables
+from tasks.calibration import open_inputs, read_tables
 from tasks.machine.slots import compute_slot, hold_slot
 from tasks.machine.workplace import find_workplace
 from tasks.registry.challenge import promote_measured, read_recipe, refuse_stale, refuse_unapproved, require_pass
 from tasks.registry.index import write_index_page
 from tasks.registry.promotion import Move, find_candidate, name_person, read_version
 from tasks.registry.tracking import registry_address
-from tasks.stages import Job
+from tasks.stages import Run
 
 
 @flow(name="promote", validate_parameters=False)
@@ -63,10 +65,18 @@ def promote(
     base = fetch_base_model(place, recipe)
     versions, tables = read_tables(place, recipe)
     command = f"python -m flows.promote {model} --version {chosen.version}"
-    job = Job(place, recipe, base, str(flow_run.name), command, versions, tables)
+    job = open_job(
+        recipe,
+        resolve_method(recipe.method),
+        base.checkpoint,
+        base.revision,
+        open_inputs(recipe, tables, None, None),
+        command=command,
+    )
+    run = Run(place, job, str(flow_run.name), versions, tables)
     with hold_slot(compute_slot()):
-        measured = require_pass(job, chosen, base)
-        move = promote_measured(job, chosen, measured, who=name_person(approver), why=because, compare=compare)
+        measured = require_pass(run, chosen)
+        move = promote_measured(run, chosen, measured, who=name_person(approver), why=because, compare=compare)
     say_move(move)
     write_index_page(place, uri)
     return move

@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,36 +25,28 @@ from prefect import flow, get_run_logger
 from prefect.events import emit_event
 from prefect.runtime import flow_run
 
-from mka.errors import GateRefused, MkaError, PromotionError
-from mka.pipeline.observe import needs_hidden_states
+from mka.errors import GateRefused, GuardError, MkaError, PromotionError
+from mka.methods import resolve_method
+from mka.pipeline.evaluate import CANDIDATE
+from mka.pipeline.job import Job, open_job
+from mka.pipeline.pipeline import run as run_pipeline
 from mka.pipeline.recipes import load_recipe
+from mka.pipeline.stage import MODEL_FOLDER, PLAN_FILE, Found, Stage, find_model
 from mka.recipe import Recipe
 from mka.store.products import Product
 from tasks.base_model import fetch_base_model
-from tasks.calibration import read_tables, select_alignment, select_calibration
+from tasks.calibration import open_inputs, read_tables, select_alignment, select_calibration
 from tasks.guards import guard
 from tasks.machine.slots import compute_slot, hold_slot
 from tasks.machine.workplace import Workplace, find_workplace
 from tasks.pages import print_summary, publish_artifacts
+from tasks.provenance import describe_provenance
 from tasks.registry.challenge import promote_measured
 from tasks.registry.index import write_index_page
 from tasks.registry.promotion import find_reign, name_person, read_aliases, read_version
 from tasks.registry.record import Registration, as_facts, reach_registry, register
-from tasks.registry.tracking import CHAMPION
-from tasks.reporting import Evidence, report
-from tasks.stages import (
-    MODEL_FOLDER,
-    PLAN_FILE,
-    Job,
-    compare_speeds,
-    decide_gate,
-    evaluate,
-    merge,
-    observe,
-    plan,
-    quantize,
-    score,
-)
+from tasks.registry.tracking import CHAMPION, registered_address
+from tasks.stages import Run, run_stage
 
 
 @dataclass
@@ -135,38 +127,47 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
     log.facts["name"] = recipe.name
     reach_registry(place, recipe)
     base = fetch_base_model(place, recipe)
-    log.facts["base"] = base["path"]
-    log.stage("base model", base["seconds"], base["reused"], f"{recipe.model.label} at {base['revision']}")
+    log.facts["base"] = str(base.checkpoint.path)
+    log.stage("base model", base.seconds, base.reused, f"{recipe.model.label} at {base.revision}")
     versions, tables = read_tables(place, recipe)
     log.product("tables", tables)
-    run = str(flow_run.name)
-    calibration = log.product("calibration", select_calibration(place, recipe, versions, tables, run))
-    texts = None
+    name = str(flow_run.name)
+    start = {"calibration": log.product("calibration", select_calibration(place, recipe, versions, tables, name))}
     if recipe.alignment.enabled:
-        texts = log.product("alignment", select_alignment(place, recipe, base, versions, tables, run))
-    job = Job(place, recipe, base, run, log.facts["command"], versions, tables)
-
+        texts = select_alignment(place, recipe, base.checkpoint, versions, tables, name)
+        start["alignment"] = log.product("alignment", texts)
+    job = open_job(
+        recipe,
+        resolve_method(recipe.method),
+        base.checkpoint,
+        base.revision,
+        open_inputs(recipe, tables, start["calibration"], start.get("alignment")),
+        command=log.facts["command"],
+        registered=registered_address(recipe.registered_name),
+        provenance=describe_provenance(recipe, versions, place.root),
+    )
+    if not job.measured:
+        raise GuardError("the gate has nothing to decide on; evaluate on held-out text or on tasks")
+    run = Run(place, job, name, versions, tables)
     with hold_slot(compute_slot()):
-        evidence = compress(job, calibration, texts, log)
-    gate = evidence.gate
-    log.facts["verdict"] = gate.facts["verdict"]
-    page = log.product("report", report(job, evidence, {n: s["seconds"] for n, s in log.facts["stages"].items()}))
-    log.facts["report"] = str(page.folder / "report.html")
+        found = compress(run, start, log)
+    log.facts["report"] = str(found["report"].folder / "report.html")
     log.facts["checks"] = str(open_checks(place, log))
+    verdict = log.facts["verdict"]
 
     clock = time.perf_counter()
-    registration = register(job, evidence, page)
-    why = "found in the registry" if registration.reused else f"verdict {gate.facts['verdict']}"
+    registration = register(run, found)
+    why = "found in the registry" if registration.reused else f"verdict {verdict}"
     log.stage("register", round(time.perf_counter() - clock, 3), registration.reused, why)
     log.facts["mlflow_run_id"] = registration.run_id
     log.facts |= {"registered_name": registration.name, "registered_version": registration.version}
-    log.facts["promotion"], registration = promote_on_pass(job, evidence, registration)
+    log.facts["promotion"], registration = promote_on_pass(run, found, registration)
     log.facts["registry"] = as_facts(registration)
     log.facts["index"] = str(write_index_page(place, registration.tracking_uri))
-    publish_artifacts(job, evidence, page, log.facts)
-    print_summary(job, evidence, log.facts)
-    announce_verdict(recipe, gate.facts["verdict"], f"{log.facts['report']} and MLflow run {registration.run_id}")
-    if gate.facts["verdict"] == "fail":
+    publish_artifacts(run, found, log.facts)
+    print_summary(run, found, log.facts)
+    announce_verdict(recipe, verdict, f"{log.facts['report']} and MLflow run {registration.run_id}")
+    if verdict == "fail":
         raise GateRefused(f"gate refused {recipe.name}; nothing was registered. Evidence: {log.facts['report']}")
 
 
@@ -178,39 +179,32 @@ def announce_verdict(recipe: Recipe, verdict: str, evidence: str) -> None:
     emit_event(event=f"gate.{verdict}", resource=resource, payload={"recipe": recipe.name, "evidence": evidence})
 
 
-def compress(job: Job, calibration: Product, texts: Product | None, log: Log) -> Evidence:
-    """The stages that compute, from hidden states to the verdict."""
-    recipe, base = job.recipe, job.base
-    scores = None
-    if needs_hidden_states(recipe.method):
-        states = log.product("observe", observe(job, calibration))
-        scores = log.product("score", score(job, states))
-    planned = log.product("plan", plan(job, calibration, scores))
-    log.facts["plan"] = str(planned.folder / PLAN_FILE)
-    merged = log.product("merge", merge(job, planned, texts))
-    candidate = merged
-    if recipe.quantize.scheme != "off":
-        candidate = log.product("quantize", quantize(job, merged))
-    log.facts["candidate"] = str(candidate.folder / MODEL_FOLDER)
+def compress(run: Run, start: Mapping[str, Product], log: Log) -> dict[str, Product]:
+    """Walk the pipeline, a task per stage, and put the card beside the weights; returns every product."""
 
-    measured = {key: fact for key, fact in candidate.facts.items() if key != "alignment"}
-    measured |= {"path": log.facts["candidate"]}
-    before = log.product("evaluate base", evaluate(job, "base", base))
-    after = log.product("evaluate candidate", evaluate(job, "candidate", measured))
-    speeds = log.product("compare speed", compare_speeds(job, measured))
-    gate = log.product("gate", decide_gate(job, before, after))
-    fit = {"alignment": texts, "merged": merged} if texts else {}
-    return Evidence(calibration, scores, planned, candidate, before, after, speeds, gate, **fit)
+    def walk_stage(stage: Stage, job: Job, found: Found) -> Product:
+        product = log.product(stage.name, run_stage(run, stage, found))
+        if stage.name == "plan":
+            log.facts["plan"] = str(product.folder / PLAN_FILE)
+        if stage.name == "gate":
+            log.facts["verdict"] = product.facts["verdict"]
+        return product
+
+    found = run_pipeline(run.job, walk_stage, start=start)
+    candidate = find_model(found).folder / MODEL_FOLDER
+    log.facts["candidate"] = str(candidate)
+    (candidate / "README.md").write_bytes((found["report"].folder / "README.md").read_bytes())
+    return found
 
 
-def promote_on_pass(job: Job, evidence: Evidence, registration: Registration) -> tuple[str, Registration]:
+def promote_on_pass(run: Run, found: Found, registration: Registration) -> tuple[str, Registration]:
     """Promote what the gate passed, where the recipe leaves that to the run; return what came of it, in words."""
-    settings = job.recipe.registry
+    settings = run.job.recipe.registry
     if registration.name is None or registration.version is None:
         return "none: nothing was registered", registration
     chosen = read_version(registration.tracking_uri, registration.name, registration.version)
     by_hand = f"python -m flows.promote {registration.name} --version {registration.version} --because TEXT"
-    if evidence.gate.facts["verdict"] != "pass":
+    if found["gate"].facts["verdict"] != "pass":
         said = "none: the gate is undecided"
     elif CHAMPION in registration.aliases:
         said = "is champion"
@@ -223,7 +217,7 @@ def promote_on_pass(job: Job, evidence: Evidence, registration: Registration) ->
     else:
         try:
             with hold_slot(compute_slot()):
-                move = promote_measured(job, chosen, evidence.candidate_report, who=name_person(), why="gate passed")
+                move = promote_measured(run, chosen, found[CANDIDATE], who=name_person(), why="gate passed")
             said = f"became champion, before version {move.old}" if move.old else "became champion, the first"
         except PromotionError as error:
             said = f"none: {error}"

@@ -1,18 +1,35 @@
 """The base model: fetched from where the recipe says, checked, digested."""
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from mka.errors import MkaError, RegistryError, UnreachableError
-from mka.model.checkpoint import describe_checkpoint, open_checkpoint
+from mka.model.checkpoint import Checkpoint, open_checkpoint
 from mka.pipeline.job import check_feasible
 from mka.recipe import ModelSource, Recipe
 from mka.store.sums import SUMS_NAME
 from tasks.machine.workplace import Workplace
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model that is here.
+
+    Attributes:
+        checkpoint: opened and checked.
+        revision: what pins it.
+        seconds: what fetching took.
+        reused: whether it was here before.
+    """
+
+    checkpoint: Checkpoint
+    revision: str
+    seconds: float
+    reused: bool
 
 
 def is_worth_retrying(task: Any, run: Any, state: Any) -> bool:
@@ -35,11 +52,8 @@ def is_worth_retrying(task: Any, run: Any, state: Any) -> bool:
     retry_delay_seconds=5,
     retry_condition_fn=is_worth_retrying,
 )
-def fetch_base_model(place: Workplace, recipe: Recipe) -> dict[str, Any]:
+def fetch_base_model(place: Workplace, recipe: Recipe) -> BaseModel:
     """Bring the base model here as a stock folder and check it, and that the recipe can be carried out on it.
-
-    Returns:
-        path, digest, revision, model_type, layers, parameters, bytes, dtype, seconds, reused.
 
     Raises:
         CheckpointError: if it cannot be had, is damaged, inconsistent or unsupported.
@@ -55,11 +69,8 @@ def fetch_base_model(place: Workplace, recipe: Recipe) -> dict[str, Any]:
     # The files were compared with their sums a moment ago; once is enough.
     base = replace(open_checkpoint(folder, verify=False), verified=(folder / SUMS_NAME).exists())
     check_feasible(recipe, base)
-    return describe_checkpoint(base) | {
-        "revision": resolve_revision(resolved, folder),
-        "seconds": round(time.perf_counter() - started, 3),
-        "reused": source.hub is None and _built_folders(place) == before,
-    }
+    reused = source.hub is None and _built_folders(place) == before
+    return BaseModel(base, resolve_revision(resolved, folder), round(time.perf_counter() - started, 3), reused)
 
 
 def pin_base_model(place: Workplace, source: ModelSource) -> dict[str, str]:

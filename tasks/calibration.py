@@ -3,18 +3,20 @@
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from mka.alignment.table import fit_windows, open_alignment
+from mka.alignment.table import AlignmentTable, fit_windows, open_alignment
 from mka.errors import CalibrationError
-from mka.model.checkpoint import open_checkpoint
+from mka.model.checkpoint import Checkpoint
+from mka.pipeline.inputs import Inputs, read_measured
 from mka.recipe import Recipe
 from mka.store.products import Product, produce
-from mka.texts.calibration import CalibrationSet, load_calibration
+from mka.texts.calibration import load_calibration
 from mka.texts.overlap import refuse_overlap
 from mka.texts.rows import read_heldout, read_rows
 from tasks.guards import guard
@@ -102,7 +104,7 @@ def select_calibration(
 def select_alignment(
     place: Workplace,
     recipe: Recipe,
-    base: Mapping[str, Any],
+    base: Checkpoint,
     versions: Mapping[str, Version],
     copies: Product,
     run: str,
@@ -115,7 +117,7 @@ def select_alignment(
         RecipeError: if it has no source to leave out.
     """
     settings = recipe.alignment
-    used = {table_name(path): version.digest for path, version in versions.items()} | {"base": base["digest"]}
+    used = {table_name(path): version.digest for path, version in versions.items()} | {"base": base.digest}
 
     def make(folder: Path) -> Mapping[str, Any]:
         claimed, evaluation_texts = _read_evaluation(place, recipe, copies, run)
@@ -124,19 +126,13 @@ def select_alignment(
         texts, sources = [row["text"] for row in rows], [row["source"] for row in rows]
         table = calibration_table(texts, sources, claimed)
         guard.check("alignment", table, calibration_suite(1), place.checks, run)
-        chosen = fit_windows(
-            open_alignment(path, settings, evaluation_texts), open_checkpoint(base["path"], verify=False)
-        )
+        chosen = fit_windows(open_alignment(path, settings, evaluation_texts), base)
         shutil.copyfile(path, folder / ALIGNMENT_FILE)
         return {"digest": chosen.digest, "texts": len(texts), "windows": dict(chosen.windows)}
 
-    keyed = alignment_settings(recipe) | {"tasks": sorted(recipe.evaluation.tasks)}
+    keyed = settings.model_dump(include={"tokens", "context", "copies", "penalty", "heldout_source"})
+    keyed |= {"tasks": sorted(recipe.evaluation.tasks)}
     return produce(place.stages, "alignment", version=VERSION, settings=keyed, inputs=used, make=make)
-
-
-def alignment_settings(recipe: Recipe) -> dict[str, Any]:
-    """Name what decides a refit beside its texts."""
-    return recipe.alignment.model_dump(include={"tokens", "context", "copies", "penalty", "heldout_source"})
 
 
 def _read_evaluation(place: Workplace, recipe: Recipe, copies: Product, run: str) -> tuple[dict[str, str], list[str]]:
@@ -166,11 +162,19 @@ def _read_evaluation(place: Workplace, recipe: Recipe, copies: Product, run: str
     return claimed, used
 
 
-def open_alignment_texts(product: Product) -> dict[str, list[str]]:
-    """Read the alignment table back from its stage, source -> texts."""
-    return read_heldout(product.folder / ALIGNMENT_FILE)
+def open_inputs(recipe: Recipe, copies: Product, calibration: Product | None, alignment: Product | None) -> Inputs:
+    """Read what a job reads: from the private copies, and from what the guards let through.
 
-
-def open_calibration(product: Product) -> CalibrationSet:
-    """Read the calibration set back from its stage."""
-    return load_calibration(product.folder / CALIBRATION_FILE, product.facts["texts"])
+    Raises:
+        RecipeError: on an unknown task or a missing table.
+    """
+    text, folder = recipe.evaluation.text, recipe.evaluation.tasks_folder
+    text, folder = (copies.folder / table_name(path) if path is not None else None for path in (text, folder))
+    inputs = read_measured(recipe.evaluation, text, folder)
+    if calibration is not None:
+        chosen = load_calibration(calibration.folder / CALIBRATION_FILE, calibration.facts["texts"])
+        inputs = replace(inputs, calibration=chosen)
+    if alignment is not None:
+        texts = read_heldout(alignment.folder / ALIGNMENT_FILE)
+        inputs = replace(inputs, alignment=AlignmentTable(texts, recipe.alignment, alignment.facts["windows"]))
+    return inputs

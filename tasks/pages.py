@@ -13,26 +13,30 @@ from prefect.artifacts import (
 )
 from tabulate import tabulate
 
+from mka.evaluation.gate import describe_decision
+from mka.pipeline.evaluate import open_reports
+from mka.pipeline.job import Job
+from mka.pipeline.report import find_fit
+from mka.pipeline.stage import Found
 from mka.report.alignment import summarise_alignment
 from mka.report.table import result_table
-from mka.store.products import Product
-from tasks.registry.tracking import CANDIDATE
-from tasks.reporting import Evidence, registered_address
-from tasks.stages import Job
+from tasks.registry.tracking import registered_address
+from tasks.stages import Run
 
 
-def publish_artifacts(job: Job, evidence: Evidence, page: Product, facts: Mapping[str, Any]) -> None:
+def publish_artifacts(run: Run, found: Found, facts: Mapping[str, Any]) -> None:
     """Put the result table, the verdict, where the report is and the similarity picture on the run's page."""
-    key = job.recipe.name.replace("_", "-").replace(".", "-")
-    rows = result_table(*evidence.open_reports())
-    create_table_artifact(rows, key=f"{key}-results", description=f"{job.recipe.name}: base and candidate")
-    lines = "\n".join(evidence.gate.facts["lines"])
+    recipe = run.job.recipe
+    key = recipe.name.replace("_", "-").replace(".", "-")
+    rows = result_table(*open_reports(run.job, found))
+    create_table_artifact(rows, key=f"{key}-results", description=f"{recipe.name}: base and candidate")
+    lines = "\n".join(describe_decision(found["gate"].facts))
     # Not a link: no browser follows one from a served page to a file, and the MLflow run has the report too.
     places = (
         f"Report: `{facts['report']}`, and in MLflow run `{facts['mlflow_run_id']}`. Promotion: {facts['promotion']}."
     )
     create_markdown_artifact(f"```\n{lines}\n```\n\n{places}", key=f"{key}-gate", description="Gate")
-    picture = page.folder / "similarity.png"
+    picture = found["report"].folder / "similarity.png"
     if picture.exists():
         encoded = base64.b64encode(picture.read_bytes()).decode()
         create_image_artifact(
@@ -40,9 +44,10 @@ def publish_artifacts(job: Job, evidence: Evidence, page: Product, facts: Mappin
         )
 
 
-def print_summary(job: Job, evidence: Evidence, facts: Mapping[str, Any]) -> None:
+def print_summary(run: Run, found: Found, facts: Mapping[str, Any]) -> None:
     """Print base and candidate side by side, the verdict, and where everything is."""
-    rows = result_table(*evidence.open_reports())
+    job = run.job
+    rows = result_table(*open_reports(job, found))
     print()
     print(
         tabulate(
@@ -51,10 +56,10 @@ def print_summary(job: Job, evidence: Evidence, facts: Mapping[str, Any]) -> Non
     )
     subset = " Tasks are seeded subsets of n items." if any(job.recipe.evaluation.tasks.values()) else ""
     print(f"± is one standard error.{subset}")
-    if evidence.fit:
-        print(summarise_alignment(evidence.fit))
+    if (fit := find_fit(found)) is not None:
+        print(summarise_alignment(fit))
     print()
-    print("\n".join(evidence.gate.facts["lines"]))
+    print("\n".join(describe_decision(found["gate"].facts)))
     print()
     registration = facts["registry"]
     if registration["name"]:
@@ -73,7 +78,7 @@ def print_summary(job: Job, evidence: Evidence, facts: Mapping[str, Any]) -> Non
                 ("promotion", facts["promotion"]),
                 ("load it", _load_command(job, registration)),
                 ("MLflow pages", _mlflow_command(registration["tracking_uri"])),
-                ("Prefect pages", f"PREFECT_HOME={job.place.work / 'prefect'} {_command('prefect')} server start"),
+                ("Prefect pages", f"PREFECT_HOME={run.place.work / 'prefect'} {_command('prefect')} server start"),
                 ("all of them", f"{_command('python')} -m webbrowser {facts['index']}"),
                 ("data checks", f"{_command('python')} -m webbrowser {facts['checks']}"),
             ],
@@ -102,6 +107,6 @@ def _load_command(job: Job, registration: Mapping[str, Any]) -> str:
     """Say how the registered version is loaded, or the folder if the gate refused it."""
     if not registration["name"]:
         return "AutoModelForCausalLM.from_pretrained(the candidate folder above)"
-    address = registered_address(job.recipe, CANDIDATE)
+    address = registered_address(job.recipe.registered_name)
     code = f"import mlflow; print(mlflow.pyfunc.load_model('{address}').predict(['The capital of France is']))"
     return f'MLFLOW_TRACKING_URI={registration["tracking_uri"]} {_command("python")} -c "{code}"'

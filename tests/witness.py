@@ -11,15 +11,15 @@ from pathlib import Path
 
 from distributed import get_worker
 
-from mka.bench import cells
-from mka.bench import parts as bench_parts
+from mka.bench import parts
+from mka.pipeline import merge, stage
 
 FOLDER = Path(os.environ["MKA_WITNESS"])
 
 
 def write_down(produce):
-    def witnessed(part, make):
-        product = produce(part, make)
+    def witnessed(*args, **options):
+        product = produce(*args, **options)
         if not product.reused:
             with (FOLDER / "made.txt").open("a") as lines:  # appending one short line is atomic
                 lines.write(f"{get_worker().name} {product.stage}-{product.key}\n")
@@ -44,7 +44,8 @@ def kill_sometimes(write):
     return deadly
 
 
-if not hasattr(cells, "witnessed"):  # Dask loads it twice
-    cells.witnessed = True
-    bench_parts.Part.produce = write_down(bench_parts.Part.produce)
-    cells.write_merged = kill_sometimes(cells.write_merged)
+if not hasattr(merge, "witnessed"):  # Dask loads it twice
+    merge.witnessed = True
+    for module in (parts, stage):
+        module.produce = write_down(module.produce)
+    merge.write_merged = kill_sometimes(merge.write_merged)

@@ -3,32 +3,25 @@
 The merged folder is deleted once it is measured; what stays are plans, scores and figures.
 """
 
-import json
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mka.bench.measure import MeasuredModel, measure
 from mka.bench.parts import Bench, Get, Measured, NotStored, Part
 from mka.bench.recipe import Cell
-from mka.evidence.gather import open_oracles
-from mka.evidence.needs import DIVERGENCE, LOSS, OUTPUT_SIMILARITY, REOBSERVE
-from mka.evidence.states import HiddenStates, LayerScores
-from mka.methods import resolve_method
-from mka.model.checkpoint import describe_checkpoint, open_checkpoint
-from mka.pipeline.merge import write_aligned, write_merged
-from mka.pipeline.observe import needs_hidden_states, observe_checkpoint
-from mka.pipeline.plan import alignment_version, fit_folds, plan_layers, tries_alignments
-from mka.pipeline.score import score_layers
-from mka.plan.plan import MergePlan
-from mka.recipe import Recipe
-from mka.store.products import Product
-from mka.transforms.fold import bind_folds, folds_path, load_folds, serialise_folds
+from mka.model.checkpoint import describe_checkpoint
+from mka.pipeline.job import Job
+from mka.pipeline.merge import MERGE
+from mka.pipeline.pipeline import run
+from mka.pipeline.stage import MODEL_FOLDER, Found, Stage
+from mka.store.products import Product, discard, name_folder, read_use
 
-STATES_FILE, SCORES_FILE, PLAN_FILE = "states.safetensors", "scores.json", "plan.json"
+# What is known of a merged model once its folder is gone; measurements go by its digest.
+FACTS = replace(MERGE, name="facts", stored="bench-facts", version=1)
 
 
 class _Changed(Exception):
@@ -57,27 +50,31 @@ def run_cell(bench: Bench, cell: Cell) -> Measured:
         MkaError: whatever else is refused.
     """
     try:
-        return _walk(bench, cell, Part.produce)
+        return _walk(bench, cell)
     except _Changed:
-        return _walk(bench, cell, Part.produce)
+        return _walk(bench, cell)
 
 
 def find_cell(bench: Bench, cell: Cell) -> Measured | None:
     """Return what is stored of a cell; None if something is missing."""
     try:
-        return _walk(bench, cell, Part.find)
+        return _walk(bench, cell, stored=True)
     except NotStored:
         return None
 
 
 def sweep_leftovers(work: Path) -> None:
-    """Remove merged folders that killed runs left; those that somebody works on stay."""
+    """Remove merged models that killed runs left; those that somebody works on stay."""
     from filelock import FileLock, Timeout
 
-    for folder in (work / "bench").glob("[!.]*"):
+    for left in (work / "bench").glob("[!.]*"):
         try:
-            with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
-                shutil.rmtree(folder, ignore_errors=True)
+            with FileLock(left.with_name(f".{left.name}.lock"), timeout=0):
+                if left.is_dir():  # of an earlier release
+                    shutil.rmtree(left, ignore_errors=True)
+                    continue
+                discard(work / "stages" / left.read_text(encoding="utf-8"))
+                left.unlink()
         except Timeout:
             continue
 
@@ -88,129 +85,92 @@ def _measure_base(bench: Bench, get: Get) -> Measured:
     return measure(bench, None, MeasuredModel(bench, lambda: bench.base.path), facts, {}, get, reused=True)
 
 
-def _walk(bench: Bench, cell: Cell, get: Get) -> Measured:
-    recipe = bench.recipe.recipe_for(cell)
+def _walk(bench: Bench, cell: Cell, stored: bool = False) -> Measured:
+    """Run the pipeline of a cell as far as its model, and measure that; with ``stored`` nothing is made."""
+    job = bench.jobs[cell.key]
+
+    def run_stage(stage: Stage, job: Job, found: Found) -> Product:
+        if not stored:
+            return stage.produce(job, found, bench.stages)
+        if (product := stage.find(job, found, bench.stages)) is None:
+            raise NotStored
+        return product
+
     with bench.building:
-        planned, seconds, reused = _plan(bench, cell, recipe, get)
-    inputs = {"base": bench.base.digest, "plan": planned.digest}
-    part = bench.part("merge", {}, inputs)
-    if cell.aligned:
-        settings = recipe.alignment.model_dump(mode="json", exclude={"enabled", "path", "rev"})
-        settings |= {"dtype": recipe.model.dtype}
-        part = bench.part("align", settings, inputs | {"texts": bench.digests["alignment"]})
-    with _reserve_folder(bench, part, get) as folder:
-        fresh: dict[str, Any] = {}
-
-        def write(_: Path) -> Mapping[str, Any]:
-            fresh.update(_write_candidate(bench, recipe, planned.folder / PLAN_FILE, folder / "model"))
-            return fresh
-
+        found = run(job, run_stage, until="plan")
+    seconds = {name: product.seconds for name, product in found.items()}
+    reused = all(product.reused for product in found.values())
+    with _borrow_model(bench, job, found, stored) as borrowed:
         with bench.building:
-            merged = get(part, write)
-
-        def open_folder() -> Path:
-            # The facts are stored, but not everything was measured: by a run that was killed, or other texts.
-            if not fresh and write(folder)["digest"] != merged.facts["digest"]:
-                shutil.rmtree(merged.folder)
-                raise _Changed
-            return folder / "model"
-
-        seconds[part.stage] = merged.facts["seconds"]
-        model = MeasuredModel(bench, open_folder)
+            merged = run_stage(FACTS, job, found) if stored else borrowed.describe()
+        model = MeasuredModel(bench, lambda: borrowed.open(merged))
+        seconds["align" if cell.aligned else "merge"] = merged.facts["seconds"]
+        get = Part.find if stored else Part.produce
         return measure(bench, cell, model, merged.facts, seconds, get, reused=reused and merged.reused)
 
 
-def _plan(bench: Bench, cell: Cell, recipe: Recipe, get: Get) -> tuple[Product, dict[str, float], bool]:
-    method, options = resolve_method(recipe.method)
-    resolved = options.model_dump(mode="json")
-    base = {"base": bench.base.digest}
-    read = {"calibration": bench.calibration.digest} if bench.calibration else {}
-    looking = recipe.calibration.model_dump(mode="json", include={"max_tokens", "pooling"})
-    looking |= {"dtype": recipe.model.dtype}
-    scores: Product | None = None
-    seconds: dict[str, float] = {}
-    reused = True
+@dataclass
+class _Borrowed:
+    """The merged model of one cell: made when it is needed, and removed afterwards if nobody else has use for it."""
 
-    if needs_hidden_states(recipe.method):
+    bench: Bench
+    job: Job
+    found: Found
+    marker: Path
+    last_use: int | None = None
 
-        def observe(folder: Path) -> Mapping[str, Any]:
-            assert bench.calibration is not None
-            made = observe_checkpoint(bench.base, bench.calibration, recipe.calibration, recipe.model)
-            made.save(folder / STATES_FILE)
-            return {"texts": len(made.tokens), "tokens": int(made.tokens.sum())}
+    def _make(self) -> Product:
+        folder = name_folder(self.bench.stages, "merge", MERGE.key(self.job, self.found))
+        own = self.marker.exists()
+        if not own and not folder.exists():
+            self.marker.write_text(folder.name, encoding="utf-8")
+        product = MERGE.produce(self.job, self.found, self.bench.stages)
+        if product.reused and not own:  # somebody else has made it meanwhile
+            self.marker.unlink(missing_ok=True)
+        self.last_use = read_use(product.folder)
+        return product
 
-        states = get(bench.part("observe", looking, base | read), observe)
+    def describe(self) -> Product:
+        """Return the stored facts of the model, or make it."""
 
-        def score(folder: Path) -> Mapping[str, Any]:
-            made = score_layers(recipe.method, bench.base, HiddenStates.load(states.folder / STATES_FILE))
-            if made is not None:
-                made.save(folder / SCORES_FILE)
-            return {"scored": made is not None}
+        def write(_: Path) -> Mapping[str, Any]:
+            product = self._make()
+            return {**product.facts, "seconds": product.seconds}
 
-        keyed: dict[str, Any] = {
-            "method": method.name,
-            "settings": {k: v for k, v in resolved.items() if k not in method.plan_settings},
-        }
-        scores = get(bench.part("score", keyed, {"states": states.digest}), score)
-        seconds |= {"observe": states.seconds, "score": scores.seconds}
-        reused = states.reused and scores.reused
+        return FACTS.produce(self.job, self.found, self.bench.stages, write)
 
-    def plan(folder: Path) -> Mapping[str, Any]:
-        stored = scores.folder / SCORES_FILE if scores and scores.facts["scored"] else None
-        looked_at = (bench.calibration, recipe.calibration, recipe.model)
-        oracles = bench.oracles.open(cell.entry, lambda: open_oracles(recipe.method, bench.base, *looked_at))
-        scored = LayerScores.load(stored) if stored else None
-        made = plan_layers(recipe.method, recipe.target, bench.base, scored, *looked_at, oracles=oracles)
-        folds = fit_folds(recipe.method, made, bench.base, *looked_at)
-        made = bind_folds(made, folds)
-        if folds:
-            folds_path(folder / PLAN_FILE).write_bytes(serialise_folds(folds))
-        (folder / PLAN_FILE).write_text(made.to_json(), encoding="utf-8")
-        return {"layers_out": made.layers_out, "removed": list(made.removed)}
+    def open(self, facts: Product) -> Path:
+        """Return the model's folder; made again if it is gone.
 
-    keyed = {
-        "method": method.name,
-        "settings": resolved,
-        "target": recipe.target.model_dump(mode="json"),
-    }
-    inputs = base | ({"scores": scores.digest} if scores else {})
-    if method.fit or method.needs(options) & {REOBSERVE, DIVERGENCE, LOSS, OUTPUT_SIMILARITY}:
-        keyed |= looking | recipe.calibration.model_dump(include={"search_tokens"})
-        inputs |= read
-    if tries_alignments(recipe.method):
-        keyed |= {"alignment": alignment_version(), "dtype": recipe.model.dtype}
-        inputs |= read
-    planned = get(bench.part("plan", keyed, inputs), plan)
-    return planned, seconds | {"plan": planned.seconds}, reused and planned.reused
+        Raises:
+            _Changed: if it is not the model that the facts are of.
+        """
+        product = self._make()
+        if product.facts["digest"] != facts.facts["digest"]:
+            discard(facts.folder)
+            raise _Changed
+        return product.folder / MODEL_FOLDER
 
-
-def _write_candidate(bench: Bench, recipe: Recipe, plan_file: Path, output: Path) -> dict[str, Any]:
-    plan = MergePlan.load(plan_file)
-    started = time.perf_counter()
-    # The one place where a candidate is written; whatever a plan needs beside itself is handed over here.
-    if recipe.alignment.enabled:
-        written = write_aligned(plan, bench.base, bench.alignment, recipe.alignment, recipe.model, output)
-    else:
-        written = write_merged(plan, bench.base, output, load_folds(plan, plan_file))
-    seconds = round(time.perf_counter() - started, 3)
-    facts = describe_checkpoint(open_checkpoint(output, verify=False))
-    facts.pop("path")
-    return facts | {"seconds": seconds, "written": json.loads(json.dumps(dict(written), default=str))}
+    def give_back(self) -> None:
+        """Remove the model if it was made for a comparison and nobody else has used it since."""
+        if self.marker.exists():
+            discard(self.bench.stages / self.marker.read_text(encoding="utf-8"), unless_used_since=self.last_use)
+            self.marker.unlink()
 
 
 @contextmanager
-def _reserve_folder(bench: Bench, part: Part, get: Get) -> Iterator[Path]:
-    """Give a candidate a folder for as long as it is measured; nobody else works on the same one meanwhile."""
+def _borrow_model(bench: Bench, job: Job, found: Found, stored: bool) -> Iterator[_Borrowed]:
+    """Have the merged model of a cell within the block; nobody else measures the same one meanwhile."""
     from filelock import FileLock
 
-    folder = bench.work / "bench" / part.key[:16]
-    if get is Part.find:
-        yield folder
+    marker = bench.work / "bench" / MERGE.key(job, found)[:16]
+    borrowed = _Borrowed(bench, job, found, marker)
+    if stored:
+        yield borrowed
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(marker.with_name(f".{marker.name}.lock")):
         try:
-            shutil.rmtree(folder, ignore_errors=True)  # of a killed run
-            yield folder
+            yield borrowed
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            borrowed.give_back()

@@ -1,9 +1,8 @@
 """The page of a comparison, generated whole, and its rows in the README."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from mka.bench.parts import Measured
 from mka.bench.statistics import Comparison
@@ -130,7 +129,7 @@ def _costs(comparison: Comparison) -> list[str]:
         looked = [spent(cell, "observe", "score") for cell in there[:1]] or ["–"]
         rows.append([row, *looked, *(" / ".join(spent(c, *s) for c in cells) for s in (("plan",), ("merge", "align")))])
         for cell in there:
-            facts = _find_alignment(cell.facts.get("written") or {})
+            facts = cell.facts.get("alignment") or {}
             if facts:
                 assert cell.cell is not None
                 spans = [facts[name] for name in ("tokens", "teacher_seconds", "seconds", "probe_seconds")]
@@ -153,13 +152,6 @@ def _costs(comparison: Comparison) -> list[str]:
             *_markdown(([*headers, "both / teacher"], aligned)),
         ]
     return lines
-
-
-def _find_alignment(written: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What `write_aligned` said of its cost; nothing for a plain merge."""
-    nested = written.get("alignment")
-    facts = nested if isinstance(nested, Mapping) else written
-    return facts if "teacher_seconds" in facts else {}
 
 
 def _markdown(table: Table, escaped: Sequence[int] | None = None) -> list[str]:

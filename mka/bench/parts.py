@@ -13,12 +13,12 @@ from typing import Any
 from mka.bench.recipe import BenchRecipe, Cell
 from mka.evaluation.scores import Score
 from mka.model.checkpoint import Checkpoint
-from mka.pipeline.plan import alignment_version
+from mka.pipeline.job import Job
 from mka.store.products import Product, find, produce, stage_key
 from mka.texts.calibration import CalibrationSet
 
-# Raised by hand when the meaning of a part changes; alignment's own version is `mka.alignment.lockstep.VERSION`.
-VERSIONS = {"observe": 1, "score": 1, "plan": 1, "merge": 1, "align": 1, "text": 1, "task": 1}
+# Raised by hand when the meaning of a part changes. What comes before measuring are stages of the pipeline.
+VERSIONS = {"text": 1, "task": 1}
 Make = Callable[[Path], Mapping[str, Any]]
 Get = Callable[["Part", Make], Product]
 
@@ -35,10 +35,7 @@ class Part:
     @property
     def arguments(self) -> dict[str, Any]:
         """What `mka.store.products` calls these things."""
-        version = VERSIONS[self.stage]
-        if self.stage == "align":
-            version = 1000 * version + alignment_version()
-        return {"version": version, "settings": self.settings, "inputs": self.inputs}
+        return {"version": VERSIONS[self.stage], "settings": self.settings, "inputs": self.inputs}
 
     @property
     def key(self) -> str:
@@ -65,22 +62,6 @@ class NotStored(Exception):
     """A part that is not there, where only stored ones are wanted."""
 
 
-@dataclass
-class Oracles:
-    """What runs planned models, open for one method at a time and shared by its targets."""
-
-    _owner: Any = None
-    _opened: Mapping[str, Any] = field(default_factory=dict)
-
-    def open(self, owner: Any, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Return the oracles of one method; those of another are let go first."""
-        if self._owner != owner:
-            self._owner, self._opened = None, {}
-            self._opened = make()
-            self._owner = owner
-        return self._opened
-
-
 @dataclass(frozen=True)
 class Bench:
     """One comparison with everything checked that can be checked without running a model.
@@ -96,7 +77,7 @@ class Bench:
         notes: per text, how many calibration texts share a run of words with it, in words.
         work: work folder.
         command: what makes all of it again, for the record.
-        oracles: shared while planning.
+        jobs: of the cells, by their keys.
         building: held by whoever builds models, which libraries cannot do in two threads at once. Locks of parts
             that plan, merge or align are taken under it, those of measurements are not.
     """
@@ -111,7 +92,7 @@ class Bench:
     notes: Mapping[str, str]
     work: Path
     command: str
-    oracles: Oracles = field(default_factory=Oracles)
+    jobs: Mapping[str, Job] = field(default_factory=dict)
     building: Any = field(default_factory=Lock)
 
     @property
@@ -133,7 +114,8 @@ class Measured:
         texts: name -> perplexity with (nll, tokens) per window.
         tasks: one score per task; empty where none is measured.
         seconds: observe, score, plan, merge or align, and measure: what each took when it was made.
-        facts: digest, layers, parameters and bytes of the checkpoint; ``written``: what merging or aligning said.
+        facts: digest, layers, parameters and bytes of the checkpoint; ``alignment``: what a refit
+            took.
         conditions: those of every measurement.
         reused: whether nothing had to be made.
     """

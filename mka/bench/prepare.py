@@ -1,6 +1,7 @@
 """What a comparison needs, read and checked before anything is computed."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,11 @@ from mka.alignment.table import AlignmentTable
 from mka.bench.parts import Bench
 from mka.bench.recipe import BenchRecipe, TextSource
 from mka.errors import CalibrationError, RecipeError
-from mka.methods import get_method, method_settings
-from mka.pipeline.job import check_evaluation, check_feasible, fetch_base
+from mka.methods import Planner, resolve_method
+from mka.model.checkpoint import Checkpoint
+from mka.pipeline.inputs import Inputs, check_evaluation, digest_task
+from mka.pipeline.job import Job, Opened, check_context, fetch_base, open_job
+from mka.recipe import MethodChoice
 from mka.texts.calibration import CalibrationSet, load_calibration
 from mka.texts.overlap import refuse_overlap
 from mka.texts.rows import digest_texts, read_heldout, read_rows, read_texts
@@ -31,24 +35,24 @@ def prepare(recipe: BenchRecipe, work: Path, *, root: Path = Path(), command: st
     texts, paragraphs = {}, {}
     for text in recipe.texts:
         texts[text.name], paragraphs[text.name] = _read_text(text)
-    check_evaluation(recipe.evaluation)
-    calibration, alignment = _read_calibration(recipe)
+    check_evaluation(recipe.evaluation, None, recipe.evaluation.tasks_folder)
+    planners = {
+        entry.row: resolve_method(MethodChoice(name=entry.name, settings=entry.settings)) for entry in recipe.methods
+    }
+    calibration, alignment = _read_calibration(recipe, planners)
     tables = {"calibration": calibration.texts if calibration else ()}
     tables["alignment"] = tuple(text for group in alignment.values() for text in group)
     _refuse_overlap(recipe, tables, paragraphs)
     base, revision = fetch_base(recipe.model, work)
-    for cell in recipe.cells:
-        check_feasible(recipe.recipe_for(cell), base)
-    positions = base.config.get("max_position_embeddings")
-    if isinstance(positions, int) and recipe.evaluation.context > positions:
-        raise RecipeError(
-            f"evaluation.context is {recipe.evaluation.context}; the model has {positions} positions, lower the context"
-        )
+    check_context(recipe.evaluation.context, base)
+    table = AlignmentTable(alignment, recipe.alignment)
+    jobs = _open_jobs(recipe, planners, base, revision, Inputs(calibration, table if alignment else None))
     digests = {f"text {name}": digest_texts(body) for name, body in texts.items()}
-    digests |= {f"task {task}": _digest_tables(recipe, task) for task in recipe.evaluation.tasks}
-    digests["alignment"] = AlignmentTable(alignment, recipe.alignment).digest
+    settings = recipe.evaluation
+    digests |= {f"task {task}": digest_task(settings.tasks_folder, task, settings.shots) for task in settings.tasks}
+    digests["alignment"] = table.digest
     notes = {name: _count_near_copies(tables, body) for name, body in paragraphs.items()}
-    return Bench(recipe, base, revision, calibration, alignment, texts, digests, notes, work, command)
+    return Bench(recipe, base, revision, calibration, alignment, texts, digests, notes, work, command, jobs)
 
 
 def _resolve_paths(recipe: BenchRecipe, root: Path) -> BenchRecipe:
@@ -84,16 +88,31 @@ def _read_text(text: TextSource) -> tuple[list[str], list[str]]:
     return chosen, chosen
 
 
-def _read_calibration(recipe: BenchRecipe) -> tuple[CalibrationSet | None, Mapping[str, Sequence[str]]]:
+def _read_calibration(
+    recipe: BenchRecipe, planners: Mapping[str, Planner]
+) -> tuple[CalibrationSet | None, Mapping[str, Sequence[str]]]:
     calibration, alignment = None, {}
-    methods = [(get_method(e.name), method_settings(e.name, e.settings), e) for e in recipe.methods]
-    if any(method.fit or method.needs(settings) for method, settings, _ in methods):
+    if any(planner.needs or planner.reads_texts for planner in planners.values()):
         calibration = load_calibration(recipe.calibration.path, recipe.calibration.samples)
     if any(cell.aligned for cell in recipe.cells):
-        if fitted := [method.name for method, _, entry in methods if method.fit and True in entry.alignment]:
+        fitted = [e.name for e in recipe.methods if planners[e.row].method.fit and True in e.alignment]
+        if fitted:
             raise RecipeError(f"method {fitted[0]!r} fits its own correction; alignment: true is for methods without")
         alignment = read_heldout(recipe.alignment.path)
     return calibration, alignment
+
+
+def _open_jobs(
+    recipe: BenchRecipe, planners: Mapping[str, Planner], base: Checkpoint, revision: str, inputs: Inputs
+) -> dict[str, Job]:
+    """One job per cell; those of one method share what is opened while planning."""
+    opened = Opened()
+    jobs = {}
+    for cell in recipe.cells:
+        used = inputs if cell.aligned else replace(inputs, alignment=None)
+        planner = planners[cell.entry.row]
+        jobs[cell.key] = open_job(recipe.recipe_for(cell), planner, base, revision, used, opened=opened)
+    return jobs
 
 
 def _refuse_overlap(
@@ -108,17 +127,6 @@ def _refuse_overlap(
                 refuse_overlap(texts, used)
             except CalibrationError as error:
                 raise CalibrationError(f"text {name!r} and the {table} table: {error}") from None
-
-
-def _digest_tables(recipe: BenchRecipe, task: str) -> str:
-    from mka.store.sums import file_sha256
-
-    folder = recipe.evaluation.tasks_folder
-    if folder is None:
-        return "hub"
-    files = sorted((folder / "mmlu").glob("*.jsonl")) if task.startswith("mmlu") else [folder / f"{task}.jsonl"]
-    files += [folder / f"{task}.train.jsonl"] if recipe.evaluation.shots else []
-    return digest_texts(f"{file.name} {file_sha256(file)}" for file in files if file.is_file())
 
 
 def _count_near_copies(tables: Mapping[str, Sequence[str]], texts: Sequence[str]) -> str:

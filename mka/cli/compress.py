@@ -28,8 +28,8 @@ from mka.store.publishing import check_free
 from mka.terminal import Outcome, quiet_libraries, say
 
 if TYPE_CHECKING:
+    from mka.pipeline.compress import Compression
     from mka.pipeline.job import Job
-    from mka.pipeline.stage import Compression
     from mka.recipe import Recipe
 
 
@@ -68,9 +68,9 @@ def compress(
     data/prepared/heldout.jsonl where that exists. Calibration texts that evaluation uses are refused. A candidate that
     the gate fails is written all the same, its card says so, and the exit code is 1.
     """
-    from mka.pipeline.foresee import foresee
+    from mka.pipeline.compress import compress as run
     from mka.pipeline.job import prepare
-    from mka.pipeline.pipeline import compress as run
+    from mka.pipeline.pipeline import foresee
 
     check_free(output)
     recipe = resolve_recipe(model, output, recipe_file, options)
@@ -78,11 +78,11 @@ def compress(
     if evaluated and recipe.evaluation.text is None and not recipe.evaluation.tasks:
         click.echo(f"note: nothing will be measured: no {HELDOUT}, no --text, no --tasks", err=True)
     with quiet_libraries(recipe.quantize.scheme != "off"):
-        job = prepare(recipe, find_work(), evaluate=evaluated)
+        job = prepare(recipe, find_work(), evaluate=evaluated, command=typed(), output=output)
         if dry_run:
             facts = foresee(job, output)
             return Outcome(facts, show_foresight(job, facts))
-        return show_compression(run(job, output, command=typed(), say=say))
+        return show_compression(run(job, find_work() / "stages", output, say=say))
 
 
 def resolve_recipe(model: str | None, output: Path, recipe_file: Path | None, options: dict[str, Any]) -> "Recipe":
@@ -169,18 +169,18 @@ def describe_alignment_plan(facts: dict[str, Any]) -> str:
 
 def show_compression(made: "Compression") -> Outcome:
     """Say what came of it: the results side by side, the verdict, and where everything is."""
-    from mka.pipeline.job import EVIDENCE
-    from mka.pipeline.report import refuse_failed
+    from mka.evaluation.gate import describe_decision
+    from mka.pipeline.compress import EVIDENCE
+    from mka.pipeline.judge import refuse_failed
     from mka.report.alignment import summarise_alignment
     from mka.report.table import result_table
 
     page = made.output / EVIDENCE / "report.html"
     rows = result_table(made.base, made.candidate)
-    decision = made.decision
     document = {
         "output": str(made.output),
-        "verdict": decision.verdict if decision else None,
-        "gate": decision.to_dict() if decision else None,
+        "verdict": made.gate["verdict"] if made.gate else None,
+        "gate": made.gate,
         "results": rows,
         "base": dict(made.base.checkpoint),
         "candidate": dict(made.candidate.checkpoint),
@@ -189,7 +189,7 @@ def show_compression(made: "Compression") -> Outcome:
         "report": str(page),
         "seconds": dict(made.seconds),
     }
-    verdict = decision.describe() if decision else ["gate: not asked, nothing was measured"]
+    verdict = describe_decision(made.gate) if made.gate else ["gate: not asked, nothing was measured"]
     aligned = [summarise_alignment(made.alignment), ""] if made.alignment else []
     lines = [show_results(rows), "", *aligned, *verdict, "", f"model   {made.output}", f"report  {page}"]
-    return Outcome(document, "\n".join(lines), refuse_failed(decision, page))
+    return Outcome(document, "\n".join(lines), refuse_failed(made.gate, page))

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -20,9 +19,6 @@ from mka.cli.options import (
 from mka.errors import RecipeError
 from mka.store.publishing import check_free, write_file
 from mka.terminal import Outcome, align, quiet_libraries
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command(epilog=examples("mka evaluate ./smollm2-24 --text heldout.jsonl --tasks hellaswag=40 --output new.json"))
@@ -54,7 +50,7 @@ def evaluate(
     """
     from mka.model.checkpoint import describe_checkpoint
     from mka.pipeline.evaluate import measure_checkpoint
-    from mka.pipeline.job import check_evaluation
+    from mka.pipeline.inputs import read_measured
     from mka.recipe import EvaluationSettings
     from mka.report.table import result_table
 
@@ -64,11 +60,18 @@ def evaluate(
     settings = build_section(EvaluationSettings, values | given({"batch_size": batch_size}))
     if settings.text is None and not settings.tasks:
         raise RecipeError("nothing to evaluate on; give --text FILE, --tasks TASK=ITEMS, or both")
-    heldout = check_evaluation(settings)
+    inputs = read_measured(settings, settings.text, settings.tasks_folder)
     checkpoint, source = open_model(model, dtype, trust_remote_code)
     with quiet_libraries(checkpoint.is_quantized):
         report = measure_checkpoint(
-            checkpoint, describe_checkpoint(checkpoint), settings, source, heldout, seed=seed, command=typed()
+            checkpoint,
+            describe_checkpoint(checkpoint),
+            settings,
+            source,
+            inputs,
+            seed=seed,
+            command=typed(),
+            speed=True,
         )
     if output is not None:
         write_file(output, lambda path: path.write_text(report.to_json(), encoding="utf-8"))

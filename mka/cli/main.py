@@ -13,6 +13,7 @@ from mka.cli.clean import clean
 from mka.cli.compress import compress
 from mka.cli.console import ARGUMENTS, examples
 from mka.cli.evaluate import evaluate
+from mka.cli.export import export
 from mka.cli.merge import merge
 from mka.cli.methods import methods
 from mka.cli.observe import observe
@@ -54,8 +55,8 @@ class Commands(click.Group):
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             raise Interrupted(
-                "interrupted; no half-written output is left, run the same command again to start over "
-                "(mka observe, score and plan keep what they wrote)"
+                "interrupted; no half-written output is left, run the same command again "
+                "(mka compress and bench go on where they were; observe, score and plan keep what they wrote)"
             ) from None
 
 
@@ -85,7 +86,7 @@ def cli(context: click.Context, progress: bool | None) -> None:
         click.echo(context.get_help())
 
 
-for command in (compress, methods, observe, score, plan, merge, evaluate, report, bench, clean):
+for command in (compress, methods, observe, score, plan, merge, evaluate, report, export, bench, clean):
     cli.add_command(command)
 
 

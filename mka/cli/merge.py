@@ -1,5 +1,6 @@
 """`mka merge`: the model that a plan makes."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,10 @@ def merge(
     is evaluated later is not known here, so keep its texts out of the table yourself.
     """
     from mka.alignment.table import fit_windows, open_alignment
+    from mka.export.folder import export_folder
     from mka.model.checkpoint import describe_checkpoint, open_checkpoint
-    from mka.pipeline.pipeline import write_candidate
+    from mka.pipeline.merge import write_merged
+    from mka.pipeline.quantize import write_quantized
     from mka.plan.plan import MergePlan
     from mka.recipe import AlignmentSettings, QuantizeSettings
     from mka.report.alignment import summarise_alignment
@@ -77,9 +80,15 @@ def merge(
     with quiet_libraries():
         table = fit_windows(table, base) if table else None
     with quiet_libraries(settings.scheme != "off"), publish(output) as partial:
-        found = write_candidate(made, base, settings, partial, folds, table, source)
+        found = write_merged(made, base, partial / "merged", folds, table, source)
+        fit, last = found.pop("alignment", None), partial / "merged"
+        if settings.scheme != "off":
+            last = partial / "quantized"
+            found = write_quantized(open_checkpoint(partial / "merged", verify=False), settings, last)
+        export_folder(last, partial)
+        for folder in ("merged", "quantized"):
+            shutil.rmtree(partial / folder, ignore_errors=True)
     facts = describe_checkpoint(open_checkpoint(output, verify=False)) | {"parameters": found["parameters"]}
     said = f"{facts['layers']} layers, {facts['parameters'] / 1e6:,.1f} M parameters, {facts['bytes'] / 1e6:,.1f} MB"
-    fit = found.pop("alignment", None)
     lines = [said, *([summarise_alignment(fit)] if fit else []), str(output)]
     return Outcome(facts | {"output": str(output), "loaded": found, "alignment": fit}, "\n".join(lines))

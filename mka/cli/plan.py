@@ -52,9 +52,10 @@ def plan(
     the model is looked at again while planning, which needs --calibration. So do methods that fit something after a
     deletion (replaceme, prune_and_comp, linearpatch): it is written beside the plan, to plan.folds.safetensors.
     """
+    from mka.evidence.gather import open_oracles
     from mka.evidence.states import LayerScores
-    from mka.methods import get_method, method_settings
-    from mka.pipeline.observe import needs_hidden_states
+    from mka.methods import resolve_method
+    from mka.pipeline.job import resolve_aim
     from mka.pipeline.plan import fit_folds, plan_layers
     from mka.plan.wording import describe_steps
     from mka.recipe import CalibrationSettings, MethodChoice, Target
@@ -65,23 +66,23 @@ def plan(
     observation = {key: options.pop(key) for key in ("samples", "max_tokens", "pooling")}
     target = build_section(Target, given(options))
     scored = LayerScores.load(scores) if scores else None
-    choice = MethodChoice(name=method or (scored.method if scored else "mka"), settings=settings)
-    method_settings(choice.name, choice.settings)
+    planner = resolve_method(MethodChoice(name=method or (scored.method if scored else "mka"), settings=settings))
     if scored is not None:
-        if scored.method != choice.name:
-            raise PlanError(f"{scores} was scored by {scored.method!r}, not by {choice.name!r}; score again")
-        if stale := sorted(settings.keys() - get_method(choice.name).plan_settings):
+        if scored.method != planner.name:
+            raise PlanError(f"{scores} was scored by {scored.method!r}, not by {planner.name!r}; score again")
+        if stale := sorted(settings.keys() - planner.method.plan_settings):
             raise RecipeError(f"setting {stale[0]!r} decides the scores; give it to mka score and score again")
-        choice = choice.model_copy(update={"settings": {**scored.settings, **settings}})
-        method_settings(choice.name, choice.settings)
-    elif needs_hidden_states(choice):
-        raise RecipeError(f"method {choice.name!r} plans from scores; run mka score and give --scores FILE")
+        planner = resolve_method(MethodChoice(name=planner.name, settings={**scored.settings, **settings}))
+    elif planner.method.score is not None:
+        raise RecipeError(f"method {planner.name!r} plans from scores; run mka score and give --scores FILE")
     looking = build_section(CalibrationSettings, {"path": calibration or CALIBRATION} | given(observation))
     texts = load_calibration(calibration, looking.samples) if calibration else None
     checkpoint, source = open_model(model, dtype, trust_remote_code)
+    aim = resolve_aim(target, checkpoint)
     with quiet_libraries():
-        made = plan_layers(choice, target, checkpoint, scored, texts, looking, source)
-        folds = fit_folds(choice, made, checkpoint, texts, looking, source)
+        oracles = open_oracles(planner.name, planner.needs, planner.settings, checkpoint, texts, looking, source)
+        made = plan_layers(planner, aim, checkpoint, scored, source, oracles)
+        folds = fit_folds(planner, made, checkpoint, texts, looking, source)
     if folds:
         made = bind_folds(made, folds)
         write_file(folds_path(output), lambda path: path.write_bytes(serialise_folds(folds)))

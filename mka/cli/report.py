@@ -1,7 +1,6 @@
 """`mka report`: the gate, the page and the card of two measurements."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -10,9 +9,6 @@ from mka.cli.options import FILE, recipe_option
 from mka.evaluation.scores import read_report
 from mka.store.publishing import check_free
 from mka.terminal import Outcome
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command(epilog=examples("mka report --plan plan.json --base base.json --candidate new.json --output report"))
@@ -33,8 +29,8 @@ def report(
     """
     from mka.evaluation.gate import decide, recover_tasks
     from mka.evidence.states import LayerScores
+    from mka.pipeline.judge import refuse_failed
     from mka.pipeline.recipes import load_recipe
-    from mka.pipeline.report import refuse_failed
     from mka.plan.plan import MergePlan
     from mka.recipe import GateSettings
     from mka.report.data import ReportData
@@ -63,4 +59,4 @@ def report(
     rows = result_table(before, after)
     document = {"verdict": decision.verdict, "gate": decision.to_dict(), "results": rows, "output": str(output)}
     text = "\n".join([show_results(rows), "", *decision.describe(), "", str(output / "report.html")])
-    return Outcome(document, text, refuse_failed(decision, output / "report.html"))
+    return Outcome(document, text, refuse_failed(decision.to_dict(), output / "report.html"))

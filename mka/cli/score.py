@@ -33,18 +33,16 @@ def score(model: str, states: Path, method: str, settings: dict[str, Any], outpu
     What a high score means is printed with the scores; which kind it is depends on the method.
     """
     from mka.evidence.states import HiddenStates
-    from mka.methods import method_settings
-    from mka.pipeline.observe import needs_hidden_states
+    from mka.methods import resolve_method
     from mka.pipeline.score import score_layers
     from mka.recipe import MethodChoice
 
     check_free(output)
-    method_settings(method, settings)
-    choice = MethodChoice(name=method, settings=settings)
-    if not needs_hidden_states(choice):
+    planner = resolve_method(MethodChoice(name=method, settings=settings))
+    if planner.method.score is None:
         raise RecipeError(f"method {method!r} scores nothing; go on with mka plan {model} --method {method}")
     observed = HiddenStates.load(states)
-    scores = score_layers(choice, open_model(model)[0], observed)
+    scores = score_layers(planner, open_model(model)[0], observed)
     assert scores is not None
     write_file(output, scores.save)
     if scores.values.ndim == 2:

@@ -1,6 +1,6 @@
 """The gate: is enough of the base left? Decided on bounds of recovery, not on point estimates."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -65,14 +65,23 @@ class GateDecision:
 
     def describe(self) -> list[str]:
         """Return aligned lines for a terminal: the verdict, then one line per check."""
-        width = max(len(check.name) for check in self.checks)
-        lines = [f"gate: {self.verdict} (one-sided {self.confidence:.0%} bounds, {self.resamples} paired resamples)"]
-        for c in self.checks:
-            lines.append(
-                f"  {c.name:<{width}}  recovery {c.recovery:6.3f}  bounds [{c.lower:6.3f}, {c.upper:6.3f}]"
-                f"  needed {c.threshold:5.3f}  n {c.n:>6}  {c.verdict}"
-            )
-        return lines
+        return describe_decision(self.to_dict())
+
+
+def describe_decision(body: Mapping[str, Any]) -> list[str]:
+    """Return aligned lines for a terminal of what `GateDecision.to_dict` gave: the verdict, then a line per check."""
+    checks = body["checks"]
+    width = max(len(check["name"]) for check in checks)
+    lines = [
+        f"gate: {body['verdict']} (one-sided {body['confidence']:.0%} bounds, {body['resamples']} paired resamples)"
+    ]
+    for c in checks:
+        upper = np.inf if c["upper"] is None else c["upper"]
+        lines.append(
+            f"  {c['name']:<{width}}  recovery {c['recovery']:6.3f}  bounds [{c['lower']:6.3f}, {upper:6.3f}]"
+            f"  needed {c['threshold']:5.3f}  n {c['n']:>6}  {c['verdict']}"
+        )
+    return lines
 
 
 def decide(

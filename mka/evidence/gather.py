@@ -6,9 +6,8 @@ from typing import Any
 from mka.errors import CalibrationError, PlanError
 from mka.evidence.needs import DIVERGENCE, LOSS, OUTPUT_SIMILARITY, REOBSERVE, TRIALS
 from mka.evidence.states import HiddenStates
-from mka.methods import resolve_method
 from mka.model.checkpoint import Checkpoint
-from mka.recipe import CalibrationSettings, MethodChoice, ModelSource
+from mka.recipe import CalibrationSettings, ModelSource
 from mka.terminal import show_progress
 from mka.texts.calibration import CalibrationSet
 
@@ -33,7 +32,9 @@ def observe_texts(
 
 
 def open_oracles(
-    choice: MethodChoice,
+    method: str,
+    needs: frozenset[str],
+    options: Any,
     checkpoint: Checkpoint,
     calibration: CalibrationSet | None,
     settings: CalibrationSettings,
@@ -44,12 +45,11 @@ def open_oracles(
     Raises:
         PlanError: if the method wants one and there is no calibration set.
     """
-    method, method_options = resolve_method(choice)
-    wanted = method.needs(method_options) & {REOBSERVE, DIVERGENCE, LOSS, OUTPUT_SIMILARITY, TRIALS}
+    wanted = needs & {REOBSERVE, DIVERGENCE, LOSS, OUTPUT_SIMILARITY, TRIALS}
     if not wanted:
         return {}
     if calibration is None:
-        raise PlanError(f"method {choice.name!r} with these settings needs a calibration set; give one")
+        raise PlanError(f"method {method!r} with these settings needs a calibration set; give one")
     from mka.evidence.candidate import build_candidate
     from mka.evidence.oracles import Divergence, Loss, OutputSimilarity
     from mka.model.loading import load_model
@@ -63,7 +63,7 @@ def open_oracles(
         if need in wanted
     }
     if TRIALS in wanted:
-        opened[TRIALS] = _open_trials(model, tokenizer, texts, method_options)
+        opened[TRIALS] = _open_trials(model, tokenizer, texts, options)
     if REOBSERVE in wanted:
         opened[REOBSERVE] = lambda layers: observe_texts(
             build_candidate(model, layers), tokenizer, texts, settings, f"observe {len(layers)} layers"

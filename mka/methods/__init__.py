@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from mka.errors import RecipeError, nearest
 from mka.evidence.cuts import CutEvidence
-from mka.evidence.needs import Evidence
+from mka.evidence.needs import HIDDEN_STATES, Evidence
 from mka.evidence.states import LayerScores
 from mka.plan.plan import MergePlan
 from mka.plan.target import Aim
@@ -98,28 +98,59 @@ def method_settings(name: str, given: Mapping[str, Any], where: str = "method") 
         raise RecipeError(explain_validation(error, model, f"{where}: settings of method {name!r}")) from None
 
 
-def resolve_method(choice: MethodChoice, where: str = "method") -> tuple[Method, Any]:
-    """Return the method a recipe names and its validated settings; refusals are those of `method_settings`."""
-    return get_method(choice.name), method_settings(choice.name, choice.settings, where)
+@dataclass(frozen=True)
+class Planner:
+    """A method with its settings, resolved once for everything that is done with it.
+
+    Attributes:
+        method: who decides.
+        settings: validated, of the method's own kind.
+    """
+
+    method: Method
+    settings: Any
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return self.method.name
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Which kinds of evidence it wants."""
+        return self.method.needs(self.settings)
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether it runs the model on calibration texts while it plans or fits, beyond hidden states."""
+        return bool(self.method.fit or self.needs - {HIDDEN_STATES})
+
+    @property
+    def competing(self) -> int:
+        """Most layers whose heads or neurons compete for one output layer."""
+        return self.method.competing(self.settings)
+
+    def dump_settings(self, *, scoring: bool = False) -> dict[str, Any]:
+        """Return the settings as JSON types; with ``scoring`` those only that scores depend on."""
+        idle = self.method.plan_settings if scoring else frozenset()
+        return {key: value for key, value in self.settings.model_dump(mode="json").items() if key not in idle}
 
 
-def find_needs(choice: MethodChoice) -> frozenset[str]:
-    """Return which parts of `Evidence` a recipe's method wants; refusals are those of `method_settings`."""
-    method, settings = resolve_method(choice)
-    return method.needs(settings)
+def resolve_method(choice: MethodChoice, where: str = "method") -> Planner:
+    """Return the method a recipe names with its validated settings; refusals are those of `method_settings`."""
+    return Planner(get_method(choice.name), method_settings(choice.name, choice.settings, where))
 
 
-def check_alignment(choice: MethodChoice, enabled: bool, where: str = "method") -> None:
+def check_alignment(planner: Planner, enabled: bool, where: str = "method") -> None:
     """Refuse a method that cannot do with, or without, an alignment.
 
     Raises:
         RecipeError: if it fits its own correction and alignment is on, or leaves a choice to it and alignment is off.
     """
-    method, settings = resolve_method(choice, where)
-    if enabled and method.fit:
+    if enabled and planner.method.fit:
         raise RecipeError(
-            f"{where}: method {method.name!r} fits its own correction; alignment is for methods that do not"
+            f"{where}: method {planner.name!r} fits its own correction; alignment is for methods that do not"
         )
-    if not enabled and method.competing(settings) > 1:
-        operator = f" with operator {settings.operator}" if hasattr(settings, "operator") else ""
-        raise RecipeError(f"{where}: method {method.name!r}{operator} needs alignment: {{enabled: true}}")
+    if not enabled and planner.competing > 1:
+        operator = f" with operator {planner.settings.operator}" if hasattr(planner.settings, "operator") else ""
+        raise RecipeError(f"{where}: method {planner.name!r}{operator} needs alignment: {{enabled: true}}")

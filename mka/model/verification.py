@@ -9,13 +9,6 @@ from mka.model.checkpoint import Checkpoint, open_checkpoint
 from mka.model.tensors import is_finite
 from mka.terminal import quiet_libraries
 
-
-def _verify(folder: Path) -> dict[str, Any]:
-    facts = inspect_checkpoint(folder)
-    require_sound(facts, folder)
-    return facts
-
-
 PROBE_TOKENS = 8
 # Of a model with more bytes than this, whose every further token costs one more pass over the disk.
 FEW_PROBE_TOKENS, LARGE = 2, 2_000_000_000
@@ -112,3 +105,10 @@ def require_sound(facts: dict[str, Any], where: str | Path) -> None:
             )
     if facts["layers"] != facts["config_layers"]:
         raise CheckpointError(f"{where}: loads {facts['layers']} layers, config.json says {facts['config_layers']}")
+
+
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """Inspect a folder and refuse it unless it is sound; returns what was found. Refusals of `require_sound`."""
+    facts = inspect_checkpoint(folder)
+    require_sound(facts, folder)
+    return facts

@@ -1,42 +1,34 @@
-"""Evaluation stages."""
+"""Evaluate: base and candidate measured from disk under equal conditions, then timed in turns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from mka.evaluation.gate import GateDecision, decide
 from mka.evaluation.scores import EvalReport
-from mka.evaluation.speed import compare_checkpoint_speed
-from mka.model.checkpoint import Checkpoint, describe_checkpoint
+from mka.model.checkpoint import Checkpoint, describe_checkpoint, open_checkpoint
+from mka.pipeline.foresee import estimate_logits, whole_model
+from mka.pipeline.inputs import Inputs
 from mka.pipeline.job import Job
-from mka.pipeline.stage import Clock
+from mka.pipeline.stage import MODEL_FOLDER, Cost, Found, Stage, find_model
 from mka.recipe import EvaluationSettings, ModelSource
+from mka.store.products import Product
 from mka.terminal import is_shown
 
+REPORT_FILE = "evaluation.json"
+BASE, CANDIDATE = "evaluate base", "evaluate candidate"
 
-def _measure_both(
-    job: Job, made: Checkpoint, facts: Mapping[str, Any], command: str, clock: Clock
-) -> tuple[EvalReport, EvalReport, GateDecision | None]:
-    before = describe_checkpoint(job.base)
-    if not job.measured:
-        bare = EvalReport(before, (), (), {}, {}, {})
-        return bare, replace(bare, checkpoint=facts), None
-    recipe = job.recipe
-    alike: Any = (recipe.evaluation, recipe.model, job.heldout)
-    with clock.stage("evaluate base"):
-        base = measure_checkpoint(job.base, before, *alike, seed=recipe.seed, command=command, speed=False)
-    with clock.stage("evaluate candidate"):
-        candidate = measure_checkpoint(made, facts, *alike, seed=recipe.seed, command=command, speed=False)
-    with clock.stage("compare speed"):
-        speeds = compare_checkpoint_speed(
-            {"base": job.base.path, "candidate": made.path},
-            dtype=recipe.model.dtype,
-            new_tokens=recipe.evaluation.new_tokens,
-            seed=recipe.seed,
-            trust_remote_code=recipe.model.trust_remote_code,
-        )
-    base, candidate = replace(base, speed=speeds["base"]), replace(candidate, speed=speeds["candidate"])
-    return base, candidate, decide(base, candidate, recipe.gate, seed=recipe.seed)
+
+def describe_base(job: Job) -> dict[str, Any]:
+    """Return the facts of the base."""
+    return describe_checkpoint(job.base)
+
+
+def describe_candidate(job: Job, found: Found) -> dict[str, Any]:
+    """Return the facts of the candidate, with the folder where a person finds it."""
+    product = find_model(found)
+    facts = {key: value for key, value in product.facts.items() if key not in ("alignment", "loaded")}
+    return facts | {"path": str(job.output or product.folder / MODEL_FOLDER)}
 
 
 def measure_checkpoint(
@@ -44,20 +36,20 @@ def measure_checkpoint(
     facts: Mapping[str, Any],
     settings: EvaluationSettings,
     source: ModelSource,
-    heldout: Mapping[str, Sequence[str]],
+    inputs: Inputs,
     *,
     seed: int,
     command: str,
-    speed: bool = True,
+    speed: bool = False,
 ) -> EvalReport:
     """Measure one checkpoint from disk.
 
     Args:
         checkpoint: what to measure.
         facts: of `mka.model.checkpoint.describe_checkpoint`, for the report.
-        settings: tasks, windows, prompts.
+        settings: windows, prompts, batches.
         source: precision, and whether the model's own code may run.
-        heldout: source -> texts for perplexity.
+        inputs: what it is measured on.
         seed: draws the items of tasks.
         command: what was typed, for the record.
         speed: time it too; two models are better timed in turns.
@@ -70,13 +62,113 @@ def measure_checkpoint(
 
     return evaluate_checkpoint(
         checkpoint.path,
-        settings,
+        settings.model_copy(update={"tasks": inputs.tasks, "tasks_folder": inputs.tasks_folder}),
         dtype=source.dtype,
         seed=seed,
         trust_remote_code=source.trust_remote_code,
-        heldout=heldout,
+        heldout=inputs.heldout,
         checkpoint_facts=facts,
         command=command,
         progress=is_shown(),
         speed=speed,
     )
+
+
+def evaluate_stage(
+    name: str,
+    digest: Callable[[Job, Found], str],
+    open_model: Callable[[Job, Found], tuple[Checkpoint, Mapping[str, Any]]],
+) -> Stage:
+    """Return the stage that measures one checkpoint.
+
+    Args:
+        name: of the stage; results are stored under "evaluate" whatever it is.
+        digest: of the checkpoint.
+        open_model: the checkpoint and its facts; called only if it has not been measured.
+    """
+
+    def make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
+        recipe = job.recipe
+        alike: Any = (recipe.evaluation, recipe.model, job.inputs)
+        report = measure_checkpoint(*open_model(job, found), *alike, seed=recipe.seed, command=job.command)
+        (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+        return {"scores": {f"{s.name} {s.metric}": s.value for s in (*report.text, *report.tasks)}}
+
+    def settings(job: Job) -> dict[str, Any]:
+        keyed = job.recipe.evaluation.model_dump(mode="json", exclude={"text", "tasks_folder", "overlap_index"})
+        return keyed | {"seed": job.recipe.seed, "dtype": job.recipe.model.dtype}
+
+    return Stage(
+        name,
+        version=1,
+        stored="evaluate",
+        wanted=lambda job: job.measured,
+        reads=lambda job, found: {**job.inputs.digests, "checkpoint": digest(job, found)},
+        settings=settings,
+        make=make,
+        foresee=lambda job: Cost(
+            memory=whole_model(job) + estimate_logits(job), files=(f"evidence/{name.split()[-1]}.json",)
+        ),
+    )
+
+
+EVALUATE_BASE = evaluate_stage(
+    BASE, lambda job, found: job.base.digest, lambda job, found: (job.base, describe_base(job))
+)
+EVALUATE = evaluate_stage(
+    CANDIDATE,
+    lambda job, found: find_model(found).facts["digest"],
+    lambda job, found: (
+        open_checkpoint(find_model(found).folder / MODEL_FOLDER, verify=False),
+        describe_candidate(job, found),
+    ),
+)
+
+
+def _time(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
+    from mka.evaluation.speed import compare_checkpoint_speed
+
+    return compare_checkpoint_speed(
+        {"base": job.base.path, "candidate": find_model(found).folder / MODEL_FOLDER},
+        trust_remote_code=job.recipe.model.trust_remote_code,
+        **_speed_settings(job),
+    )
+
+
+def _speed_settings(job: Job) -> dict[str, Any]:
+    return {"dtype": job.recipe.model.dtype, "new_tokens": job.recipe.evaluation.new_tokens, "seed": job.recipe.seed}
+
+
+SPEED = Stage(
+    "compare speed",
+    version=1,
+    stored="speed",
+    wanted=lambda job: job.measured,
+    reads=lambda job, found: {"base": job.base.digest, "candidate": find_model(found).facts["digest"]},
+    settings=_speed_settings,
+    make=_time,
+    foresee=lambda job: Cost(memory=2 * whole_model(job)),
+)
+
+
+def open_report(product: Product) -> EvalReport:
+    """Read what one evaluation found."""
+    return EvalReport.load(product.folder / REPORT_FILE)
+
+
+def open_reports(job: Job, found: Found) -> tuple[EvalReport, EvalReport]:
+    """Read base and candidate with their speeds; where nothing was measured, their facts alone.
+
+    Measurements are stored by content: whoever made one may have found the model in another place.
+    """
+    facts = {"base": describe_base(job), "candidate": describe_candidate(job, found)}
+    if BASE not in found:
+        bare = EvalReport(facts["base"], (), (), {}, {}, {})
+        return bare, replace(bare, checkpoint=facts["candidate"])
+    base, candidate = (
+        replace(
+            open_report(found[f"evaluate {role}"]), checkpoint=facts[role], speed=found["compare speed"].facts[role]
+        )
+        for role in ("base", "candidate")
+    )
+    return base, candidate

@@ -1,114 +1,75 @@
-"""What a job will cost, from facts and arithmetic alone."""
+"""What a job will cost, from facts and arithmetic alone: the pieces its stages reckon with."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from mka.alignment.table import estimate_memory
-from mka.evidence.needs import HIDDEN_STATES, REOBSERVE
-from mka.methods import find_needs, get_method, resolve_method
-from mka.model.checkpoint import describe_checkpoint
-from mka.pipeline.job import EVIDENCE, Job
+from mka.pipeline.job import Job
 from mka.transforms.rtn import BITS
 
 # Tokenizer, configuration, card and report: what a folder holds beside its weights.
 COMPANIONS_NBYTES = 64_000_000
+# float32 copies of one window's logits that are there at a time, beside the batch's own.
+LOGIT_COPIES = 2
+# Most windows of perplexity in one forward pass.
+WINDOWS = 4
 
 
-def foresee(job: Job, output: Path) -> dict[str, Any]:
-    """Say what a compression would do, from facts and arithmetic alone.
+def width_of(job: Job) -> int:
+    """Bytes of one number in the precision of forward passes."""
+    return 4 if job.recipe.model.dtype == "float32" else 2
 
-    Returns:
-        base and candidate (layers, parameters, bytes), tokens to observe and to align on, estimates of peak memory
-        and disk in bytes, and the files that would be written.
-    """
+
+def whole_model(job: Job) -> int:
+    """Bytes of all weights in memory."""
+    return width_of(job) * sum(t.parameters for t in job.base.tensors.values())
+
+
+def largest_layer(job: Job) -> int:
+    """Bytes of the largest layer in memory."""
+    layers = (job.base.layer_tensors(i).values() for i in range(job.base.layers))
+    return width_of(job) * max(sum(t.parameters for t in layer) for layer in layers)
+
+
+def count_tokens(job: Job) -> list[int]:
+    """Tokens of each calibration text; empty if there are none."""
     from transformers import AutoTokenizer
 
     from mka.texts.tokens import tokenize
 
-    recipe, base = job.recipe, job.base
-    texts = job.calibration.texts if job.calibration else ()
-    lengths: list[int] = []
-    if texts:
-        tokenizer = AutoTokenizer.from_pretrained(base.path, local_files_only=True)
-        lengths = [len(ids) for ids in tokenize(tokenizer, texts, recipe.calibration.max_tokens)]
-    total, merged = base.nbytes, _merged_nbytes(job)
-    facts = describe_checkpoint(base)
-    share = sum(base.layer_nbytes) / total
-    layers_gone = 1 - job.aim.layers_out / base.layers
-    return {
-        "base": {key: facts[key] for key in ("path", "model_type", "layers", "parameters", "bytes", "dtype")},
-        "candidate": {
-            "layers": job.aim.layers_out,
-            "parameters": round(facts["parameters"] * (1 - share * layers_gone)),
-            "bytes": candidate_nbytes(job),
-            "quantize": recipe.quantize.scheme,
-        },
-        "method": recipe.method.model_dump(),
-        "calibration_texts": len(texts),
-        "calibration_tokens": sum(lengths),
-        "alignment": _foresee_alignment(job),
-        "evaluated": job.measured,
-        "memory_bytes": _memory_nbytes(job, lengths),
-        "disk_bytes": merged + (candidate_nbytes(job) if recipe.quantize.scheme != "off" else 0) + COMPANIONS_NBYTES,
-        "files": [str(output / name) for name in _file_names(job)],
-    }
+    if job.inputs.calibration is None:
+        return []
+    tokenizer = AutoTokenizer.from_pretrained(job.base.path, local_files_only=True)
+    texts = job.inputs.calibration.texts
+    return [len(ids) for ids in tokenize(tokenizer, texts, job.recipe.calibration.max_tokens)]
 
 
-def _foresee_alignment(job: Job) -> dict[str, Any] | None:
-    if job.alignment is None:
-        return None
-    method, table = job.recipe.method, job.alignment
-    resolved, settings = resolve_method(method)
-    memory = estimate_memory(table, job.base, job.recipe.model, resolved.competing(settings))
-    return {"tokens": table.tokens, "windows": dict(table.windows), "memory_bytes": memory}
+def estimate_states(job: Job, lengths: Sequence[int] | None = None) -> int:
+    """Bytes of the hidden states of all calibration tokens before and after a layer, and of the pooled ones."""
+    lengths = count_tokens(job) if lengths is None else lengths
+    hidden = job.base.config["hidden_size"]
+    return (job.base.layers + 1) * len(lengths) * hidden * 4 + 2 * sum(lengths) * hidden * width_of(job)
 
 
-def _merged_nbytes(job: Job) -> int:
+def estimate_logits(job: Job) -> int:
+    """Bytes of the logits of one batch of windows."""
+    settings = job.recipe.evaluation
+    width = min(settings.batch_size, WINDOWS) * width_of(job) + LOGIT_COPIES * 4
+    return settings.context * job.base.config["vocab_size"] * width
+
+
+def merged_nbytes(job: Job) -> int:
+    """Bytes of the merged model's tensors: of the mean layer, as many as remain."""
     mean = sum(job.base.layer_nbytes) / job.base.layers
     return round(job.base.nbytes - mean * (job.base.layers - job.aim.layers_out))
 
 
 def candidate_nbytes(job: Job) -> int:
-    """Estimate the bytes of the candidate's tensors: the mean layer, its linear weights rounded."""
+    """Bytes of the candidate's tensors: its linear weights rounded, if they will be."""
     settings = job.recipe.quantize
     if settings.scheme == "off":
-        return _merged_nbytes(job)
+        return merged_nbytes(job)
     saved = 0.0
     for tensor in (t for i in range(job.base.layers) for t in job.base.layer_tensors(i).values()):
         if len(tensor.shape) == 2:
             width = tensor.nbytes / tensor.parameters
             saved += tensor.parameters * (width - BITS[settings.scheme] / 8 - width / settings.group_size)
-    return round(_merged_nbytes(job) - saved * job.aim.layers_out / job.base.layers)
-
-
-def _memory_nbytes(job: Job, lengths: Sequence[int]) -> int:
-    """Estimate the peak: the model once or twice, or one layer where it is only walked; states; a batch of logits."""
-    recipe, config = job.recipe, job.base.config
-    width = 4 if recipe.model.dtype == "float32" else 2
-    needs, quantized = find_needs(recipe.method), recipe.quantize.scheme != "off"
-    aligned = _foresee_alignment(job)
-    if job.measured or quantized or needs - {HIDDEN_STATES} or get_method(recipe.method.name).fit:
-        copies = 2 if REOBSERVE in needs or quantized else 1
-        weights = copies * sum(t.parameters for t in job.base.tensors.values())
-    else:
-        layers = (job.base.layer_tensors(i).values() for i in range(job.base.layers))
-        weights = (2 if aligned else 1) * max(sum(t.parameters for t in layer) for layer in layers)
-    pooled = (job.base.layers + 1) * len(lengths) * config["hidden_size"] * 4
-    states = 2 * sum(lengths) * config["hidden_size"] * width
-    windows = min(recipe.evaluation.batch_size, 4) * width + 2 * 4
-    logits = recipe.evaluation.context * config["vocab_size"] * windows if job.measured else 0
-    return weights * width + pooled + states + logits + (aligned["memory_bytes"] if aligned else 0)
-
-
-def _file_names(job: Job) -> list[str]:
-    method = get_method(job.recipe.method.name)
-    names = ["config.json", "model.safetensors", "README.md", "SHA256SUMS", f"{EVIDENCE}/recipe.yaml"]
-    names += [f"{EVIDENCE}/plan.json", *([f"{EVIDENCE}/scores.json"] if method.score else [])]
-    if method.fit and job.aim.layers_out < job.base.layers:
-        names.append(f"{EVIDENCE}/plan.folds.safetensors")
-    if job.alignment is not None:
-        names.append(f"{EVIDENCE}/alignment.json")
-    if job.measured:
-        names += [f"{EVIDENCE}/{name}.json" for name in ("base", "candidate", "gate")]
-    return [*names, f"{EVIDENCE}/report.html"]
+    return round(merged_nbytes(job) - saved * job.aim.layers_out / job.base.layers)

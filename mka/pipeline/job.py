@@ -1,48 +1,72 @@
-"""What one compression is about to do: everything checked and foreseen that needs no run of the model."""
+"""What one compression is about to do: resolved and opened once, everything checked that needs no run of the model."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from mka.alignment.table import AlignmentTable, fit_windows, open_alignment
+from mka.alignment.table import fit_windows
 from mka.errors import CheckpointError, RecipeError
-from mka.methods import check_alignment, find_needs
+from mka.evaluation.tasks import check_tasks
+from mka.methods import Planner, check_alignment, resolve_method
 from mka.model.checkpoint import Checkpoint, open_checkpoint
+from mka.pipeline.inputs import Inputs, read_inputs
 from mka.plan.target import Aim, resolve_target
-from mka.recipe import EvaluationSettings, ModelSource, Recipe, Target
+from mka.recipe import ModelSource, Recipe, Target
 from mka.sources.fetch import materialize, resolve_revision
-from mka.texts.calibration import CalibrationSet, load_calibration
-from mka.texts.overlap import refuse_overlap
-from mka.texts.rows import read_heldout, read_texts
 from mka.transforms.rtn import check_group_size
 
-EVIDENCE = "evidence"
+
+@dataclass
+class Opened:
+    """What was opened with a model while planning, for one method at a time: its targets share it."""
+
+    owner: Any = None
+    parts: Mapping[str, Any] = field(default_factory=dict)
+
+    def open(self, owner: Any, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Return what belongs to an owner; what another had is let go first."""
+        if self.owner != owner:
+            self.owner, self.parts = None, {}
+            self.parts = make()
+            self.owner = owner
+        return self.parts
 
 
 @dataclass(frozen=True)
 class Job:
-    """One compression with everything checked that can be checked without running the model.
+    """One compression, resolved.
 
     Attributes:
-        recipe: the resolved recipe.
+        recipe: as asked for; its tables are read through ``inputs`` only.
+        planner: its method with the method's settings.
         base: the opened base checkpoint.
         revision: what pins the base.
         aim: the target in layers.
-        calibration: the texts the method looks at; None if it looks at none.
-        heldout: source -> texts of perplexity; empty if there are none.
-        measured: whether base and candidate are evaluated.
-        alignment: what merging is fitted on; None if it is not.
+        inputs: texts and tables.
+        command: what makes the same again, for the record.
+        output: the folder a person will find the result in; None: where the store keeps it.
+        registered: the address it is registered under, unless the gate refuses it.
+        provenance: what else is known of where everything came from, for the report.
+        opened: shared by the jobs of one comparison.
     """
 
     recipe: Recipe
+    planner: Planner
     base: Checkpoint
     revision: str
     aim: Aim
-    calibration: CalibrationSet | None
-    heldout: Mapping[str, Sequence[str]]
-    measured: bool
-    alignment: AlignmentTable | None = None
+    inputs: Inputs = field(default_factory=Inputs)
+    command: str = ""
+    output: Path | None = None
+    registered: str | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    opened: Opened = field(default_factory=Opened, compare=False, repr=False)
+
+    @property
+    def measured(self) -> bool:
+        """Whether base and candidate are measured on anything."""
+        return bool(self.inputs.heldout or self.inputs.tasks)
 
 
 def fetch_base(source: ModelSource, work: Path) -> tuple[Checkpoint, str]:
@@ -55,76 +79,67 @@ def fetch_base(source: ModelSource, work: Path) -> tuple[Checkpoint, str]:
     return open_checkpoint(folder), resolve_revision(source, folder)
 
 
-def prepare(recipe: Recipe, work: Path, *, evaluate: bool = True) -> Job:
+def prepare(recipe: Recipe, work: Path, *, evaluate: bool = True, command: str = "", output: Path | None = None) -> Job:
     """Check a recipe against its model and its tables; runs nothing.
 
     Args:
         recipe: the recipe; tables are read from the working copy.
         work: work folder, where models are fetched to.
-        evaluate: whether base and candidate will be measured.
+        evaluate: whether base and candidate are to be measured.
+        command: what was typed.
+        output: where the result will be published.
 
     Raises:
         MkaError: whatever is wrong, before anything is computed.
     """
-    check_alignment(recipe.method, recipe.alignment.enabled)
-    needs = find_needs(recipe.method)
-    heldout: Mapping[str, Sequence[str]] = {}
-    if evaluate:
-        heldout = check_evaluation(recipe.evaluation)
-    calibration = load_calibration(recipe.calibration.path, recipe.calibration.samples) if needs else None
-    texts: list[str] = []
-    if evaluate and (calibration is not None or recipe.alignment.enabled):
-        texts = [*(t for group in heldout.values() for t in group), *_task_texts(recipe)]
-    if calibration is not None:
-        refuse_overlap(calibration.texts, texts)
-    alignment = open_alignment(recipe.alignment.path, recipe.alignment, texts) if recipe.alignment.enabled else None
+    planner = resolve_method(recipe.method)
+    check_alignment(planner, recipe.alignment.enabled)
+    inputs = read_inputs(recipe, planner, evaluate=evaluate)
     base, revision = fetch_base(recipe.model, work)
-    aim = check_feasible(recipe, base)
-    positions = base.config.get("max_position_embeddings")
-    if heldout and isinstance(positions, int) and recipe.evaluation.context > positions:
-        raise RecipeError(
-            f"evaluation.context is {recipe.evaluation.context}; the model has {positions} positions, lower the context"
-        )
-    if alignment is not None:
-        alignment = fit_windows(alignment, base)
-    measured = bool(heldout or (evaluate and recipe.evaluation.tasks))
-    return Job(recipe, base, revision, aim, calibration, heldout, measured, alignment)
+    check_feasible(recipe, base)
+    if inputs.alignment is not None:
+        inputs = replace(inputs, alignment=fit_windows(inputs.alignment, base))
+    return open_job(recipe, planner, base, revision, inputs, command=command, output=output)
 
 
-def check_evaluation(settings: EvaluationSettings) -> Mapping[str, Sequence[str]]:
-    """Read the held-out texts and check tasks and their tables; returns source -> texts.
+def open_job(recipe: Recipe, planner: Planner, base: Checkpoint, revision: str, inputs: Inputs, **more: Any) -> Job:
+    """Put a job together from what was resolved, opened and read.
 
     Raises:
-        RecipeError: on an unknown task or a missing table.
-        CalibrationError: if the texts cannot be read.
+        RecipeError: if the recipe asks for something this model cannot give.
+        CheckpointError: if the checkpoint is quantized already.
     """
-    from mka.evaluation.tasks import check_tasks
-
-    check_tasks(settings.tasks)
-    for task in settings.tasks:
-        if settings.tasks_folder is not None and not _tables(settings.tasks_folder, task):
-            raise RecipeError(
-                f"task {task!r}: no table in {settings.tasks_folder}; `make data` builds the project's own tables"
-            )
-    return read_heldout(settings.text) if settings.text is not None else {}
+    aim = check_feasible(recipe, base)
+    if inputs.heldout:
+        check_context(recipe.evaluation.context, base)
+    return Job(recipe, planner, base, revision, aim, inputs, **more)
 
 
-def _tables(folder: Path, task: str) -> list[Path]:
-    if task == "mmlu":
-        return sorted((folder / task).glob("*.test.jsonl"))
-    name = f"mmlu/{task.removeprefix('mmlu_')}.test.jsonl" if task.startswith("mmlu_") else f"{task}.jsonl"
-    return [folder / name] if (folder / name).is_file() else []
+def check_feasible(recipe: Recipe, checkpoint: Checkpoint) -> Aim:
+    """Refuse what cannot work with this checkpoint before anything expensive starts; returns the target in layers.
+
+    Raises:
+        RecipeError: if the target, the group size or a task cannot be had.
+        CheckpointError: if the checkpoint is quantized already.
+    """
+    aim = resolve_aim(recipe.target, checkpoint)
+    if checkpoint.is_quantized:
+        raise CheckpointError(f"{checkpoint.path}: weights are already quantized; name the original model instead")
+    if recipe.quantize.scheme != "off":
+        check_group_size(checkpoint, recipe.quantize.group_size)
+    check_tasks(recipe.evaluation.tasks)
+    return aim
 
 
-def _task_texts(recipe: Recipe) -> Iterator[str]:
-    """Texts of the tasks that calibration must not contain."""
-    settings = recipe.evaluation
-    if settings.overlap_index is not None and settings.overlap_index.is_file():
-        yield from read_texts(settings.overlap_index)
-    for table in (t for task in settings.tasks for t in _tables(settings.tasks_folder or Path(), task)):
-        for line in table.read_text(encoding="utf-8").split("\n"):
-            row = json.loads(line) if line.strip() else {}
-            yield from (value for value in row.values() if isinstance(value, str))
+def check_context(context: int, checkpoint: Checkpoint) -> None:
+    """Refuse windows of perplexity that are longer than the model reads.
+
+    Raises:
+        RecipeError: if they are.
+    """
+    positions = checkpoint.config.get("max_position_embeddings")
+    if isinstance(positions, int) and context > positions:
+        raise RecipeError(f"evaluation.context is {context}; the model has {positions} positions, lower the context")
 
 
 def resolve_aim(target: Target, checkpoint: Checkpoint) -> Aim:
@@ -142,21 +157,3 @@ def resolve_aim(target: Target, checkpoint: Checkpoint) -> Aim:
         size_ratio=target.size_ratio,
     )
     return Aim(layers_out, target.protect_first, target.protect_last)
-
-
-def check_feasible(recipe: Recipe, checkpoint: Checkpoint) -> Aim:
-    """Refuse what cannot work with this checkpoint before anything expensive starts; returns the target in layers.
-
-    Raises:
-        RecipeError: if the target, the group size or a task cannot be had.
-        CheckpointError: if the checkpoint is quantized already.
-    """
-    from mka.evaluation.tasks import check_tasks
-
-    aim = resolve_aim(recipe.target, checkpoint)
-    if checkpoint.is_quantized:
-        raise CheckpointError(f"{checkpoint.path}: weights are already quantized; name the original model instead")
-    if recipe.quantize.scheme != "off":
-        check_group_size(checkpoint, recipe.quantize.group_size)
-    check_tasks(recipe.evaluation.tasks)
-    return aim

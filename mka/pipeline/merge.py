@@ -1,70 +1,126 @@
-"""The stage that writes the planned model."""
+"""Merge: the planned model written as a stock folder, refitted meanwhile if the recipe says so."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mka.model.checkpoint import Checkpoint
-from mka.model.verification import _verify
+from mka.alignment.table import AlignmentTable, estimate_memory
+from mka.model.checkpoint import Checkpoint, describe_checkpoint, open_checkpoint
+from mka.model.verification import verify_checkpoint
+from mka.pipeline.foresee import largest_layer, merged_nbytes
+from mka.pipeline.job import Job
+from mka.pipeline.plan import open_plan
+from mka.pipeline.stage import MODEL_FOLDER, Cost, Found, Stage
 from mka.plan.plan import MergePlan
-from mka.recipe import (
-    AlignmentSettings,
-    ModelSource,
-)
+from mka.recipe import ModelSource
 from mka.terminal import show_progress
 from mka.transforms.fold import Folds
 from mka.transforms.merge import check_alignable, check_plan_fits, merge_checkpoint, plan_tensors
 
 
-def write_aligned(
+def write_merged(
     plan: MergePlan,
     checkpoint: Checkpoint,
-    texts: Mapping[str, Sequence[str]],
-    settings: AlignmentSettings,
-    source: ModelSource,
     output: Path,
+    folds: Folds | None = None,
+    alignment: AlignmentTable | None = None,
+    source: ModelSource | None = None,
 ) -> dict[str, Any]:
-    """Merge while refitting every layer from the first change on, verify with a stranger's loader, publish.
+    """Write the planned model, verify it with a stranger's loader, publish.
 
     Args:
         plan: what to make.
         checkpoint: the base.
-        texts: source -> texts to fit on.
-        settings: tokens, windows and penalty.
-        source: precision of the forward passes.
         output: folder to publish.
+        folds: what the plan's method fitted.
+        alignment: what every layer from the first change on is refitted on; None: nothing is.
+        source: precision of the forward passes of a refit; needed with ``alignment``.
 
     Returns:
-        What the loader found, and under ``"alignment"`` the facts of the fit.
+        What the loader found, and under "alignment" the facts of the fit, if there was one.
 
     Raises:
+        PlanError: if plan and checkpoint, or plan and folds, do not fit.
         CalibrationError: if there is too little text.
-        PlanError: if the plan was made with folds, or selects units where the family has none to share.
         NumericsError: if a fit is not finite.
         CheckpointError: if the written folder does not load whole or does not generate soundly.
         OutputError: if it cannot be written.
     """
+    if alignment is not None:
+        assert source is not None
+        return _write_aligned(plan, checkpoint, output, alignment, source)
+    total = sum(info.nbytes for info, _, _ in plan_tensors(plan.layers, checkpoint))
+    with show_progress("merge layers", total, "B", scale=True) as advance:
+        return merge_checkpoint(plan, checkpoint, output, folds=folds, on_tensor=advance, verify=verify_checkpoint)
+
+
+def _write_aligned(
+    plan: MergePlan, checkpoint: Checkpoint, output: Path, alignment: AlignmentTable, source: ModelSource
+) -> dict[str, Any]:
     from mka.alignment.aligner import Aligner
     from mka.model.loading import open_decoder
 
     check_alignable(plan, aligned=True)
     check_plan_fits(plan, checkpoint)
     with open_decoder(checkpoint, source.dtype, source.trust_remote_code) as (decoder, tokenizer):
-        aligner = Aligner(decoder, tokenizer, texts, settings)
-        found = merge_checkpoint(plan, checkpoint, output, aligned=aligner.align(plan.layers), verify=_verify)
+        aligner = Aligner(decoder, tokenizer, alignment.texts, alignment.settings)
+        refitted = aligner.align(plan.layers)
+        found = merge_checkpoint(plan, checkpoint, output, aligned=refitted, verify=verify_checkpoint)
     return found | {"alignment": aligner.facts}
 
 
-def write_merged(plan: MergePlan, checkpoint: Checkpoint, output: Path, folds: Folds | None = None) -> dict[str, Any]:
-    """Merge, fold in what `fit_folds` returned, verify with a stranger's loader, publish.
+def describe_model(folder: Path, loaded: Mapping[str, Any], rounding: str = "") -> dict[str, Any]:
+    """Return the facts of a written model: what a user loads counts parameters after unpacking.
 
-    Returns:
-        What the loader found.
-
-    Raises:
-        CheckpointError: if the written folder does not load whole or does not generate soundly.
-        OutputError: if it cannot be written.
+    Args:
+        folder: where it is; said nowhere, since it moves when it is published.
+        loaded: what the loader found.
+        rounding: what most of its bytes are, where they are packed integers.
     """
-    total = sum(info.nbytes for info, _, _ in plan_tensors(plan.layers, checkpoint))
-    with show_progress("merge layers", total, "B", scale=True) as advance:
-        return merge_checkpoint(plan, checkpoint, output, folds=folds, on_tensor=advance, verify=_verify)
+    facts = describe_checkpoint(open_checkpoint(folder, verify=False))
+    facts["parameters"] = loaded["parameters"]
+    if rounding and facts["dtype"] in ("I32", "I8"):
+        facts["dtype"] = rounding
+    del facts["path"]
+    fit = {"alignment": loaded["alignment"]} if "alignment" in loaded else {}
+    return facts | {"loaded": {key: value for key, value in loaded.items() if key != "alignment"}} | fit
+
+
+def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
+    plan, folds = open_plan(found)
+    output = folder / MODEL_FOLDER
+    loaded = write_merged(plan, job.base, output, folds, job.inputs.alignment, job.recipe.model)
+    return describe_model(output, loaded)
+
+
+def _read(job: Job, found: Found) -> dict[str, str]:
+    aligned = {"alignment": job.inputs.alignment.digest} if job.inputs.alignment else {}
+    return {"base": job.base.digest, "plan": found["plan"].digest} | aligned
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    if job.inputs.alignment is None:
+        return {}
+    from mka.alignment.lockstep import VERSION  # imports torch
+
+    keyed = job.recipe.alignment.model_dump(include={"tokens", "context", "copies", "penalty", "heldout_source"})
+    return keyed | {"dtype": job.recipe.model.dtype, "version": VERSION}
+
+
+def _foresee(job: Job) -> Cost:
+    files = ("config.json", "model.safetensors", "README.md", "SHA256SUMS")
+    if job.inputs.alignment is None:
+        return Cost(memory=largest_layer(job), disk=merged_nbytes(job), files=files)
+    memory = estimate_memory(job.inputs.alignment, job.base, job.recipe.model, job.planner.competing)
+    return Cost(2 * largest_layer(job) + memory, merged_nbytes(job), (*files, "evidence/alignment.json"))
+
+
+MERGE = Stage(
+    "merge",
+    version=2,
+    reads=_read,
+    settings=_settings,
+    make=_make,
+    foresee=_foresee,
+    describe=lambda job: f"merge {job.base.layers} layers into {job.aim.layers_out}",
+)

@@ -1,4 +1,4 @@
-"""Recipes read and checked against the method they name."""
+"""Recipes read from files, and held against the method they name."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mka.errors import RecipeError
+from mka.methods import check_alignment, resolve_method
 from mka.recipe import Recipe
 from mka.sections import explain_validation, read_yaml
 
@@ -26,9 +27,7 @@ def validate_recipe(raw: Any, where: str = "recipe") -> Recipe:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(explain_validation(error, Recipe, where)) from None
-    from mka.methods import check_alignment
-
-    check_alignment(recipe.method, recipe.alignment.enabled, where)
+    check_alignment(resolve_method(recipe.method, where), recipe.alignment.enabled, where)
     return recipe
 
 

@@ -1,70 +1,87 @@
-"""The stage that writes page and card."""
+"""Report: the page, the card and the pictures of one job."""
 
-import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from mka.alignment.table import alignment_json
-from mka.errors import GateRefused
-from mka.evaluation.gate import GateDecision, recover_tasks
-from mka.evidence.states import LayerScores
-from mka.pipeline.job import EVIDENCE, Job
-from mka.pipeline.stage import Compression
+from mka.evaluation.gate import recover_tasks
+from mka.pipeline.evaluate import open_reports
+from mka.pipeline.job import Job
+from mka.pipeline.plan import open_plan
+from mka.pipeline.score import open_scores
+from mka.pipeline.stage import Cost, Found, Stage, find_model
 from mka.report.data import ReportData
 from mka.report.page import write_card, write_report
 
 
-def _write_evidence(job: Job, result: Compression, scores: LayerScores | None, folder: Path, command: str) -> None:
-    import yaml
-
-    recipe = job.recipe.model_dump(mode="json")
-    evidence = folder / EVIDENCE
-    evidence.mkdir()
-    (evidence / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    (evidence / "plan.json").write_text(result.plan.to_json(), encoding="utf-8")
-    if scores is not None:
-        scores.save(evidence / "scores.json")
-    if result.alignment is not None and job.alignment is not None:
-        written = alignment_json(result.alignment, job.alignment.digest)
-        (evidence / "alignment.json").write_text(written, encoding="utf-8")
-    if result.decision is not None:
-        for name, report in (("base", result.base), ("candidate", result.candidate)):
-            (evidence / f"{name}.json").write_text(report.to_json(), encoding="utf-8")
-        gate = json.dumps(result.decision.to_dict(), indent=2) + "\n"
-        (evidence / "gate.json").write_text(gate, encoding="utf-8")
-    data = ReportData(
-        recipe=recipe,
-        plan=result.plan,
-        scores=scores,
-        base=result.base,
-        candidate=result.candidate,
-        gate=result.decision.to_dict() if result.decision else None,
-        recoveries=recover_tasks(result.base, result.candidate, seed=job.recipe.seed) if result.decision else (),
+def gather_evidence(job: Job, found: Found) -> ReportData:
+    """Put together what page and card show."""
+    base, candidate = open_reports(job, found)
+    gate = found["gate"].facts if "gate" in found else None
+    inputs = job.inputs
+    calibration = {"calibration_digest": inputs.calibration.digest if inputs.calibration else None}
+    alignment = {"alignment_digest": inputs.alignment.digest} if inputs.alignment else {}
+    return ReportData(
+        recipe=job.recipe.model_dump(mode="json"),
+        plan=open_plan(found)[0],
+        scores=open_scores(found),
+        base=base,
+        candidate=candidate,
+        gate=gate,
+        recoveries=recover_tasks(base, candidate, seed=job.recipe.seed) if gate else (),
         provenance={
             "base_model": job.recipe.model.label,
             "revision": job.revision,
             "digest": job.base.digest,
-            "candidate_digest": result.candidate.checkpoint["digest"],
-            "calibration_digest": job.calibration.digest if job.calibration else None,
-            **({"alignment_digest": job.alignment.digest} if job.alignment else {}),
+            "candidate_digest": candidate.checkpoint["digest"],
+            **calibration,
+            **alignment,
+            **job.provenance,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": command,
+            "command": job.command,
         },
-        stages=result.seconds,
-        alignment=result.alignment,
+        stages={name: product.seconds for name, product in found.items()},
+        registered=None if gate and gate["verdict"] == "fail" else job.registered,
+        alignment=find_fit(found),
     )
-    write_report(data, evidence)
-    # SHA256SUMS covers the model and neither card nor evidence: a card is there to be edited.
+
+
+def find_fit(found: Found) -> Mapping[str, Any] | None:
+    """Return the facts of the refit; None if there was none."""
+    return found["merge"].facts.get("alignment")
+
+
+def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
+    from mka.report.pictures import draw_plan, draw_similarity
+
+    data = gather_evidence(job, found)
+    write_report(data, folder)
     write_card(data, folder)
+    if data.alignment is not None and job.inputs.alignment is not None:
+        written = alignment_json(data.alignment, job.inputs.alignment.digest)
+        (folder / "alignment.json").write_text(written, encoding="utf-8")
+    (folder / "plan.png").write_bytes(draw_plan(data.plan))
+    if data.scores is not None:
+        picture = draw_similarity(data.scores.values, data.plan, job.recipe.name, data.scores.meaning)
+        (folder / "similarity.png").write_bytes(picture)
+    return {"verdict": data.gate["verdict"] if data.gate else None}
 
 
-def refuse_failed(decision: GateDecision | None, where: Path) -> GateRefused | None:
-    """Return the refusal of a failed verdict, for the caller to raise once it has shown the result."""
-    if decision is None or decision.verdict != "fail":
-        return None
-    short = "; ".join(
-        f"{c.name}: recovery {c.recovery:.3f}, at most {c.upper:.3f}, needed {c.threshold:g}"
-        for c in decision.checks
-        if c.verdict == "fail"
-    )
-    return GateRefused(f"the gate failed this candidate ({short}); evidence in {where}")
+def _settings(job: Job) -> dict[str, Any]:
+    recipe = job.recipe.model_dump(mode="json", exclude={"registry": {"tracking_uri"}})
+    # Both are printed on the page.
+    return {"recipe": recipe, "output": str(job.output) if job.output else None, "registered": job.registered}
+
+
+REPORT = Stage(
+    "report",
+    version=2,
+    reads=lambda job, found: (
+        {name: product.digest for name, product in found.items()} | {"model": find_model(found).digest}
+    ),
+    settings=_settings,
+    make=_make,
+    foresee=lambda job: Cost(files=("evidence/recipe.yaml", "evidence/report.html")),
+)

@@ -1,51 +1,93 @@
-"""One stage of the pipeline."""
+"""One stage of the pipeline: what it reads, what keys its result, what it does, and what it will cost."""
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mka.evaluation.gate import GateDecision
-from mka.evaluation.scores import EvalReport
-from mka.plan.plan import MergePlan
+from mka.pipeline.job import Job
+from mka.store.products import Product, find, produce, stage_key
+
+Found = Mapping[str, Product]
+
+STATES_FILE, SCORES_FILE, PLAN_FILE, MODEL_FOLDER = "states.safetensors", "scores.json", "plan.json", "model"
 
 
 @dataclass(frozen=True)
-class Compression:
-    """What came of one compression.
+class Cost:
+    """What a stage is expected to take.
 
     Attributes:
-        output: the published folder.
-        plan: what was merged.
-        base: measurements of the base, or its facts alone.
-        candidate: the same of the candidate.
-        decision: the gate's; None if nothing was measured.
-        seconds: stage -> seconds.
-        alignment: facts of the refit; None if there was none.
+        memory: bytes resident at its peak, beside Python and its libraries.
+        disk: bytes it leaves.
+        files: names in what `mka compress` publishes that come of it.
     """
 
-    output: Path
-    plan: MergePlan
-    base: EvalReport
-    candidate: EvalReport
-    decision: GateDecision | None
-    seconds: Mapping[str, float]
-    alignment: Mapping[str, Any] | None = None
+    memory: int = 0
+    disk: int = 0
+    files: tuple[str, ...] = ()
 
 
-@dataclass
-class Clock:
-    """Seconds per stage; says each as it ends."""
+@dataclass(frozen=True)
+class Stage:
+    """One row of the pipeline.
 
-    say: Callable[[str], Any]
-    seconds: dict[str, float] = field(default_factory=dict)
+    Attributes:
+        name: what people and other stages call it.
+        version: raised by hand when its meaning changes.
+        reads: name -> digest of everything it is made from, given the job and the products before it.
+        make: fills an empty folder; returns JSON-able facts.
+        settings: what else decides the result; nothing that names a machine, path or time.
+        wanted: whether a job has this stage.
+        foresee: its cost, before anything is run.
+        stored: what its results are stored under; its name, if empty.
+        describe: one line for a run's page; its name, if None.
+    """
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a block."""
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - started, 3)
-        self.say(f"{name:<22} {self.seconds[name]:7.1f} s")
+    name: str
+    version: int
+    reads: Callable[[Job, Found], Mapping[str, str]]
+    make: Callable[[Job, Found, Path], Mapping[str, Any]]
+    settings: Callable[[Job], Mapping[str, Any]] = field(default=lambda job: {})
+    wanted: Callable[[Job], bool] = field(default=lambda job: True)
+    foresee: Callable[[Job], Cost] = field(default=lambda job: Cost())
+    stored: str = ""
+    describe: Callable[[Job], str] | None = None
+
+    def arguments(self, job: Job, found: Found) -> dict[str, Any]:
+        """Return what keys its result, as `mka.store.products` calls these things."""
+        return {
+            "stage": self.stored or self.name,
+            "version": self.version,
+            "settings": self.settings(job),
+            "inputs": self.reads(job, found),
+        }
+
+    def key(self, job: Job, found: Found) -> str:
+        """Return the digest of all that decides its result."""
+        return stage_key(**self.arguments(job, found))
+
+    def find(self, job: Job, found: Found, store: Path) -> Product | None:
+        """Return the stored result, if it is there and whole."""
+        return find(store, **self.arguments(job, found))
+
+    def produce(
+        self, job: Job, found: Found, store: Path, make: Callable[[Path], Mapping[str, Any]] | None = None
+    ) -> Product:
+        """Return the stored result, or make it.
+
+        Args:
+            job: what is done.
+            found: the products of the stages before it.
+            store: folder of all results.
+            make: called in the place of the stage's own ``make``, to do something around it.
+        """
+        return produce(store, make=make or (lambda folder: self.make(job, found, folder)), **self.arguments(job, found))
+
+
+RunStage = Callable[[Stage, Job, Found], Product]
+
+
+def find_model(found: Found) -> Product:
+    """Return the last product that holds a model."""
+    return [product for product in found.values() if product.facts.get("model_type")][-1]

@@ -85,9 +85,9 @@ def produce(
     from filelock import FileLock
 
     key = stage_key(stage, version, settings, inputs)
-    folder = store / f"{stage}-{key[:16]}"
+    folder = name_folder(store, stage, key)
     store.mkdir(parents=True, exist_ok=True)
-    with FileLock(store / f".{folder.name}.lock"):
+    with FileLock(_lock_path(folder)):
         stored, why = _read(folder, key)
         if stored is not None:
             return stored
@@ -120,7 +120,35 @@ def find(
 ) -> Product | None:
     """Return the stored result if it is there and whole; waits for nobody and makes nothing."""
     key = stage_key(stage, version, settings, inputs)
-    return _read(store / f"{stage}-{key[:16]}", key)[0]
+    return _read(name_folder(store, stage, key), key)[0]
+
+
+def name_folder(store: Path, stage: str, key: str) -> Path:
+    """Return where a result is, or would be."""
+    return store / f"{stage}-{key[:16]}"
+
+
+def read_use(folder: Path) -> int:
+    """Return when a result was last made or reused, in nanoseconds."""
+    return (folder / MANIFEST).stat().st_mtime_ns
+
+
+def discard(folder: Path, unless_used_since: int | None = None) -> None:
+    """Remove a stored result; nobody makes or reads it meanwhile.
+
+    Args:
+        folder: of the result; may be gone.
+        unless_used_since: of `read_use`; a result that was used later stays.
+    """
+    from filelock import FileLock
+
+    with FileLock(_lock_path(folder)):
+        if unless_used_since is None or ((folder / MANIFEST).exists() and read_use(folder) <= unless_used_since):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock_path(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def _read(folder: Path, key: str) -> tuple[Product | None, str]:

@@ -98,11 +98,7 @@ def publish(output: str | Path, *, needed_bytes: int = 0) -> Iterator[Path]:
     partial = output.parent / f".{output.name}.partial-{os.getpid()}"
     try:
         _make_room(output.parent, partial)
-        free = shutil.disk_usage(partial).free
-        if needed_bytes > free:
-            raise OutputError(
-                f"disk full: {output} needs {needed_bytes / 1e6:,.0f} MB, {output.parent} has {free / 1e6:,.0f} MB free"
-            )
+        check_room(output, needed_bytes)
         yield partial
         _sync_files(partial)
         partial.replace(output)
@@ -117,6 +113,20 @@ def publish(output: str | Path, *, needed_bytes: int = 0) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_room(output: Path, needed_bytes: int) -> None:
+    """Refuse an output that the disk has no room for.
+
+    Raises:
+        OutputError: if it has less than ``needed_bytes``.
+    """
+    place = next(folder for folder in output.absolute().parents if folder.exists())
+    free = shutil.disk_usage(place).free
+    if needed_bytes > free:
+        raise OutputError(
+            f"disk full: {output} needs {needed_bytes / 1e6:,.0f} MB, {output.parent} has {free / 1e6:,.0f} MB free"
+        )
 
 
 def _make_room(parent: Path, partial: Path) -> None:

@@ -1,8 +1,10 @@
 """The door behind a written checkpoint: complete, finite, consistent, and generating the same cached."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mka.pipeline.job import Job
 from tasks.guards.guard import import_great_expectations
 
 if TYPE_CHECKING:
@@ -55,3 +57,8 @@ def checkpoint_table(facts: Mapping[str, Any]) -> "pd.DataFrame":
     given = {name: facts[name] for name in CHECKPOINT_COLUMNS if facts.get(name) is not None}
     counts = {name: fact if isinstance(fact, int) else len(fact) for name, fact in given.items()}
     return pd.DataFrame([counts])
+
+
+def behind(job: Job, folder: Path, facts: Mapping[str, Any]) -> tuple[str, Any, list[Any]]:
+    """What a stranger's loader found in a model that was written."""
+    return "checkpoint", checkpoint_table(facts["loaded"]), checkpoint_suite(job.aim.layers_out)

@@ -3,6 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from mka.evaluation.scores import EvalReport
+from mka.pipeline.evaluate import BASE, CANDIDATE, open_report
+from mka.pipeline.job import Job
+from mka.pipeline.stage import Found
 from tasks.guards.columns import LARGEST, _complete
 from tasks.guards.guard import import_great_expectations
 
@@ -71,3 +74,9 @@ def evaluation_report_table(base: EvalReport, candidate: EvalReport) -> "pd.Data
             n_of_other = counts[other].get((score.name, score.metric), 0)
             rows.append((model, score.name, score.metric, score.value, score.stderr, score.n, n_of_other))
     return pd.DataFrame(rows, columns=list(REPORT_COLUMNS))
+
+
+def in_front(job: Job, found: Found) -> tuple[str, Any, list[Any]]:
+    """What the gate is to decide on."""
+    table = evaluation_report_table(open_report(found[BASE]), open_report(found[CANDIDATE]))
+    return "evaluation_report", table, evaluation_report_suite()

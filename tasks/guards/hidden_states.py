@@ -1,10 +1,15 @@
 """The door behind observation: finite states of every layer and text."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mka.errors import NumericsError
+from mka.evidence.states import HiddenStates
+from mka.pipeline.job import Job
+from mka.pipeline.stage import STATES_FILE
 from tasks.guards.columns import LARGEST, _complete
 from tasks.guards.guard import import_great_expectations
 
@@ -55,3 +60,9 @@ def hidden_states_table(pooled: np.ndarray) -> "pd.DataFrame":
         rows.append((layer, states.shape[0], float(fraction), float(mean), float(low), float(high)))
     columns = ["layer", "samples", "finite_fraction", "norm_mean", "norm_min", "norm_max"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def behind(job: Job, folder: Path, facts: Mapping[str, Any]) -> tuple[str, Any, list[Any]]:
+    """What observation left."""
+    states = HiddenStates.load(folder / STATES_FILE)
+    return "hidden_states", hidden_states_table(states.pooled), hidden_states_suite(states.layers, len(states.tokens))

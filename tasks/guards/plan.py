@@ -1,9 +1,12 @@
 """The door behind planning: the target's count, adjacent layers of one kind, weights of 1."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mka.errors import PlanError
+from mka.pipeline.job import Job
+from mka.pipeline.stage import PLAN_FILE
 from mka.plan.plan import LayerRecipe, MergePlan
 from tasks.guards.columns import _complete
 from tasks.guards.guard import import_great_expectations
@@ -78,3 +81,9 @@ def plan_table(plan: MergePlan, layer_kinds: Sequence[str] | None = None) -> "pd
 
 def _halves(layer: LayerRecipe) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (layer.attention, layer.mlp) if layer.verb == "take" else (layer.sources, layer.sources)
+
+
+def behind(job: Job, folder: Path, facts: Mapping[str, Any]) -> tuple[str, Any, list[Any]]:
+    """What planning left."""
+    kinds = ["/".join(str(value) for value in kind) for kind in job.base.kinds]
+    return "plan", plan_table(MergePlan.load(folder / PLAN_FILE), kinds), plan_suite(job.aim.layers_out)

@@ -1,10 +1,15 @@
 """The door behind scoring: every pair or layer, in range."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mka.errors import NumericsError
+from mka.evidence.states import LayerScores
+from mka.pipeline.job import Job
+from mka.pipeline.stage import SCORES_FILE
 from tasks.guards.columns import LARGEST, _complete
 from tasks.guards.guard import import_great_expectations
 
@@ -74,3 +79,11 @@ def scores_table(values: np.ndarray, kind: str) -> "pd.DataFrame":
         f"{kind} scores have shape {values.shape}; allowed: pairwise-similarity and "
         "block-distance (L, L), layer-importance (L,)"
     )
+
+
+def behind(job: Job, folder: Path, facts: Mapping[str, Any]) -> tuple[str, Any, list[Any]] | None:
+    """What scoring left; nothing where a method does not score."""
+    if facts["kind"] is None:
+        return None
+    scores = LayerScores.load(folder / SCORES_FILE)
+    return "scores", scores_table(scores.values, scores.kind), scores_suite(scores.kind, scores.layers)

@@ -1,7 +1,9 @@
 """What a version has to get through before it becomes champion."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -9,14 +11,19 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from mka.errors import GuardError, PromotionError
+from mka.model.checkpoint import Checkpoint, describe_checkpoint, open_checkpoint
+from mka.pipeline.evaluate import BASE, CANDIDATE, EVALUATE_BASE, evaluate_stage
+from mka.pipeline.job import Job
+from mka.pipeline.judge import GATE
 from mka.pipeline.recipes import validate_recipe
+from mka.pipeline.stage import Found
 from mka.recipe import GateSettings, Recipe
 from mka.store.products import Product
 from tasks.base_model import pin_base_model
 from tasks.machine.workplace import Workplace
 from tasks.registry.promotion import Move, RegisteredVersion, fetch_version, move_champion, read_aliases, read_version
 from tasks.registry.tracking import CHAMPION, connect_registry
-from tasks.stages import Job, decide_gate, evaluate
+from tasks.stages import Run, run_stage
 
 
 def read_recipe(version: RegisteredVersion) -> Recipe:
@@ -62,37 +69,56 @@ def refuse_stale(place: Workplace, recipe: Recipe, version: RegisteredVersion) -
             )
 
 
-def require_pass(job: Job, version: RegisteredVersion, base: Mapping[str, Any]) -> Product:
+def measure_version(run: Run, name: str, version: RegisteredVersion, fetch: Callable[[], Path]) -> Product:
+    """Measure a registered version.
+
+    Args:
+        run: says on what.
+        name: of the stage.
+        version: named by the digest it was registered with.
+        fetch: brings its files here; called only if its measurement is not stored.
+    """
+
+    def open_model(job: Job, found: Found) -> tuple[Checkpoint, dict[str, Any]]:
+        checkpoint = open_checkpoint(fetch(), verify=False)
+        return checkpoint, describe_checkpoint(checkpoint)
+
+    digest = version.tags["candidate_digest"]
+    return run_stage(run, evaluate_stage(name, lambda job, found: digest, open_model), {})
+
+
+def require_pass(run: Run, version: RegisteredVersion) -> Product:
     """Decide the gate anew on today's tables and the files in the registry; return the version's measurement.
 
     Raises:
         PromotionError: if the gate does not pass it.
     """
-    before = evaluate(job, "base", base)
-    digest = {"digest": version.tags["candidate_digest"]}
+    before = run_stage(run, EVALUATE_BASE, {})
     # Fetched whether it has been measured or not: what becomes champion is what the registry holds now.
-    with fetch_version(job.place, version) as folder:
-        after = evaluate(job, "candidate", digest, lambda: folder)
-    gate = decide_gate(job, before, after)
+    with fetch_version(run.place, version) as folder:
+        after = measure_version(run, CANDIDATE, version, lambda: folder)
+    gate = run_stage(run, GATE, {BASE: before, CANDIDATE: after})
     if gate.facts["verdict"] != "pass":
         raise PromotionError(f"{version.label}: the gate says {gate.facts['verdict']}; {_say(gate)}")
     return after
 
 
-def require_as_good(job: Job, champion: RegisteredVersion, version: RegisteredVersion, measured: Product) -> str:
+def require_as_good(run: Run, champion: RegisteredVersion, version: RegisteredVersion, measured: Product) -> str:
     """Hold a measured version against the current champion on the same windows and items; return what was found.
 
     Raises:
         PromotionError: if it is not proven as good, or the two cannot be compared.
     """
-    needed = job.recipe.gate.champion_recovery
-    digest = {"digest": champion.tags["candidate_digest"]}
+    recipe = run.job.recipe
+    needed = recipe.gate.champion_recovery
     with ExitStack() as stack:
-        fetched = fetch_version(job.place, champion)
-        before = evaluate(job, "champion", digest, lambda: stack.enter_context(fetched))
+        fetched = fetch_version(run.place, champion)
+        before = measure_version(run, "evaluate champion", champion, lambda: stack.enter_context(fetched))
     thresholds = GateSettings(perplexity_recovery=needed, task_recovery=needed)
+    held_to = replace(run.job, recipe=recipe.model_copy(update={"gate": thresholds}))
     try:
-        held = decide_gate.with_options(task_run_name="compare with champion")(job, before, measured, thresholds)
+        found = {BASE: before, CANDIDATE: measured}
+        held = run_stage(replace(run, job=held_to), GATE, found, "compare with champion")
     except GuardError as error:
         raise PromotionError(
             f"{version.label} cannot be held against champion version {champion.version}: {error}; to promote it "
@@ -122,7 +148,7 @@ def _say(gate: Product) -> str:
 
 
 def promote_measured(
-    job: Job, version: RegisteredVersion, measured: Product, *, who: str, why: str, compare: bool = True
+    run: Run, version: RegisteredVersion, measured: Product, *, who: str, why: str, compare: bool = True
 ) -> Move:
     """Make a version champion that the gate passed, if it is as good as the champion there is.
 
@@ -138,7 +164,7 @@ def promote_measured(
         found = ""
         if current is not None and compare:
             champion = read_version(version.uri, version.model, current)
-            found = require_as_good(job, champion, version, measured)
+            found = require_as_good(run, champion, version, measured)
         reason = f"{why} ({found})" if found else why
         if (move := move_champion(version, expected=current, action="promote", who=who, why=reason)) is not None:
             return move

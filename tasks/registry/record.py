@@ -15,14 +15,16 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from mka.errors import RegistryError
+from mka.pipeline.evaluate import open_reports
+from mka.pipeline.score import open_scores
+from mka.pipeline.stage import MODEL_FOLDER, Found, find_model
 from mka.recipe import Recipe
 from mka.store.products import Product, stage_key
 from tasks.base_model import is_worth_retrying
 from tasks.guards import guard
 from tasks.machine.workplace import Workplace
 from tasks.registry.tracking import CANDIDATE, COMPLETE, EXPERIMENT, connect_registry, registry_address
-from tasks.reporting import Evidence, calibration_revision, describe_alignment_table, read_code_commit
-from tasks.stages import MODEL_FOLDER, Job, open_scores
+from tasks.stages import Run
 
 VERSION = 1
 # Same environment for serving; named here so that MLflow does not import the model to guess them.
@@ -63,13 +65,13 @@ def reach_registry(place: Workplace, recipe: Recipe) -> str:
 
 
 @task(
-    task_run_name="register {job.recipe.registered_name}",
+    task_run_name="register {run.job.recipe.registered_name}",
     cache_policy=NO_CACHE,
     retries=2,
     retry_delay_seconds=5,
     retry_condition_fn=is_worth_retrying,
 )
-def register(job: Job, evidence: Evidence, report: Product) -> Registration:
+def register(run: Run, found: Found) -> Registration:
     """Record the run with its evidence; register the candidate unless the gate refused it.
 
     The alias "candidate" moves to the new version; "champion" is moved by promotion only.
@@ -77,33 +79,35 @@ def register(job: Job, evidence: Evidence, report: Product) -> Registration:
     Raises:
         RegistryError: if the registry cannot be reached, or does not hold the whole model afterwards.
     """
-    verdict = evidence.gate.facts["verdict"]
-    inputs = {name: product.digest for name, product in vars(evidence).items() if product is not None}
-    key = stage_key("register", VERSION, {"name": job.recipe.registered_name}, inputs | {"report": report.digest})
-    with connect_registry(registry_address(job.place, job.recipe)) as client:
-        name = job.recipe.registered_name
+    verdict, name = found["gate"].facts["verdict"], run.job.recipe.registered_name
+    inputs = {stage: product.digest for stage, product in found.items()}
+    key = stage_key("register", VERSION, {"name": name}, inputs)
+    candidate = find_model(found)
+    with connect_registry(registry_address(run.place, run.job.recipe)) as client:
         if verdict == "fail":
             if (refused := _find_refused(client, key)) is not None:
                 return Registration(client.tracking_uri, refused, None, None, (), True)
-        elif (found := _find_version(client, name, key)) is not None:
-            if found.tags.get(COMPLETE) == "true":
-                aliases = tuple(client.get_model_version(name, found.version).aliases)
-                return Registration(client.tracking_uri, found.run_id, name, str(found.version), aliases, True)
+        elif (registered := _find_version(client, name, key)) is not None:
+            if registered.tags.get(COMPLETE) == "true":
+                aliases = tuple(client.get_model_version(name, registered.version).aliases)
+                return Registration(
+                    client.tracking_uri, registered.run_id, name, str(registered.version), aliases, True
+                )
             # An earlier run was killed between registering this version and naming it.
-            aliases = _complete(client, name, found.version, evidence)
-            return Registration(client.tracking_uri, found.run_id, name, str(found.version), aliases, False)
+            aliases = _complete(client, name, registered.version, candidate)
+            return Registration(client.tracking_uri, registered.run_id, name, str(registered.version), aliases, False)
         import mlflow
 
-        with _experiment_run(job, key) as run:
-            _log_evidence(job, evidence, report)
+        with _experiment_run(run, key) as record:
+            _log_evidence(run, found)
             if verdict == "fail":
-                return Registration(client.tracking_uri, run.info.run_id, None, None, (), False)
-            address = _log_model(job, evidence)
+                return Registration(client.tracking_uri, record.info.run_id, None, None, (), False)
+            address = _log_model(run, found)
         # It prints to the terminal what the summary says at the end.
         with redirect_stderr(io.StringIO()):
-            version = mlflow.register_model(address, name, tags=_tags(job, evidence) | {"mka.key": key}).version
-        aliases = _complete(client, name, version, evidence)
-        return Registration(client.tracking_uri, run.info.run_id, name, str(version), aliases, False)
+            version = mlflow.register_model(address, name, tags=_tags(run, found) | {"mka.key": key}).version
+        aliases = _complete(client, name, version, candidate)
+        return Registration(client.tracking_uri, record.info.run_id, name, str(version), aliases, False)
 
 
 def _find_version(client: Any, name: str, key: str) -> Any:
@@ -123,91 +127,93 @@ def _find_refused(client: Any, key: str) -> str | None:
     return str(runs[0].info.run_id) if runs else None
 
 
-def _complete(client: Any, name: str, version: str, evidence: Evidence) -> tuple[str, ...]:
+def _complete(client: Any, name: str, version: str, candidate: Product) -> tuple[str, ...]:
     """Check that the version is whole, then point "candidate" at it."""
-    _require_whole(client, name, version, evidence.candidate)
+    _require_whole(client, name, version, candidate)
     client.set_registered_model_alias(name, CANDIDATE, version)
     client.set_model_version_tag(name, version, COMPLETE, "true")
     return (CANDIDATE,)
 
 
 @contextmanager
-def _experiment_run(job: Job, key: str) -> Iterator[Any]:
+def _experiment_run(run: Run, key: str) -> Iterator[Any]:
     import mlflow
 
     if mlflow.get_experiment_by_name(EXPERIMENT) is None:
-        uses_default = registry_address(job.place, job.recipe) == job.place.tracking_uri
-        mlflow.create_experiment(EXPERIMENT, artifact_location=job.place.model_artifacts if uses_default else None)
+        uses_default = registry_address(run.place, run.job.recipe) == run.place.tracking_uri
+        mlflow.create_experiment(EXPERIMENT, artifact_location=run.place.model_artifacts if uses_default else None)
     mlflow.set_experiment(EXPERIMENT)
-    with mlflow.start_run(run_name=job.run, tags={"mka.key": key}) as run:
-        yield run
+    with mlflow.start_run(run_name=run.name, tags={"mka.key": key}) as record:
+        yield record
 
 
-def _tags(job: Job, evidence: Evidence) -> dict[str, str]:
+def _tags(run: Run, found: Found) -> dict[str, str]:
     """What ties a version to where it came from."""
+    job = run.job
+    alignment = {"alignment_digest": job.inputs.alignment.digest} if job.inputs.alignment else {}
     return {
         "base_model": job.recipe.model.label,
-        "base_revision": str(job.base["revision"]),
-        "base_digest": job.base["digest"],
-        "candidate_digest": evidence.candidate.facts["digest"],
-        "calibration_digest": evidence.calibration.facts["digest"],
-        "calibration_rev": calibration_revision(job),
-        **describe_alignment_table(job, evidence),
-        "code_commit": read_code_commit(job.place.root),
+        "base_revision": job.revision,
+        "base_digest": job.base.digest,
+        "candidate_digest": find_model(found).facts["digest"],
+        "calibration_digest": found["calibration"].facts["digest"],
+        **alignment,
+        **{key: str(value) for key, value in job.provenance.items()},
         "recipe": job.recipe.name,
         "method": job.recipe.method.name,
-        "verdict": evidence.gate.facts["verdict"],
+        "verdict": found["gate"].facts["verdict"],
     }
 
 
-def _log_evidence(job: Job, evidence: Evidence, report: Product) -> None:
+def _log_evidence(run: Run, found: Found) -> None:
     import mlflow
     import pandas as pd
 
+    job = run.job
     mlflow.log_params(pd.json_normalize(job.recipe.model_dump(mode="json")).iloc[0].to_dict())
-    mlflow.set_tags(_tags(job, evidence))
+    mlflow.set_tags(_tags(run, found))
     metrics: dict[str, float] = {}
-    for role, measured in zip(("base", "candidate"), evidence.open_reports()):
+    for role, measured in zip(("base", "candidate"), open_reports(job, found)):
         for score in (*measured.text, *measured.tasks):
             metrics[f"{role}/{score.name}/{score.metric}"] = score.value
             metrics[f"{role}/{score.name}/{score.metric}_stderr"] = score.stderr
         metrics |= {f"{role}/{name}": value for name, value in measured.speed.items()}
         metrics |= {f"{role}/{name}": float(measured.checkpoint[name]) for name in ("layers", "parameters", "bytes")}
-    for check in evidence.gate.facts["checks"]:
+    for check in found["gate"].facts["checks"]:
         bounds = {part: check[part] for part in ("recovery", "lower", "upper") if check[part] is not None}
         metrics |= {f"gate/{check['name']}/{part}": value for part, value in bounds.items()}
-    metrics["layer_ratio"] = evidence.plan.facts["layer_ratio"]
+    metrics["layer_ratio"] = found["plan"].facts["layer_ratio"]
     metrics["size_ratio"] = 1.0 - metrics["candidate/bytes"] / metrics["base/bytes"]
     mlflow.log_metrics({name: float(value) for name, value in metrics.items() if value == value})
     contexts = {str(job.recipe.calibration.path): "calibration"}
-    if evidence.alignment is not None:
+    if job.inputs.alignment is not None:
         contexts.setdefault(str(job.recipe.alignment.path), "alignment")
     if job.recipe.evaluation.text is not None:
         contexts[str(job.recipe.evaluation.text)] = "evaluation"
     for path, context in contexts.items():
-        table = pd.read_json(job.tables.folder / Path(path).name, lines=True, dtype=False)
+        table = pd.read_json(run.tables.folder / Path(path).name, lines=True, dtype=False)
         dataset = mlflow.data.from_pandas(
-            table, source=path, name=Path(path).stem, digest=job.versions[path].digest[:36]
+            table, source=path, name=Path(path).stem, digest=run.versions[path].digest[:36]
         )
         tags = {
-            "dvc_rev": job.versions[path].rev or "working copy",
+            "dvc_rev": run.versions[path].rev or "working copy",
             "dvc_path": path,
-            "hash": job.versions[path].digest,
+            "hash": run.versions[path].digest,
         }
         mlflow.log_input(dataset, context=context, tags=tags)
     mlflow.log_dict(job.recipe.model_dump(mode="json"), "recipe.yaml")
-    mlflow.log_artifacts(str(report.folder), "report")
-    mlflow.log_artifacts(str(evidence.plan.folder), "plan")
-    for role, product in (("base", evidence.base_report), ("candidate", evidence.candidate_report)):
-        mlflow.log_artifacts(str(product.folder), f"evaluation/{role}")
-    if evidence.scores is not None and open_scores(evidence.scores) is not None:
-        mlflow.log_artifacts(str(evidence.scores.folder), "scores")
-    checks = job.place.checks / guard.PAGE
+    mlflow.log_artifacts(str(found["report"].folder), "report")
+    mlflow.log_artifacts(str(found["plan"].folder), "plan")
+    for role in ("base", "candidate"):
+        mlflow.log_artifacts(str(found[f"evaluate {role}"].folder), f"evaluation/{role}")
+    if open_scores(found) is not None:
+        mlflow.log_artifacts(str(found["score"].folder), "scores")
+    checks = run.place.checks / guard.PAGE
     if checks.exists():
         mlflow.log_artifact(str(checks), "checks")
 
 
-def _log_model(job: Job, evidence: Evidence) -> str:
+def _log_model(run: Run, found: Found) -> str:
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
@@ -217,10 +223,10 @@ def _log_model(job: Job, evidence: Evidence) -> str:
     info = mlflow.pyfunc.log_model(
         name="model",
         python_model=str(Path(__file__).with_name("served_model.py")),
-        artifacts={"model": str(evidence.candidate.folder / MODEL_FOLDER)},
+        artifacts={"model": str(find_model(found).folder / MODEL_FOLDER)},
         pip_requirements=pinned_requirements(),
         signature=signature,
-        tags=_tags(job, evidence),
+        tags=_tags(run, found),
         model_type="hf-causal-lm",
     )
     return str(info.model_uri)

@@ -65,3 +65,8 @@ def _restore_environment(*names: str) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+def registered_address(name: str, alias: str = CANDIDATE) -> str:
+    """Address under which MLflow loads a registered model."""
+    return f"models:/{name}@{alias}"

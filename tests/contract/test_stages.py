@@ -8,14 +8,17 @@ from safetensors.torch import load_file, save_file
 
 from mka.alignment.aligner import Aligner
 from mka.alignment.lockstep import Alignment
+from mka.alignment.table import AlignmentTable
 from mka.errors import CheckpointError, NumericsError, PlanError, RecipeError
+from mka.evidence.gather import open_oracles
+from mka.evidence.needs import HIDDEN_STATES
 from mka.evidence.states import HiddenStates
-from mka.methods import get_method
+from mka.methods import get_method, resolve_method
 from mka.model.checkpoint import open_checkpoint
 from mka.model.verification import inspect_checkpoint, require_sound
 from mka.pipeline.job import resolve_aim
-from mka.pipeline.merge import write_aligned, write_merged
-from mka.pipeline.observe import needs_hidden_states, observe_checkpoint
+from mka.pipeline.merge import write_merged
+from mka.pipeline.observe import observe_checkpoint
 from mka.pipeline.plan import fit_folds, plan_layers
 from mka.pipeline.quantize import write_quantized
 from mka.pipeline.score import score_layers
@@ -44,28 +47,40 @@ def on_disk(models, tmp_path_factory):
 LOOKING = CalibrationSettings(samples=40, max_tokens=24, search_tokens=200)
 
 
+def resolve(name, settings=None):
+    return resolve_method(MethodChoice(name=name, settings=settings or {}))
+
+
+def look_again(planner, checkpoint, calibration, source):
+    return open_oracles(planner.name, planner.needs, planner.settings, checkpoint, calibration, LOOKING, source)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @every_method
 def test_stages_plan_what_the_method_plans_and_write_it(
     name, settings, family, on_disk, models, texts, calibration, tmp_path
 ):
-    choice, source = MethodChoice(name=name, settings=settings), ModelSource(folder=on_disk[family])
+    planner, source = resolve(name, settings), ModelSource(folder=on_disk[family])
     checkpoint = open_checkpoint(on_disk[family])
-    target = Target(layers=5, protect_first=1, protect_last=1)
+    aim = Aim(5, 1, 1)
     with showing(False):
         states = None
-        if needs_hidden_states(choice):
+        if HIDDEN_STATES in planner.needs:
             states = observe_checkpoint(checkpoint, calibration, LOOKING, source)
-        scores = score_layers(choice, checkpoint, states)
-        plan = plan_layers(choice, target, checkpoint, scores, calibration, LOOKING, source)
-        folds = fit_folds(choice, plan, checkpoint, calibration, LOOKING, source)
+        scores = score_layers(planner, checkpoint, states)
+        plan = plan_layers(
+            planner, aim, checkpoint, scores, source, look_again(planner, checkpoint, calibration, source)
+        )
+        folds = fit_folds(planner, plan, checkpoint, calibration, LOOKING, source)
         plan = bind_folds(plan, folds)
         if any(layer.selects for layer in plan.layers):
             with pytest.raises(PlanError, match="decided by an alignment; merge this plan with alignment enabled"):
                 write_merged(plan, checkpoint, tmp_path / "out", folds)
             assert not list(tmp_path.iterdir())
             fitting = AlignmentSettings(tokens=256, context=16, penalty=1.0)
-            facts = write_aligned(plan, checkpoint, {"test": texts}, fitting, source, tmp_path / "out")
+            facts = write_merged(
+                plan, checkpoint, tmp_path / "out", None, AlignmentTable({"test": texts}, fitting), source
+            )
         else:
             facts = write_merged(plan, checkpoint, tmp_path / "out", folds)
     assert (folds is None) == (get_method(name).fit is None) == (plan.folds is None)
@@ -83,9 +98,9 @@ def test_stages_plan_what_the_method_plans_and_write_it(
 
 def test_a_plan_is_bound_to_the_checkpoint_it_was_made_for(on_disk, calibration, tmp_path):
     checkpoint = open_checkpoint(on_disk["llama"])
-    source, choice = ModelSource(folder=on_disk["llama"]), MethodChoice(name="reference_code")
+    source, planner = ModelSource(folder=on_disk["llama"]), resolve("reference_code")
     with showing(False):
-        plan = plan_layers(choice, Target(layers=4), checkpoint, None, None, LOOKING, source)
+        plan = plan_layers(planner, Aim(4, 2, 1), checkpoint, None, source, {})
     other = open_checkpoint(save_model(make_tiny_model("llama", seed=1), tmp_path / "other"))
     with pytest.raises(PlanError, match=r"plan was made for digest .* has .*; plan again"):
         merge_checkpoint(plan, other, tmp_path / "out")
@@ -99,14 +114,13 @@ def test_what_a_stage_lacks_is_refused_in_one_line(on_disk, models, texts):
     states = look(models["llama"], texts)
     checkpoint, source = open_checkpoint(on_disk["llama"]), ModelSource(folder=on_disk["llama"])
     with pytest.raises(PlanError, match="'mka' needs hidden states of 6 layers, got none"):
-        score_layers(MethodChoice(), checkpoint, None)
+        score_layers(resolve("mka"), checkpoint, None)
     shorter = HiddenStates(states.pooled[:-1], states.block_influence[:-1], states.tokens)
     with pytest.raises(PlanError, match="'shortgpt' needs hidden states of 6 layers, got 5 layers"):
-        score_layers(MethodChoice(name="shortgpt"), checkpoint, shorter)
-    scores = score_layers(MethodChoice(), checkpoint, states)
+        score_layers(resolve("shortgpt"), checkpoint, shorter)
     for settings in ({"weights": "line-search"}, {"selection": "iterative"}):
         with pytest.raises(PlanError, match="needs a calibration set; give one"):
-            plan_layers(MethodChoice(settings=settings), Target(layers=5), checkpoint, scores, None, LOOKING, source)
+            look_again(resolve("mka", settings), checkpoint, None, source)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +196,9 @@ def test_an_aligned_bfloat16_checkpoint_stays_bfloat16(dtype, texts, tmp_path):
     plan = MergePlan("test", "", LAYERS, (*keep_layers([0, 1]), group, *keep_layers([4, 5])))
     settings, source = AlignmentSettings(tokens=256, context=16, penalty=1.0), ModelSource(folder=folder, dtype=dtype)
     with showing(False):
-        facts = write_aligned(plan, open_checkpoint(folder), {"a": texts}, settings, source, tmp_path / "out")
+        facts = write_merged(
+            plan, open_checkpoint(folder), tmp_path / "out", None, AlignmentTable({"a": texts}, settings), source
+        )
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     require_sound(facts, "out")

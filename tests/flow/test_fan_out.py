@@ -86,7 +86,7 @@ def test_two_workers_of_which_one_is_killed_find_what_threads_find(
 
     made = [line.split() for line in (root / "made.txt").read_text().splitlines()]
     assert set(Counter(part for _, part in made).values()) == {1}
-    candidates = [worker for worker, part in made if part.startswith("bench-merge")]
+    candidates = [worker for worker, part in made if part.startswith("bench-facts")]
     assert len(candidates) == 4 and set(candidates) == {"0", "1"}
     assert not list((root / "work/bench").glob("[!.]*"))
 
@@ -106,7 +106,7 @@ def test_a_cell_that_always_kills_its_worker_is_one_line_and_the_same_command_re
     line = "mka at 5 failed: worker processes that died while they had it: 1; out of memory?"
     assert line in said.out
     assert said.err.splitlines()[-1].startswith("sweep: 1 of 2 cells failed unexpectedly; first mka at 5: worker")
-    assert len(list((root / "work/stages").glob("bench-merge-*"))) == 1
+    assert len(list((root / "work/stages").glob("bench-facts-*"))) == 1
 
     recipe = write_absolute_recipe(root, methods=[{"name": "mka"}])
     assert main([str(recipe)]) == 0

@@ -44,7 +44,7 @@ def test_sweep_and_command_share_their_cells_and_say_the_same(root, capsys):
 
 
 def test_a_failed_cell_sets_the_exit_code_and_the_others_are_kept(root, capsys, monkeypatch):
-    import mka.bench.cells
+    import mka.pipeline.merge
     from flows.sweep import main
     from mka.pipeline.merge import write_merged
 
@@ -55,12 +55,12 @@ def test_a_failed_cell_sets_the_exit_code_and_the_others_are_kept(root, capsys, 
             raise RuntimeError("a mistake")
         return write(plan, *rest)
 
-    monkeypatch.setattr(mka.bench.cells, "write_merged", fail)
+    monkeypatch.setattr(mka.pipeline.merge, "write_merged", fail)
     assert main([str(write_absolute_recipe(root, methods=[{"name": "mka"}]))]) == 1
     said = capsys.readouterr()
     assert "mka at 5 failed: RuntimeError: a mistake" in said.out
     assert said.err.splitlines()[-1].startswith("sweep: 1 of 2 cells failed unexpectedly")
-    assert len(list((root / "work/stages").glob("bench-merge-*"))) == 1
+    assert len(list((root / "work/stages").glob("bench-facts-*"))) == 1
 
 
 def test_refusals_are_one_line(root, capsys):

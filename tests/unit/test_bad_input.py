@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import mka.model.loading
 import mka.model.shards
-import mka.pipeline.pipeline
+import mka.pipeline.observe
 from mka.cli.main import main
 from mka.model.families import FAMILIES
 from mka.store.sums import write_sums
@@ -368,7 +368,7 @@ def test_interruption(refuse, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mka.pipeline.pipeline, "observe_checkpoint", interrupt)
+    monkeypatch.setattr(mka.pipeline.observe, "observe_checkpoint", interrupt)
     line = refuse(code=130)
     assert "interrupted" in line and "run the same command again" in line
 
@@ -377,7 +377,7 @@ def test_a_bug_is_not_dressed_up_as_bad_input(base, tables, tmp_path, monkeypatc
     def fail(*args):
         raise ZeroDivisionError("bug")
 
-    monkeypatch.setattr(mka.pipeline.pipeline, "observe_checkpoint", fail)
+    monkeypatch.setattr(mka.pipeline.observe, "observe_checkpoint", fail)
     arguments = ["compress", base, "--calibration", tables / "calibration.jsonl", "--samples", SAMPLES, "--layers", 4]
     with pytest.raises(ZeroDivisionError):
         main([str(a) for a in (*arguments, "--no-evaluate", "--output", tmp_path / "out")])

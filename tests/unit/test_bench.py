@@ -7,9 +7,9 @@ import pytest
 import yaml
 from benches import TINY, make_bench_folder, write_bench_recipe
 
-import mka.bench.cells
 import mka.bench.measure
 import mka.bench.run
+import mka.pipeline.merge
 from mka.bench.cells import find_base, find_cell
 from mka.bench.prepare import prepare
 from mka.bench.recipe import load_bench
@@ -62,7 +62,7 @@ def written(monkeypatch):
     """Names of the methods whose candidates were written."""
     plans, write = [], write_merged
     monkeypatch.setattr(
-        mka.bench.cells,
+        mka.pipeline.merge,
         "write_merged",
         lambda plan, *rest: (plans.append((plan.method, plan.layers_out)), write(plan, *rest))[1],
     )
@@ -89,7 +89,7 @@ def test_a_cell_is_what_the_stages_make_by_themselves_and_leaves_no_model_behind
     assert {path.name for path in (root / "work").rglob("*.safetensors")} == {"states.safetensors"}
     bench = results.bench
     cell = results.measured[1]
-    plans = [MergePlan.load(path) for path in (root / "work/stages").glob("bench-plan-*/plan.json")]
+    plans = [MergePlan.load(path) for path in (root / "work/stages").glob("plan-*/plan.json")]
     (plan,) = (plan for plan in plans if plan.method == "sleb" and plan.layers_out == 4)
     assert plan.layers == keep_layers([i for i in range(6) if i not in plan.removed])
     write_merged(plan, open_checkpoint(root / "base"), tmp_path / "again")
@@ -156,12 +156,12 @@ def test_merging_again_to_other_bytes_measures_everything_of_the_cell_again(root
     write = write_merged
 
     def write_other(plan, checkpoint, output, *rest):
-        write(plan, checkpoint, output, *rest)
+        loaded = write(plan, checkpoint, output, *rest)
         config = json.loads((output / "config.json").read_text())
         (output / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-2}))
-        return {}
+        return loaded
 
-    monkeypatch.setattr(mka.bench.cells, "write_merged", write_other)
+    monkeypatch.setattr(mka.pipeline.merge, "write_merged", write_other)
     again = run(root, only="sleb").measured[1]
     # The first was about to be measured when the bytes turned out to be others.
     assert sorted(measured[1:]) == ["prose", "words"]
@@ -210,7 +210,7 @@ def test_only_failures_that_are_no_limit_of_a_method_set_the_exit_code(root, cap
             raise error
         return write(plan, *rest)
 
-    monkeypatch.setattr(mka.bench.cells, "write_merged", fail)
+    monkeypatch.setattr(mka.pipeline.merge, "write_merged", fail)
     assert main(["bench", str(write_bench_recipe(root)), "--json"]) == code
     said = capsys.readouterr()
     document = json.loads(said.out)
@@ -249,20 +249,23 @@ def test_impossible_targets_and_contexts_are_refused_before_anything_runs(root):
 
 
 def open_bench_with_alignment(root, methods):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mka.bench.cells, "write_aligned", lambda *_: {}, raising=False)
-        return open_bench(root, methods=methods)
+    return open_bench(root, methods=methods)
 
 
 def test_alignment_is_handed_its_texts_by_source_and_tells_its_cost(root, monkeypatch):
     calls = []
 
-    def write_aligned(plan, checkpoint, texts, settings, source, output):
-        calls.append((plan.layers_out, list(texts), settings.enabled, source.dtype))
-        write_merged(plan, checkpoint, output)
-        return {"tokens": 2048, "teacher_seconds": 2.0, "seconds": 5.0, "probe_seconds": 0.5}
+    write = write_merged
 
-    monkeypatch.setattr(mka.bench.cells, "write_aligned", write_aligned, raising=False)
+    def write_aligned(plan, checkpoint, output, folds, alignment, source):
+        loaded = write(plan, checkpoint, output)
+        if alignment is None:
+            return loaded
+        calls.append((plan.layers_out, list(alignment.texts), alignment.settings.enabled, source.dtype))
+        fit = {"tokens": 2048, "teacher_seconds": 2.0, "seconds": 5.0, "probe_seconds": 0.5}
+        return loaded | {"alignment": fit}
+
+    monkeypatch.setattr(mka.pipeline.merge, "write_merged", write_aligned)
     methods = [{"name": "mka", "alignment": [False, True], "targets": [5]}]
     results = run(root, methods=methods)
     assert calls == [(5, ["words"], True, "float32")]

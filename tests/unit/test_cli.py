@@ -14,7 +14,6 @@ from conftest import LAYERS, make_texts, make_tokenizer
 from safetensors.torch import load_file
 
 import mka.pipeline.evaluate
-import mka.pipeline.pipeline
 from mka.cli.main import cli, main
 from mka.cli.options import read_settings, read_tasks
 from mka.evaluation.perplexity import measure_perplexity
@@ -28,7 +27,7 @@ from mka.store.sums import file_sha256, verify_sums
 ROOT = Path(__file__).parents[2]
 SAMPLES = 60
 HEAVY = {"torch", "transformers", "pandas", "scipy", "matplotlib", "datasets", "lm_eval", "mlflow", "prefect"}
-STAGES = ("compress", "methods", "observe", "score", "plan", "merge", "evaluate", "report", "bench", "clean")
+STAGES = ("compress", "methods", "observe", "score", "plan", "merge", "evaluate", "report", "export", "bench", "clean")
 
 
 @pytest.fixture(scope="module")

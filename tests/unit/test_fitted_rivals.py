@@ -15,7 +15,7 @@ from mka.evidence.cuts import Cut, CutEvidence, CutTokens, find_cuts
 from mka.evidence.needs import Evidence
 from mka.evidence.residuals import stream_cuts
 from mka.evidence.states import HiddenStates
-from mka.methods import get_method, method_settings
+from mka.methods import get_method, method_settings, resolve_method
 from mka.methods.linearpatch import PatchSums, rotate_channels
 from mka.methods.prune_and_comp import compare_magnitudes, fold_scales
 from mka.model.checkpoint import open_checkpoint
@@ -64,11 +64,11 @@ def delete_and_fold(name, folder, layers, texts, out, **settings):
     checkpoint, source = open_checkpoint(folder), ModelSource(folder=folder)
     plan = MergePlan(name, "", LAYERS, layers)
     with showing(False):
-        choice = MethodChoice(name=name, settings=settings)
+        planner = resolve_method(MethodChoice(name=name, settings=settings))
         # The tokenizer that transformers makes of these words depends on the family.
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("mka.model.loading.load_model", lambda path, *_: (load(path), TOKENIZER))
-            folds = fit_folds(choice, plan, checkpoint, calibrate(texts), LOOKING, source)
+            folds = fit_folds(planner, plan, checkpoint, calibrate(texts), LOOKING, source)
         write_merged(bind_folds(plan, folds), checkpoint, out, folds)
     return folds, load(out)
 
@@ -334,6 +334,6 @@ def test_methods_that_fit_nothing_and_plans_that_delete_nothing_have_no_folds(ll
     checkpoint, source = open_checkpoint(llama_folder), ModelSource(folder=llama_folder)
     deleted = MergePlan("", "", LAYERS, keep_layers(range(4)))
     for name, plan in (("shortgpt", deleted), ("replaceme", MergePlan("", "", LAYERS, identity_layers(LAYERS)))):
-        assert fit_folds(MethodChoice(name=name), plan, checkpoint, None, LOOKING, source) is None
+        assert fit_folds(resolve_method(MethodChoice(name=name)), plan, checkpoint, None, LOOKING, source) is None
     with pytest.raises(PlanError, match="'replaceme' is fitted on calibration texts; give a calibration set"):
-        fit_folds(MethodChoice(name="replaceme"), deleted, checkpoint, None, LOOKING, source)
+        fit_folds(resolve_method(MethodChoice(name="replaceme")), deleted, checkpoint, None, LOOKING, source)

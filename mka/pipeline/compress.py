@@ -1,0 +1,101 @@
+"""All of it in one call, with no orchestrator: the pipeline on the work folder's store, then a folder of one's own."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mka.evaluation.scores import EvalReport
+from mka.export.folder import export_folder
+from mka.pipeline.evaluate import open_reports
+from mka.pipeline.foresee import COMPANIONS_NBYTES, candidate_nbytes
+from mka.pipeline.job import Job
+from mka.pipeline.pipeline import run
+from mka.pipeline.plan import open_plan
+from mka.pipeline.report import find_fit
+from mka.pipeline.stage import MODEL_FOLDER, SCORES_FILE, Found, Stage, find_model
+from mka.plan.plan import MergePlan
+from mka.store.products import Product
+from mka.store.publishing import check_room, publish
+
+EVIDENCE = "evidence"
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What came of one compression.
+
+    Attributes:
+        output: the published folder.
+        plan: what was merged.
+        base: measurements of the base, or its facts alone.
+        candidate: the same of the candidate.
+        gate: the decision, as `mka.evaluation.gate.GateDecision.to_dict` gives it; None if nothing was measured.
+        seconds: stage -> seconds it took when it was made.
+        alignment: facts of the refit; None if there was none.
+    """
+
+    output: Path
+    plan: MergePlan
+    base: EvalReport
+    candidate: EvalReport
+    gate: Mapping[str, Any] | None
+    seconds: Mapping[str, float]
+    alignment: Mapping[str, Any] | None = None
+
+
+def compress(job: Job, store: Path, output: Path, *, say: Callable[[str], Any]) -> Compression:
+    """Compress and publish a stock model folder with its card, and its evidence in a folder inside.
+
+    Every stage's result is kept in the store: killed, the same call goes on where it was. The folder is published whole
+    or not at all; a candidate that the gate fails is published too, with the verdict in its card.
+
+    Args:
+        job: what `mka.pipeline.job.prepare` checked.
+        store: folder of all stages' results.
+        output: folder to publish; must not exist.
+        say: called with a line per finished stage.
+
+    Raises:
+        MkaError: if any stage refuses; nothing is published then.
+    """
+
+    def run_stage(stage: Stage, job: Job, found: Found) -> Product:
+        product = stage.produce(job, found, store)
+        say(f"{stage.name:<22} {'reused' if product.reused else f'{product.seconds:7.1f} s':>9}")
+        return product
+
+    needed = candidate_nbytes(job) + COMPANIONS_NBYTES
+    check_room(output, needed)
+    found = run(job, run_stage)
+    with publish(output, needed_bytes=needed) as partial:
+        export_folder(find_model(found).folder / MODEL_FOLDER, partial)
+        shutil.copyfile(found["report"].folder / "README.md", partial / "README.md")
+        _copy_evidence(job, found, partial / EVIDENCE)
+    base, candidate = open_reports(job, found)
+    seconds = {name: product.seconds for name, product in found.items()}
+    gate = found["gate"].facts if "gate" in found else None
+    return Compression(output, open_plan(found)[0], base, candidate, gate, seconds, find_fit(found))
+
+
+def _copy_evidence(job: Job, found: Found, folder: Path) -> None:
+    import yaml
+
+    folder.mkdir()
+    recipe = yaml.safe_dump(job.recipe.model_dump(mode="json"), sort_keys=False)
+    (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    copied = [
+        *(found["plan"].folder.glob("plan*")),
+        found["report"].folder / "report.html",
+        *found["report"].folder.glob("*.json"),
+    ]
+    if "score" in found and found["score"].facts["kind"]:
+        copied.append(found["score"].folder / SCORES_FILE)
+    for file in copied:
+        shutil.copyfile(file, folder / file.name)
+    if "gate" in found:
+        for role, report in zip(("base", "candidate"), open_reports(job, found)):
+            (folder / f"{role}.json").write_text(report.to_json(), encoding="utf-8")
+        (folder / "gate.json").write_text(json.dumps(dict(found["gate"].facts), indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,120 @@
+"""The texts and tables of one job: read, checked, kept apart, digested."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from mka.alignment.table import AlignmentTable, open_alignment
+from mka.errors import RecipeError
+from mka.evaluation.tasks import check_tasks
+from mka.methods import Planner
+from mka.recipe import EvaluationSettings, Recipe
+from mka.store.sums import file_sha256
+from mka.texts.calibration import CalibrationSet, load_calibration
+from mka.texts.overlap import refuse_overlap
+from mka.texts.rows import digest_texts, read_heldout, read_texts
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a job reads beside its model.
+
+    Attributes:
+        calibration: what the method may look at; None if it looks at nothing.
+        alignment: what merging is fitted on; None if it is not.
+        heldout: source -> texts of perplexity; empty if there are none.
+        tasks: task -> number of items (None: all); empty if none is measured.
+        tasks_folder: tables of the tasks; None if they come from the hub.
+        digests: what evaluation reads, by name; "heldout" and one "task NAME" each.
+    """
+
+    calibration: CalibrationSet | None = None
+    alignment: AlignmentTable | None = None
+    heldout: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    tasks: Mapping[str, int | None] = field(default_factory=dict)
+    tasks_folder: Path | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_inputs(recipe: Recipe, planner: Planner, *, evaluate: bool = True) -> Inputs:
+    """Read the tables a recipe names from the working copy.
+
+    Raises:
+        RecipeError: on an unknown task or a missing table.
+        CalibrationError: if texts cannot be read, are too few, or are used by evaluation.
+    """
+    measured = read_measured(recipe.evaluation, recipe.evaluation.text, recipe.evaluation.tasks_folder, evaluate)
+    settings = recipe.calibration
+    calibration = load_calibration(settings.path, settings.samples) if planner.needs else None
+    used: list[str] = []
+    if evaluate and (calibration is not None or recipe.alignment.enabled):
+        used = [*(t for group in measured.heldout.values() for t in group), *_task_texts(recipe.evaluation)]
+    if calibration is not None:
+        refuse_overlap(calibration.texts, used)
+    alignment = open_alignment(recipe.alignment.path, recipe.alignment, used) if recipe.alignment.enabled else None
+    return replace(measured, calibration=calibration, alignment=alignment)
+
+
+def read_measured(
+    settings: EvaluationSettings, text: Path | None, tasks_folder: Path | None, evaluate: bool = True
+) -> Inputs:
+    """Read and digest what base and candidate are measured on.
+
+    Args:
+        settings: names the tasks.
+        text: the held-out table, wherever it is read from.
+        tasks_folder: tables of the tasks, wherever they are read from; None: the hub.
+        evaluate: whether anything is measured.
+
+    Raises:
+        RecipeError: on an unknown task or a missing table.
+        CalibrationError: if the texts cannot be read.
+    """
+    if not evaluate:
+        return Inputs()
+    heldout = check_evaluation(settings, text, tasks_folder)
+    digests = {"heldout": digest_texts(f"{s}\0{t}" for s, texts in heldout.items() for t in texts)} if heldout else {}
+    digests |= {f"task {task}": digest_task(tasks_folder, task, settings.shots) for task in settings.tasks}
+    return Inputs(heldout=heldout, tasks=settings.tasks, tasks_folder=tasks_folder, digests=digests)
+
+
+def check_evaluation(
+    settings: EvaluationSettings, text: Path | None, tasks_folder: Path | None
+) -> dict[str, list[str]]:
+    """Read the held-out texts and check tasks and their tables; returns source -> texts.
+
+    Refusals are those of `read_measured`.
+    """
+    check_tasks(settings.tasks)
+    for task in settings.tasks:
+        if tasks_folder is not None and not task_tables(tasks_folder, task):
+            raise RecipeError(f"task {task!r}: no table in {tasks_folder}; `make data` builds the project's own tables")
+    return read_heldout(text) if text is not None else {}
+
+
+def digest_task(folder: Path | None, task: str, shots: int) -> str:
+    """Digest the tables of one task, those of its few-shot examples too; "hub" if they come from there."""
+    if folder is None:
+        return "hub"
+    files = sorted((folder / "mmlu").glob("*.jsonl")) if task.startswith("mmlu") else [folder / f"{task}.jsonl"]
+    files += [folder / f"{task}.train.jsonl"] if shots else []
+    return digest_texts(f"{file.name} {file_sha256(file)}" for file in files if file.is_file())
+
+
+def task_tables(folder: Path, task: str) -> list[Path]:
+    """Return the tables a task's items are in; none if they are not there."""
+    if task == "mmlu":
+        return sorted((folder / task).glob("*.test.jsonl"))
+    name = f"mmlu/{task.removeprefix('mmlu_')}.test.jsonl" if task.startswith("mmlu_") else f"{task}.jsonl"
+    return [folder / name] if (folder / name).is_file() else []
+
+
+def _task_texts(settings: EvaluationSettings) -> Iterator[str]:
+    """Texts of the tasks that calibration must not contain."""
+    if settings.overlap_index is not None and settings.overlap_index.is_file():
+        yield from read_texts(settings.overlap_index)
+    for table in (t for task in settings.tasks for t in task_tables(settings.tasks_folder or Path(), task)):
+        for line in table.read_text(encoding="utf-8").split("\n"):
+            row = json.loads(line) if line.strip() else {}
+            yield from (value for value in row.values() if isinstance(value, str))
