@@ -9,6 +9,7 @@ import os
 import warnings
 from pathlib import Path
 
+from mka.terminal import SHARED_MACHINE
 from tasks.machine.workplace import find_workplace
 
 _WORK = find_workplace().work
@@ -24,6 +25,7 @@ for _name, _value in {
     "PREFECT_CLI_COLORS": "false",
     "HF_DATASETS_CACHE": str(_WORK / "datasets"),
     "TOKENIZERS_PARALLELISM": "false",
+    **SHARED_MACHINE,
 }.items():
     os.environ.setdefault(_name, _value)
 

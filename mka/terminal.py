@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import click
 
@@ -33,8 +32,6 @@ class Outcome:
 
 def say(line: str) -> None:
     """Print a line of progress on stderr, unless bars are off: then nobody watches."""
-    from mka.terminal import is_shown
-
     if is_shown():
         click.echo(line, err=True)
 
@@ -52,6 +49,10 @@ def align(rows: list[list[Any]], headers: list[str], right: str = "") -> str:
     sides = tuple("right" if side == "r" else "left" for side in right.ljust(len(headers), "l"))
     return tabulate(rows, headers, tablefmt="simple", disable_numparse=True, colalign=sides if rows else None)
 
+
+# To be set before torch is imported. Threads that spin while they wait for one another's part of a product take the
+# cores from whatever else runs: two runs at once then take several times as long as one after the other.
+SHARED_MACHINE = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 _SHOWN: ContextVar[bool] = ContextVar("progress shown", default=True)
 
@@ -110,6 +111,8 @@ def quiet_libraries(quantized: bool = False) -> Iterator[None]:
     Args:
         quantized: whether a quantized folder will be loaded.
     """
+    from unittest import mock
+
     from transformers.utils import logging as hf_logging
 
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()

