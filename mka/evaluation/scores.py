@@ -80,8 +80,6 @@ def read_report(path: Path) -> "EvalReport":
     Raises:
         RecipeError: if the file is none.
     """
-    from mka.evaluation.scores import EvalReport
-
     try:
         return EvalReport.load(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
