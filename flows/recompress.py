@@ -5,7 +5,6 @@ python -m flows.recompress recipes/smollm2_135m.yaml --set target.layers=26
 """
 
 import json
-import os
 import re
 import shlex
 import sys
@@ -30,6 +29,7 @@ from mka.pipeline.observe import needs_hidden_states
 from mka.pipeline.recipes import load_recipe
 from mka.recipe import Recipe
 from mka.store.products import Product
+from mka.store.publishing import write_text
 from tasks.base_model import fetch_base_model
 from tasks.calibration import read_tables, select_alignment, select_calibration
 from tasks.guards import guard
@@ -242,9 +242,7 @@ def open_checks(place: Workplace, log: Log) -> Path:
 
 def write_last_run(place: Workplace, facts: dict[str, Any]) -> None:
     """Replace last_run.json in one step, so that a reader never sees half of it."""
-    partial = place.last_run.with_name(f".{place.last_run.name}.{os.getpid()}")
-    partial.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    partial.replace(place.last_run)
+    write_text(place.last_run, json.dumps(facts, indent=2) + "\n")
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mka.cli.main import main
-from mka.errors import OutputError, RecipeError
+from mka.errors import DurationError, OutputError
 from mka.store.cleaning import clean, read_duration
 from mka.store.products import MANIFEST, find, produce
 
@@ -76,7 +76,7 @@ def test_durations(text, hours):
     "text", ["", "30", "d", "0d", "00h", "-1d", "1.5d", "1m", "1 d", "30D", "1d12h", "9" * 7 + "d"]
 )
 def test_other_durations_are_refused_with_the_allowed_forms(text):
-    with pytest.raises(RecipeError, match=r"12h, 30d or 2w"):
+    with pytest.raises(DurationError, match=r"12h, 30d or 2w"):
         read_duration(text)
 
 
