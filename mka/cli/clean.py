@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mka.cli.console import examples, reports
-from mka.cli.options import FILE, find_work
+from mka.cli.models import find_work
+from mka.cli.options import FILE
 from mka.errors import DurationError
 from mka.terminal import Outcome, align
 
