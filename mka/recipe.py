@@ -76,14 +76,13 @@ class ModelSource(Section):
         return str(self.hub or self.folder or self.packages[0] + more)
 
 
-class CalibrationSettings(Section):
+class CalibrationTexts(Section):
     """Which texts the method may look at, and how many tokens of each."""
 
     path: Annotated[Path, Option("--calibration")] = Field(
         Path("data/prepared/calibration.jsonl"),
         description="Texts the method may look at: JSON lines with a `text` field, or a .txt file",
     )
-    rev: str | None = Field("HEAD", description="Git revision DVC reads the table at; null reads the working copy")
     samples: Annotated[int, Option()] = Field(256, ge=1, description="Calibration texts taken, in the table's order")
     max_tokens: Annotated[int, Option()] = Field(64, ge=2, description="Tokens kept of each calibration text")
     pooling: Annotated[Literal["last", "mean"], Option()] = Field(
@@ -91,6 +90,12 @@ class CalibrationSettings(Section):
     )
     batch_size: Annotated[int, Option()] = Field(16, ge=1, description="Texts per forward pass")
     search_tokens: int = Field(1024, ge=32, description="Tokens a line search or other loss oracle is measured on")
+
+
+class CalibrationSettings(CalibrationTexts):
+    """The same, of a table that DVC versions."""
+
+    rev: str | None = Field("HEAD", description="Git revision DVC reads the table at; null reads the working copy")
 
 
 class MethodChoice(Section):
@@ -105,17 +110,13 @@ class MethodChoice(Section):
     ] = Field(default_factory=dict, description="Its own settings; `mka methods --json` lists them")
 
 
-class AlignmentSettings(Section):
-    """Refit of merged and kept layers to the base's hidden states, and the texts it is fitted on."""
+class AlignmentFit(Section):
+    """How merged and kept layers are refitted to the base's hidden states, and the texts they are fitted on."""
 
-    enabled: Annotated[bool, Option("--align/--no-align")] = Field(
-        False, description="Refit merged and later layers to the base's hidden states while merging"
-    )
     path: Annotated[Path, Option("--alignment-table")] = Field(
         Path("data/prepared/alignment.jsonl"),
         description="Texts of the refit, JSON lines with `text` and `source`",
     )
-    rev: str | None = Field("HEAD", description="Git revision DVC reads the table at; null reads the working copy")
     tokens: Annotated[int, Option("--align-tokens")] = Field(
         32768, ge=256, description="Tokens the refit reads, of each source by its share of the table"
     )
@@ -134,6 +135,15 @@ class AlignmentSettings(Section):
         if value != "auto" and not value > 0:
             raise ValueError("penalty must be above 0, or 'auto'")
         return value
+
+
+class AlignmentSettings(AlignmentFit):
+    """Whether there is a refit, of a table that DVC versions."""
+
+    enabled: Annotated[bool, Option("--align/--no-align")] = Field(
+        False, description="Refit merged and later layers to the base's hidden states while merging"
+    )
+    rev: str | None = Field("HEAD", description="Git revision DVC reads the table at; null reads the working copy")
 
 
 class Target(Section):
@@ -174,14 +184,9 @@ class QuantizeSettings(Section):
         return "off" if value is False else value
 
 
-class EvaluationSettings(Section):
-    """What base and candidate are measured on, under equal conditions."""
+class Measurement(Section):
+    """What models are measured on beside texts, and how, under equal conditions."""
 
-    # Not a default of commands: what is not there is not measured on.
-    text: Annotated[Path | None, Option(shows_default=False)] = Field(
-        Path("data/prepared/heldout.jsonl"),
-        description="Held-out texts for perplexity: JSON lines with a `text` field, or a .txt file",
-    )
     tasks: Annotated[
         dict[str, int | None],
         Option(
@@ -204,6 +209,16 @@ class EvaluationSettings(Section):
     )
     shots: int = Field(0, ge=0, description="Few-shot examples per item")
     batch_size: Annotated[int, Option()] = Field(8, ge=1, description="Sequences per forward pass")
+
+
+class EvaluationSettings(Measurement):
+    """What base and candidate are measured on."""
+
+    # Not a default of commands: what is not there is not measured on.
+    text: Annotated[Path | None, Option(shows_default=False)] = Field(
+        Path("data/prepared/heldout.jsonl"),
+        description="Held-out texts for perplexity: JSON lines with a `text` field, or a .txt file",
+    )
     prompts: tuple[str, ...] = Field(
         ("The capital of France is", "To make a cup of tea, first"), description="Continued greedily, before and after"
     )

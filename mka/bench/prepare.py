@@ -9,7 +9,7 @@ from mka.bench.parts import Bench
 from mka.bench.recipe import BenchRecipe, TextSource
 from mka.errors import CalibrationError, RecipeError
 from mka.methods import get_method, method_settings
-from mka.pipeline.job import check_evaluation, check_feasible, fetch_base
+from mka.pipeline.job import check_feasible, check_tables, fetch_base
 from mka.texts.calibration import CalibrationSet, load_calibration
 from mka.texts.overlap import refuse_overlap
 from mka.texts.rows import digest_texts, read_heldout, read_rows, read_texts
@@ -31,7 +31,7 @@ def prepare(recipe: BenchRecipe, work: Path, *, root: Path = Path(), command: st
     texts, paragraphs = {}, {}
     for text in recipe.texts:
         texts[text.name], paragraphs[text.name] = _read_text(text)
-    check_evaluation(recipe.evaluation)
+    check_tables(recipe.evaluation)
     calibration, alignment = _read_calibration(recipe)
     tables = {"calibration": calibration.texts if calibration else ()}
     tables["alignment"] = tuple(text for group in alignment.values() for text in group)

@@ -32,7 +32,7 @@ TARGETS = frozenset(("target.layers", "target.layer_ratio", "target.size_ratio")
 @click.argument("model", required=False)
 @recipe_options(
     *("method.name", "target", "method.settings", "quantize", "calibration"),
-    *("alignment.enabled", "alignment", "evaluation"),
+    *("alignment.enabled", "alignment", "evaluation.text", "evaluation"),
     leave_out=("calibration.batch_size", "evaluation.batch_size"),
 )
 @click.option("--no-evaluate", is_flag=True, help="Publish without measuring; the card says so.")

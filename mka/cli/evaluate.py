@@ -19,7 +19,7 @@ from mka.terminal import Outcome, align, quiet_libraries
     epilog=examples("mka evaluate ./smollm2-24 --text heldout.jsonl --tasks hellaswag=40 --output new.json"),
 )
 @model_argument
-@recipe_options("evaluation", "seed", "model")
+@recipe_options("evaluation.text", "evaluation", "seed", "model")
 @click.option("--output", type=FILE, metavar="FILE", help="Keep the report, JSON; must not exist.")
 @reports
 def evaluate(model: str, output: Path | None, asked: dict[str, Any]) -> Outcome:

@@ -10,7 +10,7 @@ from mka.errors import CheckpointError, RecipeError
 from mka.methods import check_alignment, find_needs
 from mka.model.checkpoint import Checkpoint, open_checkpoint
 from mka.plan.target import Aim, resolve_target
-from mka.recipe import EvaluationSettings, ModelSource, Recipe, Target
+from mka.recipe import EvaluationSettings, Measurement, ModelSource, Recipe, Target
 from mka.sources.fetch import materialize, resolve_revision
 from mka.texts.calibration import CalibrationSet, load_calibration
 from mka.texts.overlap import refuse_overlap
@@ -98,6 +98,16 @@ def check_evaluation(settings: EvaluationSettings) -> Mapping[str, Sequence[str]
         RecipeError: on an unknown task or a missing table.
         CalibrationError: if the texts cannot be read.
     """
+    check_tables(settings)
+    return read_heldout(settings.text) if settings.text is not None else {}
+
+
+def check_tables(settings: Measurement) -> None:
+    """Check tasks and their tables.
+
+    Raises:
+        RecipeError: on an unknown task or a missing table.
+    """
     from mka.evaluation.tasks import check_tasks
 
     check_tasks(settings.tasks)
@@ -106,7 +116,6 @@ def check_evaluation(settings: EvaluationSettings) -> Mapping[str, Sequence[str]
             raise RecipeError(
                 f"task {task!r}: no table in {settings.tasks_folder}; `make data` builds the project's own tables"
             )
-    return read_heldout(settings.text) if settings.text is not None else {}
 
 
 def _tables(folder: Path, task: str) -> list[Path]:

@@ -8,7 +8,7 @@ from mka.model.checkpoint import Checkpoint
 from mka.model.verification import _verify
 from mka.plan.plan import MergePlan
 from mka.recipe import (
-    AlignmentSettings,
+    AlignmentFit,
     ModelSource,
 )
 from mka.terminal import show_progress
@@ -20,7 +20,7 @@ def write_aligned(
     plan: MergePlan,
     checkpoint: Checkpoint,
     texts: Mapping[str, Sequence[str]],
-    settings: AlignmentSettings,
+    settings: AlignmentFit,
     source: ModelSource,
     output: Path,
 ) -> dict[str, Any]:
