@@ -175,7 +175,9 @@ class _Sweep:
         """Clean copies of last_run.json whose writer was killed before renaming it."""
         for path in self._list(self.root):
             if (
-                re.fullmatch(r"\.last_run\.json\.\d+", path.name)
+                re.fullmatch(
+                    r"\.last_run\.json\.(partial-.+|\d+)", path.name
+                )  # the second: before there was one writer
                 and _is_file(path)
                 and _age(path) > ABANDONED.total_seconds()
             ):

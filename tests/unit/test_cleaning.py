@@ -21,6 +21,7 @@ from mka.cli.main import main
 from mka.errors import DurationError, OutputError
 from mka.store.cleaning import clean, read_duration
 from mka.store.products import MANIFEST, find, produce
+from mka.store.publishing import replace_file
 
 ROOT = Path(__file__).parents[2]
 DAY = 86400.0
@@ -314,6 +315,22 @@ def test_stores_and_whatever_else_lies_there_stay(work):
     age(work, 999)
     assert gone(work, timedelta(hours=1), models=True) == {".last_run.json.4711": "killed run"}
     assert paths(work) == before - {".last_run.json.4711"}
+
+
+def test_what_a_killed_writer_of_the_last_run_left_goes_by_the_name_it_has(work):
+    def be_killed(aside):
+        aside.write_text("{")
+        left.append(aside.name)
+        os.link(aside, work / "kept")  # as if nobody had tidied up
+
+    left = []
+    replace_file(work / "last_run.json", be_killed)
+    (work / "kept").rename(work / left[0])
+    (work / "last_run.json").write_text("{}")
+    assert gone(work) == {}  # its writer may still be at it
+    age(work, 999)
+    assert gone(work) == {left[0]: "killed run"}
+    assert (work / "last_run.json").is_file()
 
 
 @pytest.mark.parametrize(
