@@ -5,7 +5,6 @@ python -m flows.recompress recipes/smollm2_135m.yaml --set target.layers=26
 """
 
 import json
-import os
 import re
 import shlex
 import sys
@@ -34,6 +33,7 @@ from mka.pipeline.recipes import load_recipe
 from mka.pipeline.stage import MODEL_FOLDER, PLAN_FILE, Found, Stage, find_model
 from mka.recipe import Recipe
 from mka.store.products import Product
+from mka.store.publishing import write_text
 from tasks.base_model import fetch_base_model
 from tasks.calibration import open_inputs, read_tables, select_alignment, select_calibration
 from tasks.guards import guard
@@ -236,9 +236,7 @@ def open_checks(place: Workplace, log: Log) -> Path:
 
 def write_last_run(place: Workplace, facts: dict[str, Any]) -> None:
     """Replace last_run.json in one step, so that a reader never sees half of it."""
-    partial = place.last_run.with_name(f".{place.last_run.name}.{os.getpid()}")
-    partial.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    partial.replace(place.last_run)
+    write_text(place.last_run, json.dumps(facts, indent=2) + "\n")
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:

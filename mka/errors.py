@@ -22,8 +22,16 @@ class UnreachableError(CheckpointError):
     """A model hub that did not answer; trying again may help."""
 
 
+class PackageError(MkaError):
+    """A package that is not pinned, cannot be downloaded, is damaged, or holds something else than it should."""
+
+
 class CalibrationError(MkaError):
     """A calibration set that is empty, unreadable, too small or overlaps the evaluation sets."""
+
+
+class ReportError(MkaError):
+    """A file that is no report of an evaluation."""
 
 
 class NumericsError(MkaError):
@@ -36,6 +44,10 @@ class PlanError(MkaError):
 
 class OutputError(MkaError):
     """A place that cannot be written: it exists, is not writable, or the disk is full."""
+
+
+class DurationError(MkaError):
+    """A length of time that is not written as one."""
 
 
 class GuardError(MkaError):

@@ -2,12 +2,12 @@
 
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from mka.sections import Section
+from mka.sections import Option, Section
 
 
 class ModelSource(Section):
@@ -20,8 +20,12 @@ class ModelSource(Section):
         None, description="Python package with a GGUF file, as NAME==VERSION, or a list of those with its pieces"
     )
     sha256: str | tuple[str, ...] | None = Field(None, description="SHA-256 of the package's wheel; for a list a list")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Precision of forward passes")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], Option()] = Field(
+        "float32", description="Precision of forward passes"
+    )
+    trust_remote_code: Annotated[bool, Option()] = Field(
+        False, description="Run Python code that comes with the model. Only for models you trust"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -72,32 +76,50 @@ class ModelSource(Section):
         return str(self.hub or self.folder or self.packages[0] + more)
 
 
-class CalibrationSettings(Section):
+class CalibrationTexts(Section):
     """Which texts the method may look at, and how many tokens of each."""
 
-    path: Path = Field(Path("data/prepared/calibration.jsonl"), description="JSON lines with a `text` field")
-    rev: str | None = Field("HEAD", description="Git revision DVC reads the table at; null reads the working copy")
-    samples: int = Field(256, ge=1, description="Number of texts, taken in the table's order")
-    max_tokens: int = Field(64, ge=2, description="Tokens kept of each text")
-    pooling: Literal["last", "mean"] = Field("last", description="How one text's hidden states become one vector")
-    batch_size: int = Field(16, ge=1, description="Texts per forward pass")
+    path: Annotated[Path, Option("--calibration")] = Field(
+        Path("data/prepared/calibration.jsonl"),
+        description="Texts the method may look at: JSON lines with a `text` field, or a .txt file",
+    )
+    samples: Annotated[int, Option()] = Field(256, ge=1, description="Calibration texts taken, in the table's order")
+    max_tokens: Annotated[int, Option()] = Field(64, ge=2, description="Tokens kept of each calibration text")
+    pooling: Annotated[Literal["last", "mean"], Option()] = Field(
+        "last", description="Which hidden state stands for a text: of its last token, or the mean of all"
+    )
+    batch_size: Annotated[int, Option()] = Field(16, ge=1, description="Texts per forward pass")
     search_tokens: int = Field(1024, ge=32, description="Tokens a line search or other loss oracle is measured on")
+
+
+class CalibrationSettings(CalibrationTexts):
+    """The same, of a table that DVC versions."""
+
+    rev: str | None = Field("HEAD", description="Git revision DVC reads the table at; null reads the working copy")
 
 
 class MethodChoice(Section):
     """Which compressor plans, and its own settings (`mka methods` lists them)."""
 
-    name: str = "mka"
-    settings: dict[str, Any] = Field(default_factory=dict)
+    name: Annotated[str, Option("--method")] = Field(
+        "mka", description="Who scores and plans; `mka methods` lists them"
+    )
+    settings: Annotated[
+        dict[str, Any],
+        Option("--set", help="A setting of the method, may be repeated; `mka methods --json` lists them"),
+    ] = Field(default_factory=dict, description="Its own settings; `mka methods --json` lists them")
 
 
-class AlignmentSettings(Section):
-    """Refit of merged and kept layers to the base's hidden states, and the texts it is fitted on."""
+class AlignmentFit(Section):
+    """How merged and kept layers are refitted to the base's hidden states, and the texts they are fitted on."""
 
-    enabled: bool = Field(False, description="Refit in closed form while merging")
-    path: Path = Field(Path("data/prepared/alignment.jsonl"), description="JSON lines with `text` and `source` fields")
-    rev: str | None = Field("HEAD", description="Git revision DVC reads the table at; null reads the working copy")
-    tokens: int = Field(32768, ge=256, description="Tokens fitted on, each source by its share of the table")
+    path: Annotated[Path, Option("--alignment-table")] = Field(
+        Path("data/prepared/alignment.jsonl"),
+        description="Texts of the refit, JSON lines with `text` and `source`",
+    )
+    tokens: Annotated[int, Option("--align-tokens")] = Field(
+        32768, ge=256, description="Tokens the refit reads, of each source by its share of the table"
+    )
     context: int = Field(512, ge=16, description="Tokens per calibration window")
     copies: float = Field(
         0.1, ge=0, le=1, description="Windows of random tokens said twice, per window of text; see mka.texts.windows"
@@ -115,14 +137,27 @@ class AlignmentSettings(Section):
         return value
 
 
+class AlignmentSettings(AlignmentFit):
+    """Whether there is a refit, of a table that DVC versions."""
+
+    enabled: Annotated[bool, Option("--align/--no-align")] = Field(
+        False, description="Refit merged and later layers to the base's hidden states while merging"
+    )
+    rev: str | None = Field("HEAD", description="Git revision DVC reads the table at; null reads the working copy")
+
+
 class Target(Section):
     """How much shall go: exactly one of ``layers``, ``layer_ratio``, ``size_ratio``; and what must stay."""
 
-    layers: int | None = Field(None, description="Layers that remain")
-    layer_ratio: float | None = Field(None, gt=0, lt=1, description="1 - layers out / layers in")
-    size_ratio: float | None = Field(None, gt=0, lt=1, description="1 - bytes out / bytes in, before quantization")
-    protect_first: int = Field(2, ge=0, description="Layers at the start that are never touched")
-    protect_last: int = Field(1, ge=0, description="Layers at the end that are never touched")
+    layers: Annotated[int | None, Option()] = Field(None, description="Target: layers that remain")
+    layer_ratio: Annotated[float | None, Option()] = Field(
+        None, gt=0, lt=1, description="Target: share of the layers to remove, 0 to 1"
+    )
+    size_ratio: Annotated[float | None, Option()] = Field(
+        None, gt=0, lt=1, description="Target: share of the bytes to remove before quantization, 0 to 1"
+    )
+    protect_first: Annotated[int, Option()] = Field(2, ge=0, description="First layers never touched")
+    protect_last: Annotated[int, Option()] = Field(1, ge=0, description="Last layers never touched")
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
@@ -135,8 +170,12 @@ class Target(Section):
 class QuantizeSettings(Section):
     """Weight-only rounding of the linear layers, in groups along the input dimension."""
 
-    scheme: Literal["off", "int8", "int4"] = "off"
-    group_size: int = Field(64, ge=8, description="Weights that share one scale; must divide every input width")
+    scheme: Annotated[Literal["off", "int8", "int4"], Option("--quantize")] = Field(
+        "off", description="Round the linear layers' weights to 8 or 4 bits"
+    )
+    group_size: Annotated[int, Option()] = Field(
+        64, ge=8, description="Weights that share one scale; must divide every layer's input width"
+    )
 
     @field_validator("scheme", mode="before")
     @classmethod
@@ -145,24 +184,41 @@ class QuantizeSettings(Section):
         return "off" if value is False else value
 
 
-class EvaluationSettings(Section):
-    """What base and candidate are measured on, under equal conditions."""
+class Measurement(Section):
+    """What models are measured on beside texts, and how, under equal conditions."""
 
-    text: Path | None = Field(Path("data/prepared/heldout.jsonl"), description="Held-out texts, JSON lines")
-    text_tokens: int = Field(4096, ge=64, description="Tokens of held-out text per source")
-    context: int = Field(512, ge=16, description="Tokens per perplexity window")
-    tasks: dict[str, int | None] = Field(
-        default_factory=dict, description="lm-eval task -> number of items (null: all of them)"
-    )
-    tasks_folder: Path | None = Field(
+    tasks: Annotated[
+        dict[str, int | None],
+        Option(
+            help="A benchmark and how many of its items (all, if not said), e.g. hellaswag=40; may be repeated",
+        ),
+    ] = Field(default_factory=dict, description="lm-eval task -> number of items (null: all of them)")
+    tasks_folder: Annotated[
+        Path | None,
+        Option(metavar="DIR|hub", null="hub", help="Tables of the benchmarks, or `hub` to download them by name"),
+    ] = Field(
         Path("data/prepared/evaluation"), description="Tables of the tasks; null downloads them from the hub by name"
+    )
+    context: Annotated[int, Option()] = Field(512, ge=16, description="Tokens per perplexity window")
+    text_tokens: Annotated[int, Option("--tokens")] = Field(
+        4096, ge=64, description="Most held-out tokens predicted per source"
     )
     overlap_index: Path | None = Field(
         Path("data/prepared/evaluation_texts.jsonl"),
         description="Texts no calibration set may contain; null: only `text`",
     )
     shots: int = Field(0, ge=0, description="Few-shot examples per item")
-    batch_size: int = Field(8, ge=1)
+    batch_size: Annotated[int, Option()] = Field(8, ge=1, description="Sequences per forward pass")
+
+
+class EvaluationSettings(Measurement):
+    """What base and candidate are measured on."""
+
+    # Not a default of commands: what is not there is not measured on.
+    text: Annotated[Path | None, Option(shows_default=False)] = Field(
+        Path("data/prepared/heldout.jsonl"),
+        description="Held-out texts for perplexity: JSON lines with a `text` field, or a .txt file",
+    )
     prompts: tuple[str, ...] = Field(
         ("The capital of France is", "To make a cup of tea, first"), description="Continued greedily, before and after"
     )
@@ -216,7 +272,7 @@ class Recipe(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: GateSettings = GateSettings()
     registry: RegistrySettings = RegistrySettings()
-    seed: int = Field(0, description="Seeds every random choice of the run")
+    seed: Annotated[int, Option()] = Field(0, description="Draws the items of benchmarks and the resamples")
 
     @property
     def registered_name(self) -> str:

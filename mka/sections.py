@@ -1,5 +1,6 @@
 """What every YAML file of the project shares: closed sections, and refusals that name the key."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +14,25 @@ class Section(BaseModel):
     """A part of the recipe: frozen, and closed to keys it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Option:
+    """What makes a field of the recipe an option of commands; stands in its annotation, ``Annotated[int, Option()]``.
+
+    Attributes:
+        name: how it is typed, e.g. "--align/--no-align"; default: the field's name with dashes.
+        metavar: what stands for its value in help; default: by the field's type.
+        help: what help says; default: the field's description.
+        null: the word that is typed for null.
+        shows_default: whether help names the field's default.
+    """
+
+    name: str | None = None
+    metavar: str | None = None
+    help: str | None = None
+    null: str | None = None
+    shows_default: bool = True
 
 
 def explain_validation(error: ValidationError, model: type[BaseModel], where: str) -> str:

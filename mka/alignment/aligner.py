@@ -9,7 +9,7 @@ import torch
 from mka.alignment.lockstep import Alignment
 from mka.alignment.table import find_heldout
 from mka.plan.plan import LayerRecipe
-from mka.recipe import AlignmentSettings
+from mka.recipe import AlignmentFit
 from mka.terminal import show_progress
 from mka.texts.windows import deal_windows, make_copies
 
@@ -21,9 +21,7 @@ PROBE = 0.125
 class Aligner:
     """Aligns plans of one model on one table of texts."""
 
-    def __init__(
-        self, model: Any, tokenizer: Any, texts: Mapping[str, Sequence[str]], settings: AlignmentSettings
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, texts: Mapping[str, Sequence[str]], settings: AlignmentFit) -> None:
         """Cut the windows; the model may be a `mka.model.decoder.Decoder`.
 
         Raises:

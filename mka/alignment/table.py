@@ -8,7 +8,7 @@ from typing import Any
 
 from mka.errors import CalibrationError, RecipeError, nearest
 from mka.model.checkpoint import Checkpoint
-from mka.recipe import AlignmentSettings, ModelSource
+from mka.recipe import AlignmentFit, ModelSource
 from mka.texts.overlap import refuse_overlap
 from mka.texts.rows import digest_texts, read_heldout
 
@@ -26,7 +26,7 @@ class AlignmentTable:
     """
 
     texts: Mapping[str, Sequence[str]]
-    settings: AlignmentSettings
+    settings: AlignmentFit
     windows: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -40,7 +40,7 @@ class AlignmentTable:
         return sum(self.windows.values()) * self.settings.context
 
 
-def open_alignment(path: Path, settings: AlignmentSettings, measured: Iterable[str]) -> AlignmentTable:
+def open_alignment(path: Path, settings: AlignmentFit, measured: Iterable[str]) -> AlignmentTable:
     """Read an alignment table.
 
     Args:
@@ -83,7 +83,7 @@ def fit_windows(table: AlignmentTable, checkpoint: Checkpoint) -> AlignmentTable
     return AlignmentTable(table.texts, settings, windows)
 
 
-def find_heldout(windows: Mapping[str, int], settings: AlignmentSettings) -> str:
+def find_heldout(windows: Mapping[str, int], settings: AlignmentFit) -> str:
     """Return the source the penalty is chosen on: the one named, or the second largest.
 
     Raises:

@@ -9,9 +9,12 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mka.errors import RecipeError
 from mka.recipe import (
+    AlignmentFit,
     AlignmentSettings,
     CalibrationSettings,
+    CalibrationTexts,
     EvaluationSettings,
+    Measurement,
     MethodChoice,
     ModelSource,
     Recipe,
@@ -63,12 +66,10 @@ class TextSource(Section):
         return self
 
 
-class Conditions(EvaluationSettings):
-    """What base and candidates are measured on, alike."""
+class Conditions(Measurement):
+    """How base and candidates are measured, alike."""
 
-    text: None = Field(None, description="Not used here: `texts` names them")
     text_tokens: int = Field(8192, ge=64, description="Most tokens predicted per text")
-    prompts: tuple[str, ...] = ()
     task_targets: tuple[int, ...] = Field((), description="Targets at which the tasks are measured")
 
 
@@ -106,8 +107,8 @@ class BenchRecipe(Section):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     model: ModelSource
-    calibration: CalibrationSettings = CalibrationSettings()
-    alignment: AlignmentSettings = AlignmentSettings()
+    calibration: CalibrationTexts = CalibrationTexts()
+    alignment: AlignmentFit = AlignmentFit()
     protect_first: int = Field(2, ge=0, description="Layers at the start that no method touches")
     protect_last: int = Field(1, ge=0, description="Layers at the end that no method touches")
     targets: tuple[int, ...] = Field(min_length=1, description="Layers that remain")
@@ -147,11 +148,13 @@ class BenchRecipe(Section):
         return Recipe(
             name=f"{self.name}-{re.sub(r'[^a-z0-9._-]+', '-', cell.key.lower()).strip('-')}",
             model=self.model,
-            calibration=self.calibration,
+            calibration=CalibrationSettings(**self.calibration.model_dump(), rev=None),
             method=MethodChoice(name=cell.entry.name, settings=cell.entry.settings),
             target=Target(layers=cell.layers, protect_first=self.protect_first, protect_last=self.protect_last),
-            alignment=self.alignment.model_copy(update={"enabled": cell.aligned}),
-            evaluation=EvaluationSettings.model_validate(self.evaluation.model_dump(exclude={"task_targets"})),
+            alignment=AlignmentSettings(**self.alignment.model_dump(), rev=None, enabled=cell.aligned),
+            evaluation=EvaluationSettings(
+                **self.evaluation.model_dump(exclude={"task_targets"}), text=None, prompts=()
+            ),
             seed=self.seed,
         )
 

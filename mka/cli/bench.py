@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from mka.cli.console import examples, reports
-from mka.cli.options import FILE, find_work
+from mka.cli.models import find_work
+from mka.cli.options import FILE
 from mka.terminal import Outcome, align, quiet_libraries, say
 
 README = Path("README.md")

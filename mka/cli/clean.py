@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mka.cli.console import examples, reports
-from mka.cli.options import FILE, find_work
-from mka.errors import RecipeError
+from mka.cli.models import find_work
+from mka.cli.options import FILE
+from mka.errors import DurationError
 from mka.terminal import Outcome, align
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def read_age(context: click.Context, option: click.Parameter, value: str) -> tim
 
     try:
         return read_duration(value)
-    except RecipeError as error:
+    except DurationError as error:
         raise click.BadParameter(f"{error}.") from None
 
 

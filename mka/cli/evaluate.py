@@ -2,48 +2,27 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mka.cli.console import examples, reports, typed
-from mka.cli.options import (
-    FILE,
-    build_section,
-    combine,
-    evaluation_options,
-    evaluation_values,
-    given,
-    loading_options,
-    open_model,
-)
+from mka.cli.models import open_model
+from mka.cli.options import FILE, Command, build_section, default_of, model_argument, pick, recipe_options
 from mka.errors import RecipeError
 from mka.store.publishing import check_free, write_file
 from mka.terminal import Outcome, align, quiet_libraries
 
 
-@click.command(epilog=examples("mka evaluate ./smollm2-24 --text heldout.jsonl --tasks hellaswag=40 --output new.json"))
-@click.argument("model")
-@combine(
-    evaluation_options,
-    click.option("--batch-size", type=int, metavar="N", help="Sequences per forward pass.  [default: 8]"),
-    click.option("--seed", type=int, default=0, show_default=True, help="Draws the items of a benchmark."),
-    loading_options,
+@click.command(
+    cls=Command,
+    epilog=examples("mka evaluate ./smollm2-24 --text heldout.jsonl --tasks hellaswag=40 --output new.json"),
 )
+@model_argument
+@recipe_options("evaluation.text", "evaluation", "seed", "model")
 @click.option("--output", type=FILE, metavar="FILE", help="Keep the report, JSON; must not exist.")
 @reports
-def evaluate(
-    model: str,
-    text: Path | None,
-    tasks: dict[str, int | None],
-    tasks_folder: str | None,
-    context: int | None,
-    tokens: int | None,
-    batch_size: int | None,
-    seed: int,
-    dtype: str | None,
-    trust_remote_code: bool,
-    output: Path | None,
-) -> Outcome:
+def evaluate(model: str, output: Path | None, asked: dict[str, Any]) -> Outcome:
     """Measure MODEL from disk: perplexity and benchmarks.
 
     Also its speed and a sample of its text. Every figure comes with its n and, as ±, one standard error.
@@ -56,12 +35,12 @@ def evaluate(
 
     if output is not None:
         check_free(output)
-    values = {"text": None} | evaluation_values(text, tasks, tasks_folder, context, tokens)
-    settings = build_section(EvaluationSettings, values | given({"batch_size": batch_size}))
+    settings = build_section(EvaluationSettings, {"text": None} | pick(asked, "evaluation"))
     if settings.text is None and not settings.tasks:
         raise RecipeError("nothing to evaluate on; give --text FILE, --tasks TASK=ITEMS, or both")
     inputs = read_measured(settings, settings.text, settings.tasks_folder)
-    checkpoint, source = open_model(model, dtype, trust_remote_code)
+    seed = asked.get("seed", default_of("seed"))
+    checkpoint, source = open_model(model, asked)
     with quiet_libraries(checkpoint.is_quantized):
         report = measure_checkpoint(
             checkpoint,

@@ -5,7 +5,8 @@ from pathlib import Path
 import click
 
 from mka.cli.console import examples, reports
-from mka.cli.options import model_argument, open_model, output_folder
+from mka.cli.models import open_model
+from mka.cli.options import model_argument, output_folder
 from mka.store.publishing import check_free
 from mka.terminal import Outcome
 
@@ -32,7 +33,7 @@ def export(model: str, form: str, output: Path) -> Outcome:
 
     check_free(output)
     write = get_export(form)
-    checkpoint, _ = open_model(model)
+    checkpoint, _ = open_model(model, {})
     with publish(output, needed_bytes=checkpoint.nbytes) as partial:
         write(checkpoint.path, partial)
     facts = describe_checkpoint(checkpoint) | {"path": str(output)}

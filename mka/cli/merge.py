@@ -7,44 +7,34 @@ from typing import Any
 import click
 
 from mka.cli.console import examples, reports
+from mka.cli.models import open_model
 from mka.cli.options import (
     FILE,
-    alignment_options,
-    alignment_values,
+    Command,
     build_section,
-    combine,
-    given,
-    loading_options,
     model_argument,
-    open_model,
     output_folder,
-    quantize_options,
+    pick,
+    recipe_options,
+    require_align,
 )
 from mka.store.publishing import check_free
 from mka.terminal import Outcome, quiet_libraries
 
 
 @click.command(
+    cls=Command,
     epilog=examples(
         "mka merge ./smollm2 --plan plan.json --quantize int8 --output ./smollm2-24",
         "mka merge ./smollm2 --plan plan.json --align --align-tokens 32768 --output ./smollm2-24",
-    )
+    ),
 )
 @model_argument
 @click.option("--plan", "plan_file", type=FILE, required=True, metavar="FILE", help="What `mka plan` wrote.")
-@combine(alignment_options, quantize_options, loading_options)
+@recipe_options("alignment.enabled", "alignment", "quantize", "model")
 @output_folder
 @reports
-def merge(
-    model: str,
-    plan_file: Path,
-    quantize: str | None,
-    group_size: int | None,
-    output: Path,
-    dtype: str | None,
-    trust_remote_code: bool,
-    **options: Any,
-) -> Outcome:
+def merge(model: str, plan_file: Path, output: Path, asked: dict[str, Any]) -> Outcome:
     """Write the model that a plan makes of MODEL.
 
     It becomes a stock folder that transformers loads: written aside, loaded as a stranger would load it, and renamed
@@ -65,13 +55,12 @@ def merge(
     from mka.transforms.rtn import check_group_size
 
     check_free(output)
-    settings = build_section(QuantizeSettings, given({"scheme": quantize, "group_size": group_size}))
-    fitting = build_section(AlignmentSettings, {"rev": None} | alignment_values(**options))
-    if not fitting.enabled and any(options.values()):
-        raise click.UsageError("--align-tokens and --alignment-table go with --align.")
+    settings = build_section(QuantizeSettings, pick(asked, "quantize"))
+    fitting = build_section(AlignmentSettings, {"rev": None} | pick(asked, "alignment"))
+    require_align(fitting.enabled, asked)
     made = MergePlan.load(plan_file)
     table = open_alignment(fitting.path, fitting, ()) if fitting.enabled else None
-    base, source = open_model(model, dtype, trust_remote_code)
+    base, source = open_model(model, asked)
     check_plan_fits(made, base)
     check_alignable(made, fitting.enabled)
     folds = load_folds(made, plan_file)

@@ -6,34 +6,20 @@ from typing import Any
 import click
 
 from mka.cli.console import examples, reports
-from mka.cli.options import (
-    CALIBRATION,
-    FILE,
-    build_section,
-    combine,
-    given,
-    loading_options,
-    model_argument,
-    observation_options,
-    open_model,
-)
+from mka.cli.models import open_model
+from mka.cli.options import FILE, Command, build_section, model_argument, pick, recipe_options
 from mka.store.publishing import check_free, write_file
 from mka.terminal import Outcome, quiet_libraries
 
 
-@click.command(epilog=examples("mka observe ./smollm2 --calibration texts.jsonl --output states.safetensors"))
-@model_argument
-@click.option("--calibration", type=FILE, default=CALIBRATION, show_default=True, help="Texts the model reads.")
-@combine(
-    observation_options,
-    click.option("--batch-size", type=int, help="Texts per forward pass.  [default: 16]"),
-    loading_options,
+@click.command(
+    cls=Command, epilog=examples("mka observe ./smollm2 --calibration texts.jsonl --output states.safetensors")
 )
+@model_argument
+@recipe_options("calibration", "model")
 @click.option("--output", type=FILE, required=True, metavar="FILE", help="Hidden states, safetensors; must not exist.")
 @reports
-def observe(
-    model: str, calibration: Path, output: Path, dtype: str | None, trust_remote_code: bool, **options: Any
-) -> Outcome:
+def observe(model: str, output: Path, asked: dict[str, Any]) -> Outcome:
     """Run MODEL over calibration texts, keep hidden states.
 
     One forward pass gives one vector per layer and text. MODEL is a folder, a hub id org/name[@revision], or
@@ -45,9 +31,9 @@ def observe(
     from mka.texts.calibration import load_calibration
 
     check_free(output)
-    settings = build_section(CalibrationSettings, {"path": calibration, "rev": None} | given(options))
-    texts = load_calibration(calibration, settings.samples)
-    checkpoint, source = open_model(model, dtype, trust_remote_code)
+    settings = build_section(CalibrationSettings, {"rev": None} | pick(asked, "calibration"))
+    texts = load_calibration(settings.path, settings.samples)
+    checkpoint, source = open_model(model, asked)
     with quiet_libraries():
         states = observe_checkpoint(checkpoint, texts, settings, source)
     write_file(output, states.save)

@@ -1,33 +1,168 @@
-"""Options that commands share, and how their values are read."""
+"""Options of the command line, made from the fields of the recipe's sections, and how their values are read."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
+from click.core import ParameterSource
 
 from mka.errors import RecipeError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
 
-    from mka.model.checkpoint import Checkpoint
-    from mka.recipe import ModelSource
+    from mka.sections import Option
 
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 Section = TypeVar("Section", bound="BaseModel")
 
 FILE = click.Path(path_type=Path)
-CALIBRATION = Path("data/prepared/calibration.jsonl")
-HELDOUT = Path("data/prepared/heldout.jsonl")
-TASKS_FOLDER = Path("data/prepared/evaluation")
 
 model_argument = click.argument("model")
 output_folder = click.option(
     "--output", type=FILE, required=True, metavar="DIR", help="Folder to write; must not exist."
 )
+recipe_option = click.option(
+    "--recipe", "recipe_file", type=FILE, metavar="FILE", help="A recipe, YAML; recipes/ has one."
+)
+
+
+class Command(click.Command):
+    """A command whose options of the recipe are made when it is used, so that only it pays for importing the recipe.
+
+    What was typed of them reaches the command's function as ``asked``: dotted key of the recipe -> value.
+    """
+
+    _entries: Sequence[Any]
+    _made: list[click.Parameter] | None
+
+    @property
+    def params(self) -> list[click.Parameter]:
+        """Arguments and options in the order of the help page."""
+        if self._made is None:
+            self._made = [
+                option
+                for entry in self._entries
+                for option in ([entry] if isinstance(entry, click.Parameter) else entry())
+            ]
+        return self._made
+
+    @params.setter
+    def params(self, entries: list[Any]) -> None:
+        self._entries, self._made = entries, None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        options = [option for option in self.params if isinstance(option, RecipeOption)]
+        values = {option: ctx.params.pop(str(option.name)) for option in options}
+        if options:
+            ctx.params["asked"] = {
+                option.key: value
+                for option, value in values.items()
+                if ctx.get_parameter_source(str(option.name)) is not ParameterSource.DEFAULT
+            }
+        return super().invoke(ctx)
+
+
+class RecipeOption(click.Option):
+    """An option that sets a key of the recipe."""
+
+    def __init__(self, key: str, names: Sequence[str], **attributes: Any) -> None:
+        """Remember the dotted key."""
+        super().__init__([*names, key.replace(".", "__")], **attributes)
+        self.key = key
+
+
+def recipe_options(
+    *places: str, leave_out: Sequence[str] = (), help: Mapping[str, str] | None = None
+) -> Callable[[Function], Function]:
+    """Give a command the options of some places in the recipe; its class has to be `Command`.
+
+    Args:
+        places: dotted keys of fields, or of sections for all of their fields that have an `mka.sections.Option`; what
+            is named twice keeps its first place.
+        leave_out: keys of sections named that shall be no option of this command.
+        help: key -> what this command says of it, in place of the field's description and default.
+    """
+
+    def make() -> list[RecipeOption]:
+        keys = dict.fromkeys(key for place in places for key in list_keys(place) if key not in leave_out)
+        return [make_option(key, (help or {}).get(key)) for key in keys]
+
+    def decorate(function: Function) -> Function:
+        # Where click's own decorators keep theirs until the command is made.
+        function.__dict__.setdefault("__click_params__", []).append(make)
+        return function
+
+    return decorate
+
+
+def list_keys(place: str) -> list[str]:
+    """Return the dotted keys of a section's fields that are options, or the key itself if it is no section's."""
+    annotation: Any = find_field(place).annotation
+    if not hasattr(annotation, "model_fields"):
+        return [place]
+    return [f"{place}.{name}" for name, field in annotation.model_fields.items() if find_marker(field)]
+
+
+def find_field(key: str) -> "FieldInfo":
+    """Return the field of the recipe at a dotted key."""
+    from mka.recipe import Recipe
+
+    section: Any = Recipe
+    *parents, name = key.split(".")
+    for parent in parents:
+        section = section.model_fields[parent].annotation
+    return section.model_fields[name]
+
+
+def find_marker(field: "FieldInfo") -> "Option | None":
+    """Return how a field is typed on the command line; None if it is not."""
+    from mka.sections import Option
+
+    return next((item for item in field.metadata if isinstance(item, Option)), None)
+
+
+def make_option(key: str, help: str | None = None) -> RecipeOption:
+    """Make the option of one key: name, type, default and help are those of the field."""
+    field, default = find_field(key), default_of(key)
+    marker = find_marker(field)
+    assert marker is not None, f"{key} has no Option in mka/recipe.py"
+    attributes = read_type(field.annotation)
+    if marker.metavar is not None:
+        attributes["metavar"] = marker.metavar
+    if marker.null is not None:
+        attributes["callback"] = lambda context, option, value: None if str(value) == marker.null else value
+    name = marker.name or f"--{key.rpartition('.')[2].replace('_', '-')}"
+    if help is None:
+        shown = marker.shows_default and default not in (None, {}) and (default is not False or "/" in name)
+        default = {True: "yes", False: "no"}[default] if isinstance(default, bool) else default
+        help = f"{marker.help or field.description}." + (f"  [default: {default}]" if shown else "")
+    return RecipeOption(key, [name], help=help, **attributes)
+
+
+def read_type(annotation: Any) -> dict[str, Any]:
+    """Return what click has to know to read values of a field's type."""
+    if get_origin(annotation) in (Union, UnionType):
+        (annotation,) = (kind for kind in get_args(annotation) if kind is not NoneType)
+    if get_origin(annotation) is Literal:
+        return {"type": click.Choice(get_args(annotation))}
+    if get_origin(annotation) is dict:
+        if get_args(annotation)[1] is Any:
+            return {"multiple": True, "metavar": "KEY=VALUE", "callback": read_settings}
+        return {"multiple": True, "metavar": "TASK[=ITEMS]", "callback": read_tasks}
+    kinds: dict[type, dict[str, Any]] = {
+        bool: {"is_flag": True},
+        int: {"type": int, "metavar": "N"},
+        float: {"type": float, "metavar": "R"},
+        Path: {"type": FILE, "metavar": "FILE"},
+        str: {"type": str, "metavar": "NAME"},
+    }
+    return kinds[annotation]
 
 
 def read_settings(context: click.Context, option: click.Parameter, values: Sequence[str]) -> dict[str, Any]:
@@ -57,129 +192,14 @@ def read_tasks(context: click.Context, option: click.Parameter, values: Sequence
     return tasks
 
 
-def combine(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Make one decorator of several, shown in the order given."""
-
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
+def pick(asked: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """Return what was typed for a section of the recipe: field -> value."""
+    return {key.removeprefix(f"{section}."): value for key, value in asked.items() if key.startswith(f"{section}.")}
 
 
-_DTYPES = click.Choice(["float32", "bfloat16", "float16"])
-loading_options = combine(
-    click.option("--dtype", type=_DTYPES, help="Precision of forward passes.  [default: float32]"),
-    click.option(
-        "--trust-remote-code",
-        is_flag=True,
-        help="Run Python code that comes with the model. Only for models you trust.",
-    ),
-)
-observation_options = combine(
-    click.option("--samples", type=int, help="Calibration texts taken, in the file's order.  [default: 256]"),
-    click.option("--max-tokens", type=int, help="Tokens kept of each calibration text.  [default: 64]"),
-    click.option(
-        "--pooling",
-        type=click.Choice(["last", "mean"]),
-        help="Which hidden state stands for a text: of its last token, or the mean of all.  [default: last]",
-    ),
-)
-target_options = combine(
-    click.option("--layers", type=int, metavar="N", help="Target: layers that remain."),
-    click.option("--layer-ratio", type=float, metavar="R", help="Target: share of the layers to remove, 0 to 1."),
-    click.option(
-        "--size-ratio",
-        type=float,
-        metavar="R",
-        help="Target: share of the bytes to remove before quantization, 0 to 1.",
-    ),
-    click.option("--protect-first", type=int, metavar="N", help="First layers never touched.  [default: 2]"),
-    click.option("--protect-last", type=int, metavar="N", help="Last layers never touched.  [default: 1]"),
-)
-recipe_option = click.option(
-    "--recipe", "recipe_file", type=FILE, metavar="FILE", help="A recipe, YAML; recipes/ has one."
-)
-set_option = click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="KEY=VALUE",
-    callback=read_settings,
-    help="A setting of the method, may be repeated; `mka methods --json` lists them.",
-)
-quantize_options = combine(
-    click.option(
-        "--quantize",
-        type=click.Choice(["off", "int8", "int4"]),
-        help="Round the linear layers' weights to 8 or 4 bits.  [default: off]",
-    ),
-    click.option(
-        "--group-size",
-        type=int,
-        metavar="N",
-        help="Weights that share one scale; must divide every layer width.  [default: 64]",
-    ),
-)
-alignment_options = combine(
-    click.option(
-        "--align/--no-align",
-        default=None,
-        help="Refit merged and later layers to the base's hidden states while merging.  [default: no]",
-    ),
-    click.option("--align-tokens", type=int, metavar="N", help="Tokens the refit reads.  [default: 32768]"),
-    click.option(
-        "--alignment-table",
-        type=FILE,
-        metavar="FILE",
-        help="Texts of the refit, JSON lines with `text` and `source`.  [default: data/prepared/alignment.jsonl]",
-    ),
-)
-evaluation_options = combine(
-    click.option(
-        "--text", type=FILE, help="Held-out texts for perplexity: JSON lines with a `text` field, or a .txt file."
-    ),
-    click.option(
-        "--tasks",
-        multiple=True,
-        metavar="TASK[=ITEMS]",
-        callback=read_tasks,
-        help="A benchmark and how many of its items (all, if not said), e.g. hellaswag=40; may be repeated.",
-    ),
-    click.option(
-        "--tasks-folder",
-        metavar="DIR|hub",
-        help=f"Tables of the benchmarks, or `hub` to download them by name.  [default: {TASKS_FOLDER}]",
-    ),
-    click.option("--context", type=int, metavar="N", help="Tokens per perplexity window.  [default: 512]"),
-    click.option("--tokens", type=int, metavar="N", help="Most held-out tokens predicted per source.  [default: 4096]"),
-)
-
-
-def given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep what was given on the command line; the rest is left to the defaults of the recipe."""
-    return {key: value for key, value in values.items() if value is not None and value != {} and value is not False}
-
-
-def alignment_values(align: bool | None, align_tokens: int | None, alignment_table: Path | None) -> dict[str, Any]:
-    """Name the alignment options as the recipe does."""
-    values = {"enabled": align, "tokens": align_tokens, "path": alignment_table}
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def evaluation_values(
-    text: Path | None,
-    tasks: Mapping[str, int | None],
-    tasks_folder: str | None,
-    context: int | None,
-    tokens: int | None,
-) -> dict[str, Any]:
-    """Name the evaluation options as the recipe does."""
-    values = given({"text": text, "tasks": tasks, "context": context, "text_tokens": tokens})
-    if tasks_folder is not None:
-        values["tasks_folder"] = None if tasks_folder == "hub" else tasks_folder
-    return values
+def default_of(key: str) -> Any:
+    """Return the default of a dotted key of the recipe."""
+    return find_field(key).get_default(call_default_factory=True)
 
 
 def build_section(section: type[Section], values: Mapping[str, Any]) -> Section:
@@ -198,31 +218,11 @@ def build_section(section: type[Section], values: Mapping[str, Any]) -> Section:
         raise RecipeError(explain_validation(error, section, "options")) from None
 
 
-def find_work() -> Path:
-    """Return the work folder: ``MKA_WORK``, or ``data/work`` here."""
-    return Path(os.environ.get("MKA_WORK", "data/work"))
-
-
-def name_source(model: str, dtype: str | None = None, trust_remote_code: bool = False) -> "ModelSource":
-    """Read MODEL and how to load it.
+def require_align(enabled: bool, asked: Mapping[str, Any]) -> None:
+    """Refuse options of an alignment that would go unused.
 
     Raises:
-        CheckpointError: if it names no model.
+        UsageError: if nothing is aligned and they were typed.
     """
-    from mka.sources.fetch import parse_model
-
-    return parse_model(model).model_copy(update=given({"dtype": dtype, "trust_remote_code": trust_remote_code}))
-
-
-def open_model(
-    model: str, dtype: str | None = None, trust_remote_code: bool = False
-) -> tuple["Checkpoint", "ModelSource"]:
-    """Fetch and open MODEL.
-
-    Raises:
-        CheckpointError: if it cannot be had, is damaged, inconsistent or unsupported.
-    """
-    from mka.pipeline.job import fetch_base
-
-    source = name_source(model, dtype, trust_remote_code)
-    return fetch_base(source, find_work())[0], source
+    if not enabled and pick(asked, "alignment").keys() - {"enabled"}:
+        raise click.UsageError("--align-tokens and --alignment-table go with --align.")

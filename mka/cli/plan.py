@@ -7,45 +7,26 @@ from typing import Any
 import click
 
 from mka.cli.console import examples, reports
-from mka.cli.options import (
-    CALIBRATION,
-    FILE,
-    build_section,
-    combine,
-    given,
-    loading_options,
-    model_argument,
-    observation_options,
-    open_model,
-    set_option,
-    target_options,
-)
+from mka.cli.models import open_model
+from mka.cli.options import FILE, Command, build_section, model_argument, pick, recipe_options
 from mka.errors import PlanError, RecipeError
 from mka.store.publishing import check_free, write_file
 from mka.terminal import Outcome, quiet_libraries
 
 
-@click.command(epilog=examples("mka plan ./smollm2 --scores scores.json --layers 24 --output plan.json"))
+@click.command(cls=Command, epilog=examples("mka plan ./smollm2 --scores scores.json --layers 24 --output plan.json"))
 @model_argument
 @click.option("--scores", type=FILE, metavar="FILE", help="What `mka score` wrote; its method plans.")
-@click.option("--method", help="Who plans without scores, e.g. reference_code.")
-@target_options
-@set_option
-@click.option("--calibration", type=FILE, metavar="FILE", help="Texts, if settings make the method look again.")
-@combine(observation_options, loading_options)
+@recipe_options(
+    *("method.name", "target", "method.settings", "calibration", "model"),
+    help={
+        "method.name": "Who plans without scores, e.g. reference_code.",
+        "calibration.path": "Texts, if settings make the method look again.",
+    },
+)
 @click.option("--output", type=FILE, required=True, metavar="FILE", help="Plan, JSON; must not exist.")
 @reports
-def plan(
-    model: str,
-    scores: Path | None,
-    method: str | None,
-    settings: dict[str, Any],
-    calibration: Path | None,
-    output: Path,
-    dtype: str | None,
-    trust_remote_code: bool,
-    **options: Any,
-) -> Outcome:
+def plan(model: str, scores: Path | None, output: Path, asked: dict[str, Any]) -> Outcome:
     """Decide which layers of MODEL become one.
 
     Give one target: --layers, --layer-ratio or --size-ratio. With --set selection=iterative or weights=line-search
@@ -63,21 +44,21 @@ def plan(
     from mka.transforms.fold import bind_folds, folds_path, serialise_folds
 
     check_free(output)
-    observation = {key: options.pop(key) for key in ("samples", "max_tokens", "pooling")}
-    target = build_section(Target, given(options))
+    target = build_section(Target, pick(asked, "target"))
     scored = LayerScores.load(scores) if scores else None
-    planner = resolve_method(MethodChoice(name=method or (scored.method if scored else "mka"), settings=settings))
+    choice = build_section(MethodChoice, ({"name": scored.method} if scored else {}) | pick(asked, "method"))
+    planner = resolve_method(choice)
     if scored is not None:
         if scored.method != planner.name:
             raise PlanError(f"{scores} was scored by {scored.method!r}, not by {planner.name!r}; score again")
-        if stale := sorted(settings.keys() - planner.method.plan_settings):
+        if stale := sorted(choice.settings.keys() - planner.method.plan_settings):
             raise RecipeError(f"setting {stale[0]!r} decides the scores; give it to mka score and score again")
-        planner = resolve_method(MethodChoice(name=planner.name, settings={**scored.settings, **settings}))
+        planner = resolve_method(MethodChoice(name=planner.name, settings={**scored.settings, **choice.settings}))
     elif planner.method.score is not None:
         raise RecipeError(f"method {planner.name!r} plans from scores; run mka score and give --scores FILE")
-    looking = build_section(CalibrationSettings, {"path": calibration or CALIBRATION} | given(observation))
-    texts = load_calibration(calibration, looking.samples) if calibration else None
-    checkpoint, source = open_model(model, dtype, trust_remote_code)
+    looking = build_section(CalibrationSettings, pick(asked, "calibration"))
+    texts = load_calibration(looking.path, looking.samples) if "calibration.path" in asked else None
+    checkpoint, source = open_model(model, asked)
     aim = resolve_aim(target, checkpoint)
     with quiet_libraries():
         oracles = open_oracles(planner.name, planner.needs, planner.settings, checkpoint, texts, looking, source)

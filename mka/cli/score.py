@@ -7,27 +7,23 @@ from typing import Any
 import click
 
 from mka.cli.console import examples, reports
-from mka.cli.options import (
-    FILE,
-    model_argument,
-    open_model,
-    set_option,
-)
+from mka.cli.models import open_model
+from mka.cli.options import FILE, Command, build_section, model_argument, pick, recipe_options
 from mka.errors import RecipeError
 from mka.store.publishing import check_free, write_file
 from mka.terminal import Outcome, align
 
 
 @click.command(
-    epilog=examples("mka score ./smollm2 --states states.safetensors --set coordinates=3 --output scores.json")
+    cls=Command,
+    epilog=examples("mka score ./smollm2 --states states.safetensors --set coordinates=3 --output scores.json"),
 )
 @model_argument
 @click.option("--states", type=FILE, required=True, metavar="FILE", help="What `mka observe` wrote.")
-@click.option("--method", default="mka", show_default=True, help="Who scores; `mka methods` lists them.")
-@set_option
+@recipe_options("method")
 @click.option("--output", type=FILE, required=True, metavar="FILE", help="Scores, JSON; must not exist.")
 @reports
-def score(model: str, states: Path, method: str, settings: dict[str, Any], output: Path) -> Outcome:
+def score(model: str, states: Path, output: Path, asked: dict[str, Any]) -> Outcome:
     """Score how similar or important MODEL's layers are.
 
     What a high score means is printed with the scores; which kind it is depends on the method.
@@ -38,11 +34,13 @@ def score(model: str, states: Path, method: str, settings: dict[str, Any], outpu
     from mka.recipe import MethodChoice
 
     check_free(output)
-    planner = resolve_method(MethodChoice(name=method, settings=settings))
+    planner = resolve_method(build_section(MethodChoice, pick(asked, "method")))
     if planner.method.score is None:
-        raise RecipeError(f"method {method!r} scores nothing; go on with mka plan {model} --method {method}")
+        raise RecipeError(
+            f"method {planner.name!r} scores nothing; go on with mka plan {model} --method {planner.name}"
+        )
     observed = HiddenStates.load(states)
-    scores = score_layers(planner, open_model(model)[0], observed)
+    scores = score_layers(planner, open_model(model, asked)[0], observed)
     assert scores is not None
     write_file(output, scores.save)
     if scores.values.ndim == 2:

@@ -24,8 +24,9 @@ from mka.corpora.raw_sets import (
 )
 from mka.corpora.sampling import assign_room, collect_rows, keep_apart, shuffle_rows, take_rows
 from mka.errors import MkaError
+from mka.store.publishing import write_text
 from mka.texts.overlap import refuse_overlap
-from mka.texts.rows import read_rows, read_texts, text_digest, write_rows
+from mka.texts.rows import format_rows, read_rows, read_texts, text_digest
 
 
 def build_calibration(raw: Path, target: Path, params: Params) -> None:
@@ -53,7 +54,7 @@ def build_calibration(raw: Path, target: Path, params: Params) -> None:
         mmlu += collect_rows("mmlu", f"mmlu/{subject}/validation", texts, params.calibration.min_chars)
     rows = take_rows(mmlu, params.calibration.mmlu, params.seed, "calibration.mmlu")
     rows += take_rows(boolq, params.calibration.boolq, params.seed, "calibration.boolq")
-    write_rows(target, shuffle_rows(rows, params.seed))
+    write_text(target, format_rows(shuffle_rows(rows, params.seed)))
 
 
 def build_heldout(raw: Path, target: Path, params: Params) -> None:
@@ -68,7 +69,7 @@ def build_heldout(raw: Path, target: Path, params: Params) -> None:
     boolq = collect_rows("boolq", "boolq/validation", passages, counts.min_chars)
     sciq = collect_rows("sciq", "sciq/validation", supports, counts.min_chars)
     rows = take_rows(boolq, counts.boolq, params.seed, "heldout.boolq")
-    write_rows(target, rows + take_rows(sciq, counts.sciq, params.seed, "heldout.sciq"))
+    write_text(target, format_rows(rows + take_rows(sciq, counts.sciq, params.seed, "heldout.sciq")))
 
 
 def build_heldout_drop(raw: Path, target: Path, params: Params) -> None:
@@ -84,7 +85,7 @@ def build_heldout_drop(raw: Path, target: Path, params: Params) -> None:
     passages = [doc["passage"] for doc in read_requests(raw, "drop")]
     rows = collect_rows("drop", "requests/drop", passages, params.heldout_drop.min_chars)
     free = [row for row in rows if is_free(row["text"])]
-    write_rows(target, take_rows(free, params.heldout_drop.drop, params.seed, "heldout_drop.drop"))
+    write_text(target, format_rows(take_rows(free, params.heldout_drop.drop, params.seed, "heldout_drop.drop")))
 
 
 def build_evaluation(raw: Path, prepared: Path, params: Params) -> None:
@@ -107,13 +108,13 @@ def build_evaluation(raw: Path, prepared: Path, params: Params) -> None:
                 if assign_room(row["passage"], params.seed) == "evaluation"
             ]
         rows = shuffle_rows(rows, params.seed)[: params.evaluation.items]
-        write_rows(folder / f"{task}.jsonl", rows)
+        write_text(folder / f"{task}.jsonl", format_rows(rows))
         texts += [_text_row(task, str(i), field, row[field]) for i, row in enumerate(rows) for field in fields]
     for subject in read_subjects(raw):
         test = shuffle_rows(read_set(raw, f"mmlu/{subject}/test"), params.seed)[: params.evaluation.mmlu_test]
         dev = read_set(raw, f"mmlu/{subject}/dev")[: params.evaluation.mmlu_dev]
         for split, rows in (("test", test), ("dev", dev)):
-            write_rows(folder / "mmlu" / f"{subject}.{split}.jsonl", rows)
+            write_text(folder / "mmlu" / f"{subject}.{split}.jsonl", format_rows(rows))
             for i, row in enumerate(rows):
                 name = f"mmlu_{subject}"
                 texts.append(_text_row(name, f"{split}/{i}", "question", row["question"]))
@@ -123,7 +124,7 @@ def build_evaluation(raw: Path, prepared: Path, params: Params) -> None:
             texts.append(_text_row("heldout", row["id"], "text", row["text"]))
     for table in ("calibration.jsonl", "alignment.jsonl"):
         refuse_overlap(read_texts(prepared / table), [row["text"] for row in texts])
-    write_rows(prepared / "evaluation_texts.jsonl", texts)
+    write_text(prepared / "evaluation_texts.jsonl", format_rows(texts))
 
 
 def _text_row(task: str, item: str, field: str, text: str) -> Row:

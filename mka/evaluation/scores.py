@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from mka.errors import RecipeError
+from mka.errors import ReportError
 
 FORMAT = "mka-evaluation/1"
 
@@ -78,9 +78,9 @@ def read_report(path: Path) -> "EvalReport":
     """Read an evaluation report.
 
     Raises:
-        RecipeError: if the file is none.
+        ReportError: if the file is none.
     """
     try:
         return EvalReport.load(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RecipeError(f"{path} is not a report of mka evaluate ({type(error).__name__}: {error})") from None
+        raise ReportError(f"{path} is not a report of mka evaluate ({type(error).__name__}: {error})") from None

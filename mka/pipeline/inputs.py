@@ -9,7 +9,7 @@ from mka.alignment.table import AlignmentTable, open_alignment
 from mka.errors import RecipeError
 from mka.evaluation.tasks import check_tasks
 from mka.methods import Planner
-from mka.recipe import EvaluationSettings, Recipe
+from mka.recipe import Measurement, Recipe
 from mka.store.sums import file_sha256
 from mka.texts.calibration import CalibrationSet, load_calibration
 from mka.texts.overlap import refuse_overlap
@@ -56,9 +56,7 @@ def read_inputs(recipe: Recipe, planner: Planner, *, evaluate: bool = True) -> I
     return replace(measured, calibration=calibration, alignment=alignment)
 
 
-def read_measured(
-    settings: EvaluationSettings, text: Path | None, tasks_folder: Path | None, evaluate: bool = True
-) -> Inputs:
+def read_measured(settings: Measurement, text: Path | None, tasks_folder: Path | None, evaluate: bool = True) -> Inputs:
     """Read and digest what base and candidate are measured on.
 
     Args:
@@ -79,9 +77,7 @@ def read_measured(
     return Inputs(heldout=heldout, tasks=settings.tasks, tasks_folder=tasks_folder, digests=digests)
 
 
-def check_evaluation(
-    settings: EvaluationSettings, text: Path | None, tasks_folder: Path | None
-) -> dict[str, list[str]]:
+def check_evaluation(settings: Measurement, text: Path | None, tasks_folder: Path | None) -> dict[str, list[str]]:
     """Read the held-out texts and check tasks and their tables; returns source -> texts.
 
     Refusals are those of `read_measured`.
@@ -110,7 +106,7 @@ def task_tables(folder: Path, task: str) -> list[Path]:
     return [folder / name] if (folder / name).is_file() else []
 
 
-def _task_texts(settings: EvaluationSettings) -> Iterator[str]:
+def _task_texts(settings: Measurement) -> Iterator[str]:
     """Texts of the tasks that calibration must not contain."""
     if settings.overlap_index is not None and settings.overlap_index.is_file():
         yield from read_texts(settings.overlap_index)

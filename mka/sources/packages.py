@@ -13,43 +13,40 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from mka.errors import CheckpointError, MkaError, OutputError
+from mka.errors import OutputError, PackageError
 from mka.store.sums import file_sha256
 
 REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9._+!-]*)")
 
 
-def split_requirement(requirement: str, error: type[MkaError] = CheckpointError) -> tuple[str, str]:
+def split_requirement(requirement: str) -> tuple[str, str]:
     """Split a pinned requirement ``NAME==VERSION``.
 
     Raises:
-        MkaError: of class ``error``, if it is not of that form.
+        PackageError: if it is not of that form.
     """
     match = REQUIREMENT.fullmatch(requirement)
     if match is None:
-        raise error(f"package must be pinned as NAME==VERSION, got {requirement!r}")
+        raise PackageError(f"package must be pinned as NAME==VERSION, got {requirement!r}")
     return match["name"], match["version"]
 
 
-def fetch_package(
-    requirement: str, folder: Path, sha256: str | None = None, error: type[MkaError] = CheckpointError
-) -> Path:
+def fetch_package(requirement: str, folder: Path, sha256: str | None = None) -> Path:
     """Download the wheel of a pinned package, or find it already there.
 
     Args:
         requirement: ``NAME==VERSION``.
         folder: where wheels are kept; made if absent.
         sha256: expected digest of the wheel, 64 hex digits; without one, zip's own checksums are all that is checked.
-        error: the class raised, which says what the package was wanted for.
 
     Returns:
         The wheel, inside ``folder``.
 
     Raises:
-        MkaError: of class ``error``, if the download fails or its digest is not the expected one.
+        PackageError: if the download fails or its digest is not the expected one.
         OutputError: if ``folder`` cannot be written.
     """
-    name, version = split_requirement(requirement, error)
+    name, version = split_requirement(requirement)
     with _output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         stem = re.sub(r"[-_.]+", "_", name)
@@ -57,27 +54,26 @@ def fetch_package(
             if wheel.name.lower().startswith(f"{stem}-{version}-".lower()) and _is_intact(wheel, sha256):
                 return wheel
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as aside:
-            _download(requirement, Path(aside), error)
+            _download(requirement, Path(aside))
             wheels = list(Path(aside).glob("*.whl"))
             if len(wheels) != 1:
-                raise error(f"package {requirement}: expected one wheel, pip left {len(wheels)}")
+                raise PackageError(f"package {requirement}: expected one wheel, pip left {len(wheels)}")
             found = file_sha256(wheels[0])
             if sha256 is not None and found != sha256:
-                raise error(f"package {requirement}: expected sha256 {sha256}, found {found}; check the pin")
+                raise PackageError(f"package {requirement}: expected sha256 {sha256}, found {found}; check the pin")
             return wheels[0].replace(folder / wheels[0].name)
 
 
-def extract(wheel: Path, prefix: str, folder: Path, error: type[MkaError] = CheckpointError) -> list[Path]:
+def extract(wheel: Path, prefix: str, folder: Path) -> list[Path]:
     """Unzip the members of ``wheel`` whose names start with ``prefix``.
 
     Args:
         wheel: a wheel or any other zip file.
         prefix: a folder inside it with its final slash, or one member's full name.
         folder: receives the members, named from the last slash of ``prefix`` on.
-        error: the class raised.
 
     Raises:
-        MkaError: of class ``error``, if the file is damaged, has no such member, or a member's path leaves ``folder``.
+        PackageError: if the file is damaged, has no such member, or a member's path leaves ``folder``.
         OutputError: if ``folder`` cannot be written.
     """
     base = prefix.rpartition("/")[0]
@@ -88,34 +84,36 @@ def extract(wheel: Path, prefix: str, folder: Path, error: type[MkaError] = Chec
             for item in members:
                 name = PurePosixPath(item.filename[len(base) + 1 if base else 0 :])
                 if name.is_absolute() or ".." in name.parts:
-                    raise error(f"{wheel.name}: member {item.filename!r} would be written outside {folder}; refused")
+                    raise PackageError(
+                        f"{wheel.name}: member {item.filename!r} would be written outside {folder}; refused"
+                    )
                 target = folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(item) as source, target.open("wb") as sink:
                     shutil.copyfileobj(source, sink, 1 << 20)
                 written.append(target)
     except (zipfile.BadZipFile, zlib.error, EOFError) as problem:
-        raise error(f"{wheel} is damaged ({problem}); delete it and run again") from None
+        raise PackageError(f"{wheel} is damaged ({problem}); delete it and run again") from None
     if not written:
-        raise error(f"{wheel.name} holds nothing under {prefix!r}; check the package's version")
+        raise PackageError(f"{wheel.name} holds nothing under {prefix!r}; check the package's version")
     return written
 
 
-def read_blocks(wheel: Path, member: str, error: type[MkaError] = CheckpointError) -> Iterator[bytes]:
+def read_blocks(wheel: Path, member: str) -> Iterator[bytes]:
     """Yield one member's content, a megabyte at a time.
 
     Raises:
-        MkaError: of class ``error``, if the file is damaged.
+        PackageError: if the file is damaged.
     """
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
             while block := source.read(1 << 20):
                 yield block
     except (zipfile.BadZipFile, zlib.error, EOFError) as problem:
-        raise error(f"{wheel} is damaged ({problem}); delete it and run again") from None
+        raise PackageError(f"{wheel} is damaged ({problem}); delete it and run again") from None
 
 
-def _download(requirement: str, folder: Path, error: type[MkaError]) -> None:
+def _download(requirement: str, folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -126,7 +124,7 @@ def _download(requirement: str, folder: Path, error: type[MkaError]) -> None:
         lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
         errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
         reason = (errors or lines or [f"pip ended with code {result.returncode}"])[-1]
-        raise error(f"package {requirement} cannot be downloaded: {reason}")
+        raise PackageError(f"package {requirement} cannot be downloaded: {reason}")
 
 
 def _is_intact(wheel: Path, sha256: str | None) -> bool:

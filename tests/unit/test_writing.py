@@ -3,8 +3,12 @@
 import errno
 import hashlib
 import json
+import re
 import shutil
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +21,7 @@ from mka.model.checkpoint import open_checkpoint
 from mka.model.shards import write_tensors
 from mka.model.tensors import TensorInfo
 from mka.plan.plan import MergePlan, keep_layers
-from mka.store.publishing import publish
+from mka.store.publishing import publish, replace_file, write_bytes, write_file, write_text
 from mka.transforms.merge import merge_checkpoint
 
 MODEL = "model.safetensors"
@@ -250,3 +254,90 @@ def test_sizes_follow_dtype_and_shape():
     assert (info.parameters, info.nbytes) == (12, 24)
     assert TensorInfo("t", "", "F32", ()).nbytes == 4
     assert TensorInfo("t", "", "I8", (0, 4)).nbytes == 0
+
+
+# One file
+
+
+def test_a_file_is_replaced_whole_and_keeps_its_line_ends(tmp_path):
+    path = tmp_path / "new" / "page.txt"
+    for text in ("é\n", "a\r\nb\u2028"):
+        write_text(path, text)
+        assert path.read_bytes() == text.encode()
+    write_bytes(path, b"\xff")
+    assert path.read_bytes() == b"\xff" and list(path.parent.iterdir()) == [path]
+
+
+def test_writers_of_one_file_never_write_to_the_same_place(tmp_path):
+    """Of two that overlap the later one to finish wins, and the file is whole at every moment."""
+    path, places = tmp_path / "page.txt", []
+
+    def write_outer(aside):
+        places.append(aside)
+        aside.write_text("half of the out")
+        replace_file(path, write_inner)
+        assert path.read_text() == "inner" and aside.read_text() == "half of the out"
+        aside.write_text("outer")
+
+    def write_inner(aside):
+        places.append(aside)
+        aside.write_text("inner")
+
+    replace_file(path, write_outer)
+    assert path.read_text() == "outer"
+    assert len(set(places)) == 2 and {place.parent for place in places} == {tmp_path}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_processes_that_write_one_file_leave_it_whole(tmp_path):
+    """Each process replaces the file many times with a text of its own; a reader sees one of the texts, or none."""
+    path = tmp_path / "page.txt"
+    program = (
+        "import sys; from pathlib import Path; from mka.store.publishing import write_text\n"
+        "for _ in range(200): write_text(Path(sys.argv[1]), sys.argv[2] * 100_000)"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", program, str(path), letter]) for letter in "ab"]
+    while any(writer.poll() is None for writer in writers):
+        if path.exists():
+            text = path.read_text()
+            assert len(text) == 100_000 and len(set(text)) == 1
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError()])
+def test_a_file_that_cannot_be_written_whole_is_left_as_it_was(tmp_path, error):
+    path = tmp_path / "page.txt"
+    path.write_text("before")
+
+    def write(aside):
+        aside.write_text("half")
+        raise error
+
+    expected = OutputError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected) as caught:
+        replace_file(path, write)
+    if isinstance(error, OSError):
+        assert str(caught.value) == f"{path} cannot be written: No space left on device"
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_exists_is_not_replaced_by_a_result(tmp_path):
+    path = tmp_path / "plan.json"
+    write_file(path, lambda aside: aside.write_text("mine"))
+    with pytest.raises(OutputError, match=r"plan\.json exists"):
+        write_file(path, lambda aside: pytest.fail("written"))
+    assert path.read_text() == "mine"
+
+
+def test_nobody_else_renames_a_file_into_place():
+    """One function knows how; wheels and folders are moved, which is something else."""
+    root = Path(__file__).parents[2]
+    renaming = re.compile(r"\b(aside|partial|temporary)\w*\.(replace|rename)\(|os\.(replace|rename)\(")
+    found = [
+        path.relative_to(root).as_posix()
+        for room in ("mka", "tasks", "flows")
+        for path in sorted((root / room).rglob("*.py"))
+        if renaming.search(path.read_text(encoding="utf-8"))
+    ]
+    assert found == ["mka/store/publishing.py"]
