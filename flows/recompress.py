@@ -198,7 +198,7 @@ def compress(job: Job, calibration: Product, texts: Product | None, log: Log) ->
     before = log.product("evaluate base", evaluate(job, "base", base))
     after = log.product("evaluate candidate", evaluate(job, "candidate", measured))
     speeds = log.product("compare speed", compare_speeds(job, measured))
-    gate = log.product("gate", decide_gate(job, before, after))
+    gate = log.product("gate", decide_gate(job, before, after, speeds=speeds))
     fit = {"alignment": texts, "merged": merged} if texts else {}
     return Evidence(calibration, scores, planned, candidate, before, after, speeds, gate, **fit)
 

@@ -15,6 +15,7 @@ from tabulate import tabulate
 
 from mka.report.alignment import summarise_alignment
 from mka.report.table import result_table
+from mka.report.verdict import describe_decision
 from mka.store.products import Product
 from tasks.registry.tracking import CANDIDATE
 from tasks.reporting import Evidence, registered_address
@@ -26,7 +27,7 @@ def publish_artifacts(job: Job, evidence: Evidence, page: Product, facts: Mappin
     key = job.recipe.name.replace("_", "-").replace(".", "-")
     rows = result_table(*evidence.open_reports())
     create_table_artifact(rows, key=f"{key}-results", description=f"{job.recipe.name}: base and candidate")
-    lines = "\n".join(evidence.gate.facts["lines"])
+    lines = "\n".join(describe_decision(evidence.gate.facts))
     # Not a link: no browser follows one from a served page to a file, and the MLflow run has the report too.
     places = (
         f"Report: `{facts['report']}`, and in MLflow run `{facts['mlflow_run_id']}`. Promotion: {facts['promotion']}."
@@ -54,7 +55,7 @@ def print_summary(job: Job, evidence: Evidence, facts: Mapping[str, Any]) -> Non
     if evidence.fit:
         print(summarise_alignment(evidence.fit))
     print()
-    print("\n".join(evidence.gate.facts["lines"]))
+    print("\n".join(describe_decision(evidence.gate.facts)))
     print()
     registration = facts["registry"]
     if registration["name"]:

@@ -82,7 +82,7 @@ def report(job: Job, evidence: Evidence, seconds: Mapping[str, float]) -> Produc
             base=base,
             candidate=candidate,
             recoveries=recover_tasks(base, candidate, seed=job.recipe.seed),
-            gate={key: value for key, value in evidence.gate.facts.items() if key != "lines"},
+            gate=evidence.gate.facts,
             provenance={
                 "base_model": job.recipe.model.label,
                 "revision": job.base["revision"],

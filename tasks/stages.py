@@ -8,7 +8,8 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from mka.evaluation.gate import GateDecision, decide
+from mka.evaluation.gate import decide
+from mka.evaluation.metrics import asks_speed, list_asked
 from mka.evaluation.scores import EvalReport
 from mka.evidence.states import HiddenStates, LayerScores
 from mka.model.checkpoint import Checkpoint, describe_checkpoint, open_checkpoint
@@ -278,14 +279,17 @@ def evaluate(job: Job, role: str, facts: Mapping[str, Any], fetch: Callable[[], 
             checkpoint_facts=found,
             command=job.command,
             speed=False,
+            base=job.base["path"] if role == "candidate" else None,
         )
         (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
-        return {"scores": {f"{s.name} {s.metric}": s.value for s in (*report.text, *report.tasks)}}
+        return {"scores": {f"{s.name} {s.metric}": s.value for s in report.scores}}
 
     used = [p for p in (settings.text, settings.tasks_folder if settings.tasks else None) if p is not None]
     inputs = {table_name(p): job.versions[str(p)].digest for p in used} | {"checkpoint": facts["digest"]}
     keyed = settings.model_dump(mode="json", exclude={"text", "tasks_folder", "overlap_index"})
     keyed |= {"seed": recipe.seed, "dtype": recipe.model.dtype}
+    if role == "candidate" and not all(metric.of_base for metric in list_asked(settings)):
+        inputs["base"] = job.base["digest"]
     return produce(job.place.stages, "evaluate", version=VERSION, settings=keyed, inputs=inputs, make=make)
 
 
@@ -314,7 +318,13 @@ def compare_speeds(job: Job, candidate: Mapping[str, Any]) -> Product:
 
 
 @task(task_run_name="gate", cache_policy=NO_CACHE)
-def decide_gate(job: Job, base: Product, candidate: Product, thresholds: GateSettings | None = None) -> Product:
+def decide_gate(
+    job: Job,
+    base: Product,
+    candidate: Product,
+    thresholds: GateSettings | None = None,
+    speeds: Product | None = None,
+) -> Product:
     """Guard both reports and decide whether the candidate keeps enough of its base.
 
     Args:
@@ -322,6 +332,7 @@ def decide_gate(job: Job, base: Product, candidate: Product, thresholds: GateSet
         base: measurement of the base, or of whatever else the candidate is held against.
         candidate: measurement of the candidate.
         thresholds: default: those of the recipe.
+        speeds: of both, for rules about speed.
 
     Raises:
         GuardError: if the reports break an expectation or were not measured alike.
@@ -329,13 +340,14 @@ def decide_gate(job: Job, base: Product, candidate: Product, thresholds: GateSet
     thresholds = thresholds or job.recipe.gate
 
     def make(folder: Path) -> Mapping[str, Any]:
-        before, after = open_report(base), open_report(candidate)
+        before, after = open_report(base, speeds, "base"), open_report(candidate, speeds, "candidate")
         job.guard("evaluation_report", evaluation_report_table(before, after), evaluation_report_suite())
-        decision: GateDecision = decide(before, after, thresholds, seed=job.recipe.seed)
-        return decision.to_dict() | {"lines": decision.describe()}
+        return decide(before, after, thresholds, seed=job.recipe.seed).to_dict()
 
     keyed = thresholds.model_dump(exclude={"champion_recovery"}) | {"seed": job.recipe.seed}
     inputs = {"base": base.digest, "candidate": candidate.digest}
+    speeds = speeds if asks_speed(thresholds) else None
+    inputs |= {"speeds": speeds.digest} if speeds else {}
     return produce(job.place.stages, "gate", version=VERSION, settings=keyed, inputs=inputs, make=make)
 
 

@@ -8,10 +8,12 @@ from mka.alignment.table import AlignmentTable
 from mka.bench.parts import Bench
 from mka.bench.recipe import BenchRecipe, TextSource
 from mka.errors import CalibrationError, RecipeError
+from mka.evaluation.task_tables import list_tables
 from mka.methods import get_method, method_settings
 from mka.pipeline.job import check_evaluation, check_feasible, fetch_base
 from mka.texts.calibration import CalibrationSet, load_calibration
 from mka.texts.overlap import refuse_overlap
+from mka.texts.positions import check_context
 from mka.texts.rows import digest_texts, read_heldout, read_rows, read_texts
 
 
@@ -39,11 +41,7 @@ def prepare(recipe: BenchRecipe, work: Path, *, root: Path = Path(), command: st
     base, revision = fetch_base(recipe.model, work)
     for cell in recipe.cells:
         check_feasible(recipe.recipe_for(cell), base)
-    positions = base.config.get("max_position_embeddings")
-    if isinstance(positions, int) and recipe.evaluation.context > positions:
-        raise RecipeError(
-            f"evaluation.context is {recipe.evaluation.context}; the model has {positions} positions, lower the context"
-        )
+    check_context(recipe.evaluation.context, base.config.get("max_position_embeddings"))
     digests = {f"text {name}": digest_texts(body) for name, body in texts.items()}
     digests |= {f"task {task}": _digest_tables(recipe, task) for task in recipe.evaluation.tasks}
     digests["alignment"] = AlignmentTable(alignment, recipe.alignment).digest
@@ -116,8 +114,7 @@ def _digest_tables(recipe: BenchRecipe, task: str) -> str:
     folder = recipe.evaluation.tasks_folder
     if folder is None:
         return "hub"
-    files = sorted((folder / "mmlu").glob("*.jsonl")) if task.startswith("mmlu") else [folder / f"{task}.jsonl"]
-    files += [folder / f"{task}.train.jsonl"] if recipe.evaluation.shots else []
+    files = list_tables(folder, task, every=True, shots=recipe.evaluation.shots)
     return digest_texts(f"{file.name} {file_sha256(file)}" for file in files if file.is_file())
 
 

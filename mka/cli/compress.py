@@ -173,6 +173,7 @@ def show_compression(made: "Compression") -> Outcome:
     from mka.pipeline.report import refuse_failed
     from mka.report.alignment import summarise_alignment
     from mka.report.table import result_table
+    from mka.report.verdict import describe_decision
 
     page = made.output / EVIDENCE / "report.html"
     rows = result_table(made.base, made.candidate)
@@ -189,7 +190,7 @@ def show_compression(made: "Compression") -> Outcome:
         "report": str(page),
         "seconds": dict(made.seconds),
     }
-    verdict = decision.describe() if decision else ["gate: not asked, nothing was measured"]
+    verdict = describe_decision(decision.to_dict()) if decision else ["gate: not asked, nothing was measured"]
     aligned = [summarise_alignment(made.alignment), ""] if made.alignment else []
     lines = [show_results(rows), "", *aligned, *verdict, "", f"model   {made.output}", f"report  {page}"]
     return Outcome(document, "\n".join(lines), refuse_failed(decision, page))

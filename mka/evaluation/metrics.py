@@ -1,7 +1,7 @@
 """The metrics, one row each: how it is measured, which way is good, what is resampled, how it is written.
 
-Gate, guard, report, card, registry, index and comparison ask these rows and know no metric by name. Importing this table
-imports no model library: what measures a metric is named by a string.
+Gate, guard, report, card, registry, index and comparison ask these rows and know no metric by name. Importing this
+table imports no model library: what measures a metric is named by a string.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

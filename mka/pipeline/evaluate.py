@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mka.evaluation.gate import GateDecision, decide
@@ -19,14 +20,16 @@ def _measure_both(
 ) -> tuple[EvalReport, EvalReport, GateDecision | None]:
     before = describe_checkpoint(job.base)
     if not job.measured:
-        bare = EvalReport(before, (), (), {}, {}, {})
+        bare = EvalReport(before, (), {}, {}, {})
         return bare, replace(bare, checkpoint=facts), None
     recipe = job.recipe
     alike: Any = (recipe.evaluation, recipe.model, job.heldout)
     with clock.stage("evaluate base"):
         base = measure_checkpoint(job.base, before, *alike, seed=recipe.seed, command=command, speed=False)
     with clock.stage("evaluate candidate"):
-        candidate = measure_checkpoint(made, facts, *alike, seed=recipe.seed, command=command, speed=False)
+        candidate = measure_checkpoint(
+            made, facts, *alike, seed=recipe.seed, command=command, speed=False, base=job.base.path
+        )
     with clock.stage("compare speed"):
         speeds = compare_checkpoint_speed(
             {"base": job.base.path, "candidate": made.path},
@@ -49,6 +52,7 @@ def measure_checkpoint(
     seed: int,
     command: str,
     speed: bool = True,
+    base: Path | None = None,
 ) -> EvalReport:
     """Measure one checkpoint from disk.
 
@@ -57,10 +61,11 @@ def measure_checkpoint(
         facts: of `mka.model.checkpoint.describe_checkpoint`, for the report.
         settings: tasks, windows, prompts.
         source: precision, and whether the model's own code may run.
-        heldout: source -> texts for perplexity.
+        heldout: source -> held-out texts.
         seed: draws the items of tasks.
         command: what was typed, for the record.
         speed: time it too; two models are better timed in turns.
+        base: the base's folder, if this is a candidate; loaded only if a metric holds one against the other.
 
     Raises:
         CheckpointError: if it does not load whole.
@@ -79,4 +84,5 @@ def measure_checkpoint(
         command=command,
         progress=is_shown(),
         speed=speed,
+        base=base,
     )

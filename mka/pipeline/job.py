@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mka.alignment.table import AlignmentTable, fit_windows, open_alignment
 from mka.errors import CheckpointError, RecipeError
+from mka.evaluation.task_tables import list_tables
 from mka.methods import check_alignment, find_needs
 from mka.model.checkpoint import Checkpoint, open_checkpoint
 from mka.plan.target import Aim, resolve_target
@@ -14,6 +15,7 @@ from mka.recipe import EvaluationSettings, ModelSource, Recipe, Target
 from mka.sources.fetch import materialize, resolve_revision
 from mka.texts.calibration import CalibrationSet, load_calibration
 from mka.texts.overlap import refuse_overlap
+from mka.texts.positions import check_context
 from mka.texts.rows import read_heldout, read_texts
 from mka.transforms.rtn import check_group_size
 
@@ -80,11 +82,8 @@ def prepare(recipe: Recipe, work: Path, *, evaluate: bool = True) -> Job:
     alignment = open_alignment(recipe.alignment.path, recipe.alignment, texts) if recipe.alignment.enabled else None
     base, revision = fetch_base(recipe.model, work)
     aim = check_feasible(recipe, base)
-    positions = base.config.get("max_position_embeddings")
-    if heldout and isinstance(positions, int) and recipe.evaluation.context > positions:
-        raise RecipeError(
-            f"evaluation.context is {recipe.evaluation.context}; the model has {positions} positions, lower the context"
-        )
+    if heldout:
+        check_context(recipe.evaluation.context, base.config.get("max_position_embeddings"))
     if alignment is not None:
         alignment = fit_windows(alignment, base)
     measured = bool(heldout or (evaluate and recipe.evaluation.tasks))
@@ -102,18 +101,11 @@ def check_evaluation(settings: EvaluationSettings) -> Mapping[str, Sequence[str]
 
     check_tasks(settings.tasks)
     for task in settings.tasks:
-        if settings.tasks_folder is not None and not _tables(settings.tasks_folder, task):
+        if settings.tasks_folder is not None and not list_tables(settings.tasks_folder, task):
             raise RecipeError(
                 f"task {task!r}: no table in {settings.tasks_folder}; `make data` builds the project's own tables"
             )
     return read_heldout(settings.text) if settings.text is not None else {}
-
-
-def _tables(folder: Path, task: str) -> list[Path]:
-    if task == "mmlu":
-        return sorted((folder / task).glob("*.test.jsonl"))
-    name = f"mmlu/{task.removeprefix('mmlu_')}.test.jsonl" if task.startswith("mmlu_") else f"{task}.jsonl"
-    return [folder / name] if (folder / name).is_file() else []
 
 
 def _task_texts(recipe: Recipe) -> Iterator[str]:
@@ -121,7 +113,7 @@ def _task_texts(recipe: Recipe) -> Iterator[str]:
     settings = recipe.evaluation
     if settings.overlap_index is not None and settings.overlap_index.is_file():
         yield from read_texts(settings.overlap_index)
-    for table in (t for task in settings.tasks for t in _tables(settings.tasks_folder or Path(), task)):
+    for table in (t for task in settings.tasks for t in list_tables(settings.tasks_folder or Path(), task)):
         for line in table.read_text(encoding="utf-8").split("\n"):
             row = json.loads(line) if line.strip() else {}
             yield from (value for value in row.values() if isinstance(value, str))

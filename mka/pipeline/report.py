@@ -12,6 +12,7 @@ from mka.pipeline.job import EVIDENCE, Job
 from mka.pipeline.stage import Compression
 from mka.report.data import ReportData
 from mka.report.page import write_card, write_report
+from mka.report.verdict import tell_checks
 
 
 def _write_evidence(job: Job, result: Compression, scores: LayerScores | None, folder: Path, command: str) -> None:
@@ -62,9 +63,5 @@ def refuse_failed(decision: GateDecision | None, where: Path) -> GateRefused | N
     """Return the refusal of a failed verdict, for the caller to raise once it has shown the result."""
     if decision is None or decision.verdict != "fail":
         return None
-    short = "; ".join(
-        f"{c.name}: recovery {c.recovery:.3f}, at most {c.upper:.3f}, needed {c.threshold:g}"
-        for c in decision.checks
-        if c.verdict == "fail"
-    )
+    short = tell_checks(decision.to_dict(), "fail")
     return GateRefused(f"the gate failed this candidate ({short}); evidence in {where}")

@@ -9,14 +9,16 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from mka.errors import GuardError, PromotionError
+from mka.evaluation.metrics import asks_speed, read_check, rules_against_champion
 from mka.pipeline.recipes import validate_recipe
-from mka.recipe import GateSettings, Recipe
+from mka.recipe import Recipe
+from mka.report.verdict import tell_checks
 from mka.store.products import Product
 from tasks.base_model import pin_base_model
 from tasks.machine.workplace import Workplace
 from tasks.registry.promotion import Move, RegisteredVersion, fetch_version, move_champion, read_aliases, read_version
 from tasks.registry.tracking import CHAMPION, connect_registry
-from tasks.stages import Job, decide_gate, evaluate
+from tasks.stages import Job, compare_speeds, decide_gate, evaluate
 
 
 def read_recipe(version: RegisteredVersion) -> Recipe:
@@ -73,9 +75,10 @@ def require_pass(job: Job, version: RegisteredVersion, base: Mapping[str, Any]) 
     # Fetched whether it has been measured or not: what becomes champion is what the registry holds now.
     with fetch_version(job.place, version) as folder:
         after = evaluate(job, "candidate", digest, lambda: folder)
-    gate = decide_gate(job, before, after)
+        speeds = compare_speeds(job, digest | {"path": str(folder)}) if asks_speed(job.recipe.gate) else None
+    gate = decide_gate(job, before, after, speeds=speeds)
     if gate.facts["verdict"] != "pass":
-        raise PromotionError(f"{version.label}: the gate says {gate.facts['verdict']}; {_say(gate)}")
+        raise PromotionError(f"{version.label}: the gate says {gate.facts['verdict']}; {tell_checks(gate.facts)}")
     return after
 
 
@@ -85,12 +88,11 @@ def require_as_good(job: Job, champion: RegisteredVersion, version: RegisteredVe
     Raises:
         PromotionError: if it is not proven as good, or the two cannot be compared.
     """
-    needed = job.recipe.gate.champion_recovery
     digest = {"digest": champion.tags["candidate_digest"]}
     with ExitStack() as stack:
         fetched = fetch_version(job.place, champion)
         before = evaluate(job, "champion", digest, lambda: stack.enter_context(fetched))
-    thresholds = GateSettings(perplexity_recovery=needed, task_recovery=needed)
+    thresholds = rules_against_champion(job.recipe.gate)
     try:
         held = decide_gate.with_options(task_run_name="compare with champion")(job, before, measured, thresholds)
     except GuardError as error:
@@ -100,25 +102,19 @@ def require_as_good(job: Job, champion: RegisteredVersion, version: RegisteredVe
         ) from None
     if not all(is_met(check) for check in held.facts["checks"]):
         raise PromotionError(
-            f"{version.label} is not proven as good as champion version {champion.version}: {_say(held)}"
+            f"{version.label} is not proven as good as champion version {champion.version}: {tell_checks(held.facts)}"
         )
-    return f"as good as version {champion.version}: {_say(held)}"
+    return f"as good as version {champion.version}: {tell_checks(held.facts)}"
 
 
 def is_met(check: Mapping[str, Any]) -> bool:
     """Whether one recovery against the champion lets a version through.
 
-    Perplexity has to be proven good enough. Task items decide too coarsely for that, so they only stop what they prove
-    to be worse.
+    What is resampled over windows has to be proven good enough. Task items decide too coarsely for that, so they only
+    stop what they prove to be worse.
     """
-    return bool(check["verdict"] != "fail" if check["name"] == "tasks" else check["verdict"] == "pass")
-
-
-def _say(gate: Product) -> str:
-    return "; ".join(
-        f"{check['name']} {check['recovery']:.3f}, at least {check['lower']:.3f}, needed {check['threshold']:.3f}"
-        for check in gate.facts["checks"]
-    )
+    metric = read_check(check["name"])
+    return bool(check["verdict"] != "fail" if metric and metric.is_coarse else check["verdict"] == "pass")
 
 
 def promote_measured(
