@@ -210,7 +210,7 @@ def test_dots_lie_where_their_figures_say():
     (plot,) = plot_recoveries(rows)
     first, second, third = plot["dots"]
     # The worse of two texts counts, and 1 is on the line that says so.
-    assert first["worst"].name == "a" and (first["x"], first["y"]) == (LEFT, plot["even"])
+    assert first["worst"].label == "a" and (first["x"], first["y"]) == (LEFT, plot["even"])
     assert (second["x"], second["y"]) == (WIDTH - RIGHT, HEIGHT - BOTTOM)
     assert (second["low"], second["high"]) == (HEIGHT - BOTTOM, plot["even"])
     assert third["x"] == pytest.approx((LEFT + WIDTH - RIGHT) / 2, abs=0.1)
