@@ -7,9 +7,9 @@ from mka.evaluation.metrics import FACTS
 from mka.report.table import format_value
 
 VERDICTS = {
-    "pass": "every lower 95 % bound reaches its threshold",
+    "pass": "every threshold is met at the worse 95 % bound",
     "undecided": "a threshold lies between the bounds: more items would decide",
-    "fail": "an upper 95 % bound stays below its threshold",
+    "fail": "a threshold is missed even at the better 95 % bound",
 }
 _SIGNS = {"recovery": "≥", "least": "≥", "most": "≤"}
 _WORDS = {"recovery": "needed", "least": "at least", "most": "at most"}
@@ -23,13 +23,14 @@ def describe_check(check: Mapping[str, Any]) -> dict[str, str]:
     """
     bound, fact = check.get("bound", "recovery"), FACTS.get(check.get("metric", ""))
     show = fact.show if fact else (lambda value: f"{value:.3f}") if bound == "recovery" else format_value
+    bare = show if fact or bound == "recovery" else "{:g}".format
     lower, upper = check["lower"], check["upper"]
     figure = check["recovery"] if bound == "recovery" else check["value"]
     return {
         "name": str(check["name"]),
         "figure": show(figure),
         "bounds": "–" if lower is None else f"{show(lower)} to {'open' if upper is None else show(upper)}",
-        "threshold": f"{_SIGNS[bound]} {show(check['threshold'])}",
+        "threshold": f"{_SIGNS[bound]} {bare(check['threshold'])}",
         "n": "–" if check.get("n") is None else str(check["n"]),
         "verdict": str(check["verdict"]),
     }
@@ -41,21 +42,18 @@ def describe_decision(decision: Mapping[str, Any]) -> list[str]:
     Args:
         decision: of `mka.evaluation.gate.GateDecision.to_dict`.
     """
-    checks = decision["checks"]
-    width = max(len(check["name"]) for check in checks)
-    bounds = f"one-sided {decision['confidence']:.0%} bounds, {decision['resamples']} paired resamples"
-    lines = [f"gate: {decision['verdict']} ({bounds})"]
-    for check in checks:
-        bound, told = check.get("bound", "recovery"), describe_check(check)
-        low, _, high = told["bounds"].partition(" to ")
-        within = f"bounds [{low:>6}, {high:>6}]" if high else "no interval"
+    told = []
+    for check in decision["checks"]:
+        bound, row = check.get("bound", "recovery"), describe_check(check)
+        low, _, high = row["bounds"].partition(" to ")
         kind = "recovery" if bound == "recovery" else "value"
-        needed = f"{_WORDS[bound]} {told['threshold'].partition(' ')[2]:>5}"
-        lines.append(
-            f"  {told['name']:<{width}}  {kind:<8} {told['figure']:>6}  {within:<23}  {needed}  n {told['n']:>6}"
-            f"  {told['verdict']}"
-        )
-    return lines
+        within = f"bounds [{low:>6}, {high:>6}]" if high else "no interval"
+        needed = f"{_WORDS[bound]} {row['threshold'].partition(' ')[2]}"
+        told.append((row["name"], f"{kind:<8} {row['figure']:>6}", within, needed, f"n {row['n']:>6}", row["verdict"]))
+    widths = [max(map(len, column)) for column in zip(*told, strict=True)]
+    bounds = f"one-sided {decision['confidence']:.0%} bounds, {decision['resamples']} paired resamples"
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in told]
+    return [f"gate: {decision['verdict']} ({bounds})", *(f"  {line}" for line in lines)]
 
 
 def tell_checks(decision: Mapping[str, Any], verdict: str | None = None) -> str:
