@@ -9,7 +9,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from mka.evaluation.gate import decide
-from mka.evaluation.metrics import asks_speed, list_asked
+from mka.evaluation.metrics import list_asked
+from mka.evaluation.rules import asks_speed
 from mka.evaluation.scores import EvalReport
 from mka.evidence.states import HiddenStates, LayerScores
 from mka.model.checkpoint import Checkpoint, describe_checkpoint, open_checkpoint

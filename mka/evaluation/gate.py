@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from mka.errors import GuardError, NumericsError
 from mka.evaluation.bootstrap import CONFIDENCE, find_bounds, find_mismatch, resample_means
 from mka.evaluation.evaluate import pair_scores
-from mka.evaluation.metrics import FACTS, Group, check_rules, find_metric, group_scores, list_rules, read_fact
+from mka.evaluation.metrics import FACTS, Group, find_metric, group_scores, read_fact
+from mka.evaluation.rules import check_rules, list_rules
 from mka.evaluation.scores import EvalReport, Score
 from mka.recipe import GateRule, GateSettings
 

@@ -13,7 +13,7 @@ from mka.errors import RecipeError, nearest
 
 if TYPE_CHECKING:
     from mka.evaluation.scores import EvalReport, Score
-    from mka.recipe import EvaluationSettings, GateRule, GateSettings
+    from mka.recipe import EvaluationSettings
 
 # Fewer than these leave wide error bars; the report says so.
 FEW = {"windows": 30, "items": 200}
@@ -227,7 +227,7 @@ class Group:
     """Scores that make one figure against the base: of a metric on one text, or of all tasks.
 
     Attributes:
-        metric: their row; of a pool the first.
+        metric: their row; of a pool any.
         on: name of the text, or of the pool.
         keys: name and metric of each score.
     """
@@ -260,11 +260,12 @@ def group_scores(scores: Iterable["Score"]) -> list[Group]:
         found.setdefault(place, []).append((score.name, score.metric))
     order = list(dict.fromkeys(row.subject for row in METRICS.values()))
     ranked = sorted(found.items(), key=lambda item: order.index(item[0][0]))
-    return [Group(_first(subject), on, tuple(keys)) for (subject, on), keys in ranked]
+    return [Group(find_metric(keys[0][1]), on, tuple(keys)) for (_, on), keys in ranked]
 
 
-def _first(subject: str) -> Metric:
-    return next(row for row in METRICS.values() if row.subject == subject)
+def find_subject(subject: str) -> Metric | None:
+    """Return the row of what a gate rule names, of a pool the first; None if there is none."""
+    return next((row for row in METRICS.values() if row.subject == subject), None)
 
 
 def read_check(name: str) -> Metric | None:
@@ -275,51 +276,3 @@ def read_check(name: str) -> Metric | None:
 def shorten_check(name: str) -> str:
     """Leave the headline's name out of a check's."""
     return name.removeprefix(f"{HEADLINE.name} ")
-
-
-def list_rules(settings: "GateSettings") -> "tuple[GateRule, ...]":
-    """Return the gate's rules: those given, else a least recovery of every metric that has a setting for it."""
-    from mka.recipe import GateRule
-
-    if settings.rules:
-        return settings.rules
-    wanted = {row.subject: getattr(settings, row.required) for row in METRICS.values() if row.required}
-    return tuple(GateRule(metric=subject, recovery=recovery) for subject, recovery in wanted.items())
-
-
-def rules_against_champion(settings: "GateSettings") -> "GateSettings":
-    """Return the gate a candidate has to pass with the champion in the base's place: the same recoveries are asked."""
-    from mka.recipe import GateRule, GateSettings
-
-    asked = [rule.metric for rule in settings.rules if rule.bound == "recovery"]
-    if not asked:
-        keys = {row.required for row in METRICS.values() if row.required}
-        return GateSettings(**dict.fromkeys(keys, settings.champion_recovery))
-    return GateSettings(rules=tuple(GateRule(metric=m, recovery=settings.champion_recovery) for m in asked))
-
-
-def asks_speed(settings: "GateSettings") -> bool:
-    """Whether a rule is about speed, which is measured apart."""
-    return any(rule.metric in FACTS and FACTS[rule.metric].part == "speed" for rule in settings.rules)
-
-
-def check_rules(gate: "GateSettings", evaluation: "EvaluationSettings | None" = None, where: str = "recipe") -> None:
-    """Refuse rules about what there is not.
-
-    Raises:
-        RecipeError: on an unknown metric, a recovery of what has none, or a metric that evaluation does not ask for.
-    """
-    subjects = dict.fromkeys(row.subject for row in METRICS.values())
-    for index, rule in enumerate(gate.rules):
-        at = f"{where}: 'gate.rules.{index}'"
-        if rule.metric not in subjects and rule.metric not in FACTS:
-            allowed = [*subjects, *FACTS]
-            raise RecipeError(
-                f"{at}: unknown metric {rule.metric!r}{nearest(rule.metric, allowed)}; allowed: {', '.join(allowed)}"
-            )
-        compared = rule.metric in subjects and _first(rule.metric).of_base
-        if rule.bound == "recovery" and not compared:
-            raise RecipeError(f"{at}: {rule.metric} has no recovery; bound it by most or least")
-        asked = _first(rule.metric).asked if rule.metric in subjects else None
-        if asked and evaluation is not None and not getattr(evaluation, asked):
-            raise RecipeError(f"{at}: {rule.metric} is not measured; ask for it by evaluation.{asked}")

@@ -26,7 +26,7 @@ def validate_recipe(raw: Any, where: str = "recipe") -> Recipe:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(explain_validation(error, Recipe, where)) from None
-    from mka.evaluation.metrics import check_rules
+    from mka.evaluation.rules import check_rules
     from mka.methods import check_alignment
 
     check_rules(recipe.gate, recipe.evaluation, where)

@@ -110,7 +110,7 @@ def describe_directions(*reports: EvalReport | None) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"less": [], "more": []}
     for group in group_scores({(s.name, s.metric): s for r in reports if r for s in r.scores}.values()):
         metric = group.metric
-        names = [metric.subject, *(e.label.split(",")[0] for e in metric.extras)]
+        names = [f"{metric.subject} ({metric.unit})", *(e.label.split(",")[0] for e in metric.extras)]
         found["more" if metric.higher_is_better else "less"] += names
     return {way: list(dict.fromkeys(names)) for way, names in found.items()}
 

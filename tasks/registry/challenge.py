@@ -9,7 +9,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from mka.errors import GuardError, PromotionError
-from mka.evaluation.metrics import asks_speed, read_check, rules_against_champion
+from mka.evaluation.metrics import read_check
+from mka.evaluation.rules import asks_speed, rules_against_champion
 from mka.pipeline.recipes import validate_recipe
 from mka.recipe import Recipe
 from mka.report.verdict import tell_checks

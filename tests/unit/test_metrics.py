@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from mka.errors import GuardError, RecipeError
-from mka.evaluation import metrics
+from mka.evaluation import metrics, rules
 from mka.evaluation.gate import decide
-from mka.evaluation.metrics import HEADLINE, METRICS, check_rules, group_scores, list_rules, rules_against_champion
+from mka.evaluation.metrics import HEADLINE, METRICS, group_scores
+from mka.evaluation.rules import check_rules, list_rules, rules_against_champion
 from mka.evaluation.scores import EvalReport, Score
 from mka.pipeline.recipes import validate_recipe
 from mka.recipe import EvaluationSettings, GateRule, GateSettings
@@ -104,12 +105,12 @@ def test_a_report_of_the_former_format_is_read_as_one_list_of_scores(tmp_path):
 
 def test_todays_keys_are_the_two_default_rules_and_the_same_rules_decide_the_same():
     settings = GateSettings(perplexity_recovery=0.8, task_recovery=0.7)
-    rules = [{"metric": "perplexity", "recovery": 0.8}, {"metric": "tasks", "recovery": 0.7}]
-    assert list_rules(settings) == tuple(GateRule(**rule) for rule in rules)
+    same = [{"metric": "perplexity", "recovery": 0.8}, {"metric": "tasks", "recovery": 0.7}]
+    assert list_rules(settings) == tuple(GateRule(**rule) for rule in same)
     rng = np.random.default_rng(0)
     base = report(text(rng.normal(300, 30, 9)), task(list(rng.integers(0, 2, 30))))
     other = report(text(rng.normal(310, 30, 9)), task(list(rng.integers(0, 2, 30))))
-    assert decide(base, other, settings, seed=4) == decide(base, other, gate(*rules), seed=4)
+    assert decide(base, other, settings, seed=4) == decide(base, other, gate(*same), seed=4)
 
 
 def test_a_rule_may_bound_the_value_itself_with_its_interval():
@@ -206,7 +207,8 @@ def distance(monkeypatch):
     row = replace(
         HEADLINE, name="flips", asked="shots", of_base=False, scale="linear", required=None, least=0, most=1, extras=()
     )
-    monkeypatch.setattr(metrics, "METRICS", {**METRICS, "flips": row})
+    for module in (metrics, rules):
+        monkeypatch.setattr(module, "METRICS", {**METRICS, "flips": row})
     return row
 
 
