@@ -1,12 +1,15 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import mka.evaluation.perplexity
 from mka.errors import CheckpointError, GuardError, RecipeError
+from mka.evaluation import metrics
 from mka.evaluation.evaluate import evaluate_checkpoint, generate_text, pair_scores
 from mka.evaluation.perplexity import measure_perplexity
 from mka.evaluation.scores import EvalReport, Score
@@ -204,6 +207,23 @@ def test_unknown_tasks_are_refused_before_the_model_is_loaded(settings, tmp_path
     bad = settings.model_copy(update={"tasks": {"pika": 4}})
     with pytest.raises(RecipeError, match="did you mean 'piqa'"):
         evaluate_checkpoint(tmp_path / "nowhere", bad, dtype="float32", seed=0, heldout={}, checkpoint_facts={})
+
+
+def test_a_metric_against_the_base_is_measured_where_there_is_a_base(folder, settings, monkeypatch):
+    def compare(subject):
+        same = subject.model.config.vocab_size == subject.base.config.vocab_size
+        return [Score(name, "likeness", float(same), 0.0, 2, True, ((1, 1), (1, 1))) for name in subject.texts]
+
+    row = replace(metrics.HEADLINE, name="likeness", measure="mka.evaluation.perplexity:compare", of_base=False)
+    monkeypatch.setattr(mka.evaluation.perplexity, "compare", compare, raising=False)
+    monkeypatch.setattr(metrics, "METRICS", {**metrics.METRICS, "likeness": row})
+    conditions = {"dtype": "float32", "seed": 0, "heldout": HELDOUT, "checkpoint_facts": {}, "progress": False}
+    plain = settings.model_copy(update={"tasks": {}})
+    base = evaluate_checkpoint(folder, plain, **conditions, speed=False)
+    candidate = evaluate_checkpoint(folder, plain, **conditions, speed=False, base=folder)
+    assert {score.metric for score in base.scores} == {"perplexity"}
+    assert [score.name for score in candidate.scores if score.metric == "likeness"] == ["prose", "code"]
+    assert [pair[0] is None for pair in pair_scores(base, candidate)] == [False, False, True, True]
 
 
 def make_report(perplexity, accuracy, name="prose"):
