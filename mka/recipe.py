@@ -225,8 +225,42 @@ class EvaluationSettings(Measurement):
     new_tokens: int = Field(32, ge=1, description="Tokens generated per prompt; also times decoding")
 
 
+class GateRule(Section):
+    """What a candidate has to keep: one bound on one metric, on a fact of its files, or on its speed."""
+
+    metric: str = Field(description="A metric of `mka.evaluation.metrics`, `tasks` for all of them, or a fact")
+    recovery: float | None = Field(None, gt=0, description="Least recovery; the lower 95 % bound has to reach it")
+    most: float | None = Field(None, description="Largest acceptable value of the candidate, e.g. 250MB")
+    least: float | None = Field(None, description="Smallest acceptable value of the candidate")
+
+    @field_validator("most", "least", mode="before")
+    @classmethod
+    def _sizes(cls, value: Any) -> Any:
+        given = re.fullmatch(r"\s*([0-9.]+)\s*([kMGT]?B)\s*", value) if isinstance(value, str) else None
+        if given is None:
+            return value
+        return float(given[1]) * 1000 ** ("", "k", "M", "G", "T").index(given[2].removesuffix("B"))
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Self:
+        given = [name for name in ("recovery", "most", "least") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"exactly one of recovery, most, least must be given, got {given or 'none'}")
+        return self
+
+    @property
+    def bound(self) -> Literal["recovery", "most", "least"]:
+        """Which of the three is given."""
+        return "recovery" if self.recovery is not None else "most" if self.most is not None else "least"
+
+    @property
+    def threshold(self) -> float:
+        """Its number."""
+        return float(getattr(self, self.bound))
+
+
 class GateSettings(Section):
-    """Smallest acceptable recovery (candidate / base); the lower 95 % bound has to reach it."""
+    """Smallest acceptable recovery (candidate / base), whose lower 95 % bound has to reach it; or rules instead."""
 
     perplexity_recovery: float = Field(0.5, gt=0, le=1, description="Base perplexity / candidate perplexity")
     task_recovery: float = Field(0.9, gt=0, le=1, description="Mean task score of the candidate / that of the base")
@@ -236,6 +270,17 @@ class GateSettings(Section):
         le=1,
         description="For promotion, the champion in the base's place: perplexity must reach it, tasks not be below",
     )
+    rules: tuple[GateRule, ...] = Field(
+        (), description="What is judged, in place of perplexity_recovery and task_recovery; none: those two"
+    )
+
+    @model_validator(mode="after")
+    def _rules_or_thresholds(self) -> Self:
+        for name in ("perplexity_recovery", "task_recovery"):
+            # Recorded recipes spell out every default.
+            if self.rules and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"rules stand in place of {name}; give one of the two")
+        return self
 
 
 class RegistrySettings(Section):

@@ -13,13 +13,13 @@ from prefect.artifacts import (
 )
 from tabulate import tabulate
 
-from mka.evaluation.gate import describe_decision
 from mka.pipeline.evaluate import open_reports
 from mka.pipeline.job import Job
 from mka.pipeline.report import find_fit
 from mka.pipeline.stage import Found
 from mka.report.alignment import summarise_alignment
 from mka.report.table import result_table
+from mka.report.verdict import describe_decision
 from tasks.registry.tracking import registered_address
 from tasks.stages import Run
 

@@ -10,6 +10,7 @@ from mka.errors import CalibrationError, RecipeError, nearest
 from mka.model.checkpoint import Checkpoint
 from mka.recipe import AlignmentFit, ModelSource
 from mka.texts.overlap import refuse_overlap
+from mka.texts.positions import check_context
 from mka.texts.rows import digest_texts, read_heldout
 
 FORMAT = "mka-alignment/1"
@@ -70,11 +71,8 @@ def fit_windows(table: AlignmentTable, checkpoint: Checkpoint) -> AlignmentTable
 
     from mka.texts.windows import deal_windows
 
-    settings, positions = table.settings, checkpoint.config.get("max_position_embeddings")
-    if isinstance(positions, int) and settings.context > positions:
-        raise RecipeError(
-            f"alignment.context is {settings.context}; the model has {positions} positions, lower the context"
-        )
+    settings = table.settings
+    check_context(settings.context, checkpoint.config.get("max_position_embeddings"), "alignment.context")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
     dealt = deal_windows(tokenizer, table.texts, context=settings.context, tokens=settings.tokens)
     windows = {source: len(rows) for source, rows in dealt.items()}

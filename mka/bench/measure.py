@@ -1,9 +1,6 @@
-"""Measuring one checkpoint of a comparison from disk: perplexities and tasks, one stored part each."""
+"""Measuring one checkpoint of a comparison from disk: every metric on every text and task, one stored part each."""
 
-import importlib.metadata
-import os
-import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,11 +8,11 @@ from typing import Any
 
 from mka.bench.parts import Bench, Get, Measured
 from mka.bench.recipe import Cell
-from mka.evaluation.scores import Score
+from mka.evaluation.evaluate import describe_machine
+from mka.evaluation.metrics import Metric, Subject, list_asked
+from mka.evaluation.scores import read_score
 from mka.store.products import Product
 from mka.terminal import is_shown
-
-LIBRARIES = ("torch", "transformers", "lm-eval", "numpy")
 
 
 @dataclass
@@ -39,55 +36,27 @@ class MeasuredModel:
         with self.bench.building:
             return load_model(self.open_folder(), source.dtype, source.trust_remote_code)
 
-    def measure_text(self, name: str, folder: Path) -> Mapping[str, Any]:
-        """Measure perplexity of one text; stores facts only."""
-        from mka.evaluation.perplexity import measure_perplexity
+    def measure_text(self, metric: Metric, name: str, folder: Path) -> Mapping[str, Any]:
+        """Measure one text by one metric; stores facts only."""
+        return self._run(metric, {name: self.bench.texts[name]}, {})
 
-        settings = self.bench.recipe.evaluation
-        score = measure_perplexity(
-            *self.loaded,
-            self.bench.texts[name],
-            name=name,
-            context=settings.context,
-            max_tokens=settings.text_tokens,
-            batch_size=settings.batch_size,
-            progress=is_shown(),
-        )
-        return {"score": asdict(score), "conditions": self.describe_conditions()}
-
-    def measure_task(self, name: str, folder: Path) -> Mapping[str, Any]:
+    def measure_task(self, metric: Metric, name: str, folder: Path) -> Mapping[str, Any]:
         """Measure one task; stores facts only."""
-        from mka.evaluation.evaluate import LONGEST_PROMPT
-        from mka.evaluation.tasks import run_tasks
-
-        settings, (model, tokenizer) = self.bench.recipe.evaluation, self.loaded
-        positions = getattr(model.config, "max_position_embeddings", None)
+        model = self.loaded
         with self.bench.building:  # lm-eval seeds and silences the whole process
-            (score,) = run_tasks(
-                model,
-                tokenizer,
-                {name: settings.tasks[name]},
-                tasks_folder=settings.tasks_folder,
-                shots=settings.shots,
-                batch_size=settings.batch_size,
-                max_length=min(LONGEST_PROMPT, positions or LONGEST_PROMPT),
-                seed=self.bench.recipe.seed,
-                progress=is_shown(),
-            )
-        return {"score": asdict(score), "conditions": self.describe_conditions()}
+            return self._run(metric, {}, {name: self.bench.recipe.evaluation.tasks[name]}, model)
 
-    def describe_conditions(self) -> dict[str, Any]:
-        """Say what a measurement was made on and with."""
-        import torch
-
-        device = self.loaded[0].device
-        return {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
-            "cpus": os.cpu_count(),
-            "platform": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-            "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        }
+    def _run(
+        self,
+        metric: Metric,
+        texts: Mapping[str, Sequence[str]],
+        tasks: Mapping[str, int | None],
+        loaded: tuple[Any, Any] | None = None,
+    ) -> Mapping[str, Any]:
+        model, tokenizer = loaded or self.loaded
+        recipe = self.bench.recipe
+        (score,) = metric.run(Subject(model, tokenizer, recipe.evaluation, texts, tasks, recipe.seed, is_shown()))
+        return {"score": asdict(score), "conditions": describe_machine(model)}
 
 
 def measure(
@@ -115,31 +84,27 @@ def measure(
     tasks = settings.tasks if cell is None or cell.layers in settings.task_targets else {}
     dtype: dict[str, Any] = {"dtype": recipe.model.dtype}
     checkpoint = {"checkpoint": facts["digest"]}
-    texts: dict[str, Product] = {}
-    for name in bench.texts:
-        keyed = dtype | {"context": settings.context, "tokens": settings.text_tokens}
-        part = bench.part("text", keyed, checkpoint | {"text": bench.digests[f"text {name}"]})
-        texts[name] = get(part, partial(model.measure_text, name))
-    scored: list[Product] = []
-    for name, limit in tasks.items():
-        keyed = dtype | {"task": name, "limit": limit, "shots": settings.shots, "seed": recipe.seed}
-        part = bench.part("task", keyed, checkpoint | {"tables": bench.digests[f"task {name}"]})
-        scored.append(get(part, partial(model.measure_task, name)))
-    products = [*texts.values(), *scored]
+    products: list[tuple[str, Product]] = []
+    for metric in list_asked(settings):
+        # What is measured wherever there is something to measure has no setting of its own.
+        asked = {metric.asked: getattr(settings, metric.asked)} if metric.asked else {}
+        for name in bench.texts if metric.on == "texts" else tasks:
+            if metric.on == "texts":
+                keyed = dtype | {"context": settings.context, "tokens": settings.text_tokens} | asked
+                part = bench.part("text", keyed, checkpoint | {"text": bench.digests[f"text {name}"]})
+                make: Any = partial(model.measure_text, metric, name)
+            else:
+                keyed = dtype | {"task": name, "limit": tasks[name], "shots": settings.shots, "seed": recipe.seed}
+                part = bench.part("task", keyed | asked, checkpoint | {"tables": bench.digests[f"task {name}"]})
+                make = partial(model.measure_task, metric, name)
+            products.append((name, get(part, make)))
+    # Stored by content: the same text may have had another name.
+    scores = [replace(read_score(product.facts["score"]), name=name) for name, product in products]
     return Measured(
         cell,
-        # Stored by content: the same text may have had another name.
-        {name: replace(read_score(product), name=name) for name, product in texts.items()},
-        tuple(map(read_score, scored)),
-        {**seconds, "measure": round(sum(product.seconds for product in products), 3)},
+        {(score.name, score.metric): score for score in scores},
+        {**seconds, "measure": round(sum(product.seconds for _, product in products), 3)},
         facts,
-        tuple(product.facts["conditions"] for product in products),
-        reused and all(product.reused for product in products),
+        tuple(product.facts["conditions"] for _, product in products),
+        reused and all(product.reused for _, product in products),
     )
-
-
-def read_score(product: Product) -> Score:
-    """Read a stored measurement back."""
-    body = dict(product.facts["score"])
-    items = tuple(tuple(item) if isinstance(item, list) else item for item in body.pop("items"))
-    return Score(**body, items=items)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from mka.bench.parts import Measured
 from mka.bench.statistics import Comparison
-from mka.bench.tables import Table, describe_conditions, tabulate_best, tabulate_duels, tabulate_ratios, tabulate_tasks
+from mka.bench.tables import Table, describe_conditions, tabulate_best, tabulate_duels, tabulate_ratios
 from mka.errors import OutputError
+from mka.evaluation.metrics import HEADLINE, METRICS, Group
 from mka.report.markup import escape_markdown
 from mka.report.table import format_value
 from mka.store.publishing import write_text
@@ -35,30 +36,26 @@ def render_page(comparison: Comparison, picture: str | None) -> str:
         *_markdown(_texts_table(comparison)),
     ]
     if picture:
-        lines += [f"![Perplexity over the base's against layers that remain]({picture})", ""]
-    lines += [
-        "## Perplexity",
-        "",
-        "Perplexity over the base's, with its 95 % interval; 1 is as good as the base. Bold: lowest of its column.",
-        "",
-    ]
-    for text in bench.recipe.texts:
-        n = comparison.draws[text.name].windows
-        kind = "of the calibration's kind" if text.seen else "of a kind that calibration never saw"
-        lines += [f"### {escape_markdown(text.name)}: {kind} (n = {n} windows)", ""]
-        lines += _markdown(tabulate_ratios(comparison, comparison.ratios[text.name], mark="**{}**"), escaped=(0,))
-    if comparison.recoveries:
-        limits = ", ".join(f"{score.name} ({score.n})" for score in results.base.tasks)
-        lines += ["## Tasks", "", f"Mean score over the base's, 1 is as good; items in parentheses: {limits}.", ""]
-        lines += _markdown(tabulate_tasks(comparison, "**{}**"), escaped=(0,))
-        lines += _markdown(_scores_table(comparison))
+        lines += [f"![{HEADLINE.name.capitalize()} over the base's against layers that remain]({picture})", ""]
+    lines += _text_sections(comparison)
+    for check, group in comparison.list_groups(pooled=True).items():
+        if comparison.ratios[check]:
+            scores = [results.base.scores[key] for key in group.keys]
+            limits = ", ".join(f"{score.name} ({score.n})" for score in scores)
+            lines += [f"## {check.capitalize()}", ""]
+            lines += [
+                f"Mean score over the base's, 1 is as good; {group.metric.resampled} in parentheses: {limits}.",
+                "",
+            ]
+            lines += _markdown(tabulate_ratios(comparison, check, "**{}**"), escaped=(0,))
+            lines += _markdown(_scores_table(comparison, group))
     if comparison.duels:
         lines += [
             "## Ours against the best of the others",
             "",
-            "Perplexity of ours over that of the best other method at the same target on the same text (below 1: ours "
-            "is better); for tasks the mean score (above 1: ours is better). Undecided: the interval holds 1. The best "
-            "other is chosen by the figures it is then compared on, which favours it.",
+            "Figure of ours over that of the best other method at the same target on the same text, or on the tasks "
+            f"({_sides(comparison)}). Undecided: the interval holds 1. The best other is chosen by the figures it is "
+            "then compared on, which favours it.",
             "",
             *_markdown(tabulate_duels(comparison.duels)),
         ]
@@ -79,7 +76,7 @@ def render_page(comparison: Comparison, picture: str | None) -> str:
 def update_readme(path: Path, comparison: Comparison) -> None:
     """Replace what stands between the two markers by the best method of each target.
 
-    Best is the lowest geometric mean, over the texts, of the perplexity ratio.
+    Best is the lowest geometric mean, over the texts, of the ratio of the headline metric.
 
     Raises:
         OutputError: if the file cannot be read or written, or has no markers.
@@ -92,27 +89,58 @@ def update_readme(path: Path, comparison: Comparison) -> None:
     write_text(path, f"{before}\n{table}\n{after}")
 
 
+def _text_sections(comparison: Comparison) -> list[str]:
+    lines: list[str] = []
+    texts = {text.name: text for text in comparison.results.bench.recipe.texts}
+    sections: dict[str, list[str]] = {}
+    for check, group in comparison.list_groups(pooled=False).items():
+        metric, text = group.metric, texts[group.on]
+        kind = "of the calibration's kind" if text.seen else "of a kind that calibration never saw"
+        section = sections.setdefault(metric.name, [])
+        section += [
+            f"### {escape_markdown(text.name)}: {kind} (n = {comparison.draws[check].n} {metric.resampled})",
+            "",
+        ]
+        section += _markdown(tabulate_ratios(comparison, check, "**{}**"), escaped=(0,))
+    for name, section in sections.items():
+        title, best = name.capitalize(), "highest" if METRICS[name].higher_is_better else "lowest"
+        told = f"{title} over the base's, with its 95 % interval; 1 is as good as the base. Bold: {best} of its column."
+        lines += [f"## {title}", "", told, "", *section]
+    return lines
+
+
+def _sides(comparison: Comparison) -> str:
+    """Say on which side of 1 ours is better, by what was measured."""
+    subjects: dict[str, str] = {}
+    for group in comparison.groups.values():
+        shown = f"mean score of {group.metric.pooled}" if group.metric.pooled else group.metric.name
+        subjects[shown] = "above" if group.metric.higher_is_better else "below"
+    return "; ".join(f"{name}: {side} 1 ours is better" for name, side in subjects.items())
+
+
 def _texts_table(comparison: Comparison) -> Table:
-    bench = comparison.results.bench
+    bench, base = comparison.results.bench, comparison.results.base
+    metrics = list(dict.fromkeys(group.metric.name for group in comparison.list_groups(pooled=False).values()))
     rows = []
     for text in bench.recipe.texts:
-        score = comparison.results.base.texts[text.name]
+        scores = [base.scores[text.name, metric] for metric in metrics]
         where = f"{text.path.name}, {text.source}" if text.source else text.path.name
-        value, digest = format_value(score.value, score.stderr), bench.digests[f"text {text.name}"][:16]
+        tokens, digest = sum(item[1] for item in scores[0].items), bench.digests[f"text {text.name}"][:16]
+        values = [format_value(score.value, score.stderr) for score in scores]
         seen = "seen" if text.seen else "unseen"
-        rows.append([text.name, where, seen, str(score.n), f"{score.extra['tokens']:,}", value, digest])
-        rows[-1].append(bench.notes[text.name])
-    headers = ["text", "file", "kind", "windows", "predicted tokens", "base perplexity", "digest"]
+        rows.append([text.name, where, seen, str(scores[0].n), f"{tokens:,}", *values, digest, bench.notes[text.name]])
+    headers = ["text", "file", "kind", "windows", "predicted tokens", *(f"base {m}" for m in metrics), "digest"]
     return [*headers, f"shares {SHARED_WORDS} successive words with"], rows
 
 
-def _scores_table(comparison: Comparison) -> Table:
-    base = comparison.results.base
-    rows = [["base", str(comparison.results.bench.base.layers), *(format_value(s.value, s.stderr) for s in base.tasks)]]
-    for (row, layers), measured in comparison.cells.items():
-        if measured.tasks:
-            rows.append([row, str(layers), *(format_value(s.value, s.stderr) for s in measured.tasks)])
-    return ["method", "layers", *(f"{score.name}, {score.metric}" for score in base.tasks)], rows
+def _scores_table(comparison: Comparison, group: Group) -> Table:
+    found = {("base", comparison.results.bench.base.layers): comparison.results.base}
+    found |= comparison.measured_on(group)
+    rows = []
+    for (row, layers), measured in found.items():
+        scores = [measured.scores[key] for key in group.keys]
+        rows.append([row, str(layers), *(format_value(s.value, s.stderr) for s in scores)])
+    return ["method", "layers", *(f"{name}, {metric}" for name, metric in group.keys)], rows
 
 
 def _costs(comparison: Comparison) -> list[str]:

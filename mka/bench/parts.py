@@ -72,7 +72,7 @@ class Bench:
         revision: what pins it.
         calibration: the texts methods look at; None if none looks.
         alignment: source -> texts of the refits; empty if no cell is aligned.
-        texts: name -> texts of perplexity.
+        texts: name -> held-out texts.
         digests: of "alignment", each "text NAME" and each "task NAME".
         notes: per text, how many calibration texts share a run of words with it, in words.
         work: work folder.
@@ -111,8 +111,7 @@ class Measured:
 
     Attributes:
         cell: which; None for the base.
-        texts: name -> perplexity with (nll, tokens) per window.
-        tasks: one score per task; empty where none is measured.
+        scores: name and metric -> score; tasks only where they are measured.
         seconds: observe, score, plan, merge or align, and measure: what each took when it was made.
         facts: digest, layers, parameters and bytes of the checkpoint; ``alignment``: what a refit
             took.
@@ -121,8 +120,7 @@ class Measured:
     """
 
     cell: Cell | None
-    texts: Mapping[str, Score]
-    tasks: tuple[Score, ...]
+    scores: Mapping[tuple[str, str], Score]
     seconds: Mapping[str, float]
     facts: Mapping[str, Any]
     conditions: tuple[Mapping[str, Any], ...]

@@ -1,5 +1,6 @@
-"""The picture of a comparison: perplexity over the base's against the layers that remain, one panel per text."""
+"""The picture of a comparison: figures over the base's against the layers that remain, a panel per metric and text."""
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -29,27 +30,44 @@ def draw_comparison(comparison: Comparison, form: Format = "png") -> bytes:
 
     Rows are shifted a little to the side so that their bars do not hide each other. Missing cells are left out.
     """
-    count = len(comparison.ratios)
-    legend_rows = -(-len(comparison.rows) // _columns(count))
-    size = (LEFT + count * PANEL + (count - 1) * GAP + RIGHT, TOP + TALL + BOTTOM + 0.15 + LEGEND_ROW * legend_rows)
-    return render_figure(lambda figure: _panels(figure, comparison), size, form)
+    lefts = _place_panels(comparison)
+    legend_rows = -(-len(comparison.rows) // _columns(len(lefts)))
+    size = (max(lefts.values()) + PANEL + RIGHT, TOP + TALL + BOTTOM + 0.15 + LEGEND_ROW * legend_rows)
+    return render_figure(lambda figure: _panels(figure, comparison, lefts), size, form)
+
+
+def _place_panels(comparison: Comparison) -> dict[str, float]:
+    """Left edge of each panel in inches, texts of one metric side by side."""
+    lefts: dict[str, float] = {}
+    before = None
+    for check, group in comparison.list_groups(pooled=False).items():
+        gap = GAP if before == group.metric else LEFT
+        lefts[check] = (max(lefts.values()) + PANEL if lefts else 0.0) + gap
+        before = group.metric
+    return lefts
 
 
 def _columns(panels: int) -> int:
     return max(1, int(panels * PANEL / 2.4))
 
 
-def _panels(figure: "Figure", comparison: Comparison) -> None:
+def _panels(figure: "Figure", comparison: Comparison, lefts: Mapping[str, float]) -> None:
     wide, tall = figure.get_size_inches()
     looks = _choose_looks(comparison)
-    values = [e for ratios in comparison.ratios.values() for e in ratios.values()]
-    highest = max([e.value for e in values], default=1.0)
-    high = min(max([e.upper for e in values] + [1.2]), HIGHEST)
-    low = min([e.lower for e in values] + [1.0])
     kinds = {text.name: "kind seen" if text.seen else "kind not seen" for text in comparison.results.bench.recipe.texts}
     lines: dict[str, Any] = {}
-    for index, (name, ratios) in enumerate(comparison.ratios.items()):
-        left = LEFT + index * (PANEL + GAP)
+    named: set[str] = set()
+    ways = {comparison.groups[check].metric.higher_is_better for check in lefts}
+    mixed = len(ways) > 1
+    beyond = 0.0
+    for check, left in lefts.items():
+        group, ratios = comparison.groups[check], comparison.ratios[check]
+        metric = group.metric
+        values = [e for at in lefts if comparison.groups[at].metric == metric for e in comparison.ratios[at].values()]
+        high = min(max([e.upper for e in values] + [1.2]), HIGHEST)
+        low = max(min([e.lower for e in values] + [1.0]), 1 / HIGHEST)
+        if (highest := max([e.value for e in values], default=1.0)) > high:
+            beyond = max(beyond, highest)
         axes = figure.add_axes((left / wide, 1 - (TOP + TALL) / tall, PANEL / wide, TALL / tall))
         axes.set_yscale("log")
         axes.set_ylim(low / 1.06, high * 1.12)
@@ -62,19 +80,23 @@ def _panels(figure: "Figure", comparison: Comparison) -> None:
             y = [e.value for _, e in at]
             below, above = [e.value - e.lower for _, e in at], [e.upper - e.value for _, e in at]
             lines[row] = axes.errorbar(x, y, yerr=[below, above], label=row, **looks[row])
-        _dress(axes, comparison, f"{name} ({kinds[name]}, n = {comparison.draws[name].windows} windows)")
-        if index == 0:
-            axes.set_ylabel("perplexity / base's (log scale)")
+        title = f"{group.on} ({kinds[group.on]}, n = {comparison.draws[check].n} {metric.resampled})"
+        _dress(axes, comparison, title)
+        if metric.name not in named:
+            way = "higher" if metric.higher_is_better else "lower"
+            axes.set_ylabel(f"{metric.name} / base's (log scale{f', {way} is better' if mixed else ''})")
+            named.add(metric.name)
     shown = [row for row in comparison.rows if row in lines]
     where = {
         "loc": "lower center",
         "bbox_to_anchor": (0.5, 0.06 / tall),
-        "ncols": min(_columns(len(kinds)), len(shown)),
+        "ncols": min(_columns(len(lefts)), len(shown)),
     }
     figure.legend([lines[row] for row in shown], shown, **LEGEND, **where)
-    note = "Lower is better; 1 is as good as the base. Bars: 95 % intervals, paired bootstrap over windows."
-    if highest > high:
-        note += f" Lines that leave the frame go on to at most {format_ratio(highest)}."
+    way = "" if mixed else "Higher is better; " if ways == {True} else "Lower is better; "
+    note = f"{way}1 is as good as the base. Bars: 95 % intervals, paired bootstrap over windows."
+    if beyond:
+        note += f" Lines that leave the frame go on to at most {format_ratio(beyond)}."
     write_heading(figure, f"Depth compression of {comparison.results.bench.recipe.model.label}", note)
 
 

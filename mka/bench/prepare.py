@@ -12,10 +12,11 @@ from mka.errors import CalibrationError, RecipeError
 from mka.methods import Planner, resolve_method
 from mka.model.checkpoint import Checkpoint
 from mka.pipeline.inputs import Inputs, check_evaluation, digest_task
-from mka.pipeline.job import Job, Opened, check_context, fetch_base, open_job
+from mka.pipeline.job import Job, Opened, fetch_base, open_job
 from mka.recipe import MethodChoice
 from mka.texts.calibration import CalibrationSet, load_calibration
 from mka.texts.overlap import refuse_overlap
+from mka.texts.positions import check_context
 from mka.texts.rows import digest_texts, read_heldout, read_rows, read_texts
 
 
@@ -44,7 +45,7 @@ def prepare(recipe: BenchRecipe, work: Path, *, root: Path = Path(), command: st
     tables["alignment"] = tuple(text for group in alignment.values() for text in group)
     _refuse_overlap(recipe, tables, paragraphs)
     base, revision = fetch_base(recipe.model, work)
-    check_context(recipe.evaluation.context, base)
+    check_context(recipe.evaluation.context, base.config.get("max_position_embeddings"))
     table = AlignmentTable(alignment, recipe.alignment)
     jobs = _open_jobs(recipe, planners, base, revision, Inputs(calibration, table if alignment else None))
     digests = {f"text {name}": digest_texts(body) for name, body in texts.items()}

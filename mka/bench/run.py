@@ -10,6 +10,7 @@ from mka.bench.parts import Bench, Measured
 from mka.bench.recipe import BenchRecipe, Cell
 from mka.bench.results import Failed, Results
 from mka.errors import MkaError, NumericsError, OutputError, PlanError, RecipeError, nearest
+from mka.evaluation.metrics import HEADLINE
 from mka.model.checkpoint import describe_checkpoint
 
 # A method's own limits: it cannot reach a target, or leaves a model whose outputs are no numbers.
@@ -82,7 +83,8 @@ def describe_progress(result: Measured | Failed, number: int, count: int, elapse
     if isinstance(result, Failed):
         found = f"failed: {result.reason}"
     else:
-        found = ", ".join(f"{name} {score.value:.4g}" for name, score in result.texts.items())
+        shown = (score for score in result.scores.values() if score.metric == HEADLINE.name)
+        found = ", ".join(f"{score.name} {score.value:.4g}" for score in shown)
     return f"{number:>3}/{count} {result.cell.key:<36} {elapsed:7.0f} s, about {rest:.0f} s left   {found}"
 
 

@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 from mka.bench.parts import Measured
 from mka.bench.results import Results
-from mka.evaluation.bootstrap import find_bounds, resample_rates, resample_recovery
+from mka.errors import NumericsError
+from mka.evaluation.bootstrap import find_bounds, resample_means
+from mka.evaluation.metrics import Group, Metric, find_metric, group_scores
 from mka.evaluation.scores import Score
 
 TAIL = 0.025
@@ -31,54 +33,58 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class TextDraws:
-    """Resampled perplexities of several models on one text.
+class Draws:
+    """Resampled figures of several models on one text, or on all tasks.
 
     Attributes:
+        metric: what was measured.
         names: of the models, K.
-        rates: nats per token, (K,).
-        draws: the same in bootstrap resamples of the windows, (R, K).
-        windows: number of windows.
+        means: of the items, of several tasks their sum, (K,); see `mka.evaluation.bootstrap.resample_means`.
+        draws: the same in bootstrap resamples, (R, K).
+        n: windows or items in all.
+        smallest: windows, or items of the task that has fewest.
     """
 
+    metric: Metric
     names: tuple[str, ...]
-    rates: NDArray[np.float64]
+    means: NDArray[np.float64]
     draws: NDArray[np.float64]
-    windows: int
+    n: int
+    smallest: int
 
     def ratio(self, name: str, divisor: str = BASE) -> Estimate:
-        """Perplexity of one model over that of another.
+        """Figure of one model over that of another.
 
-        ``exp`` of the difference of nats per token; bounds by the expanded percentile bootstrap (see
-        `mka.evaluation.gate.decide`) with 2.5 % outside each.
+        Bounds by the expanded percentile bootstrap (see `mka.evaluation.gate.decide`) with 2.5 % outside each.
+
+        Raises:
+            NumericsError: if the divisor's figure is 0.
         """
         top, bottom = self.names.index(name), self.names.index(divisor)
-        with np.errstate(over="ignore"):
-            value = np.exp(self.rates[top] - self.rates[bottom])
-            lower, upper = find_bounds(np.exp(self.draws[:, top] - self.draws[:, bottom]), self.windows, TAIL)
-        return Estimate(float(value), lower, upper)
+        if self.metric.scale == "linear" and not self.means[bottom] > 0:
+            raise NumericsError(f"{self.metric.subject}: {divisor} solves nothing, so no ratio to it is defined")
+        value = float(self.metric.ratio(self.means[top], self.means[bottom]))
+        return Estimate(
+            value, *find_bounds(self.metric.ratio(self.draws[:, top], self.draws[:, bottom]), self.smallest, TAIL)
+        )
 
 
-def draw_text(scores: Mapping[str, Score], *, seed: int, resamples: int) -> TextDraws:
-    """Resample the windows of one text for several models at once.
+def draw_scores(scores: Mapping[str, Sequence[Score]], *, seed: int, resamples: int) -> Draws:
+    """Resample windows or items for several models at once.
+
+    Args:
+        scores: model -> its score on one text, or its scores on all tasks in one order.
+        seed: of the resampling.
+        resamples: bootstrap resamples.
 
     Raises:
-        GuardError: if the scores are not of the same windows.
+        GuardError: if the scores are not of the same windows or items.
         NumericsError: if one is not finite.
     """
-    rates, draws = resample_rates(list(scores.values()), seed=seed, resamples=resamples)
-    return TextDraws(tuple(scores), rates, draws, next(iter(scores.values())).n)
-
-
-def recover_tasks(base: Sequence[Score], other: Sequence[Score], *, seed: int, resamples: int) -> Estimate:
-    """Mean task score of one model over that of another, each task weighing the same; items are resampled in tasks.
-
-    Raises:
-        GuardError: if the two were not measured on the same items.
-        NumericsError: if the divisor solves nothing.
-    """
-    value, draws = resample_recovery(list(zip(base, other, strict=True)), seed=seed, resamples=resamples)
-    return Estimate(value, *find_bounds(draws, min(score.n for score in base), TAIL))
+    means, draws = resample_means(list(zip(*scores.values(), strict=True)), seed=seed, resamples=resamples)
+    first = next(iter(scores.values()))
+    sizes = [score.n for score in first]
+    return Draws(find_metric(first[0].metric), tuple(scores), means, draws, sum(sizes), min(sizes))
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,8 @@ class Duel:
         ours: row of ours.
         rival: row of the best of the others, by point estimate.
         layers: the target.
-        on: name of the text; "tasks" for the mean of the tasks.
-        ratio: perplexity of ours over the rival's (below 1: ours is better), or mean task score (above 1).
+        on: label of the group of scores: the text, or "tasks" for the mean of the tasks.
+        ratio: figure of ours over the rival's; which side of 1 is better, the metric says.
         verdict: "better" or "worse" if the interval excludes 1, "equal" if it is nothing but 1, else "undecided".
     """
 
@@ -129,41 +135,46 @@ class Comparison:
         return {(m.cell.row, m.cell.layers): m for m in self.results.measured if m.cell is not None}
 
     @cached_property
-    def draws(self) -> dict[str, TextDraws]:
-        """Resampled perplexities per text; a cell goes by its key."""
-        recipe = self.results.bench.recipe
-        scores: dict[str, dict[str, Score]] = {n: {BASE: s} for n, s in self.results.base.texts.items()}
-        for measured in self.results.measured:
-            for name, score in measured.texts.items():
-                scores[name][_key(measured)] = score
-        return {n: draw_text(group, seed=recipe.seed, resamples=recipe.resamples) for n, group in scores.items()}
+    def groups(self) -> dict[str, Group]:
+        """What was measured of the base, by what the gate calls it: the texts metric by metric, then the tasks."""
+        return {group.check: group for group in group_scores(self.results.base.scores.values())}
+
+    @cached_property
+    def draws(self) -> dict[str, Draws]:
+        """Resampled figures per group; a cell goes by its key."""
+        recipe, found = self.results.bench.recipe, {}
+        for check, group in self.groups.items():
+            there = {BASE: self.results.base} | {_key(m): m for m in self.measured_on(group).values()}
+            scores = {name: [measured.scores[key] for key in group.keys] for name, measured in there.items()}
+            found[check] = draw_scores(scores, seed=recipe.seed, resamples=recipe.resamples)
+        return found
 
     @cached_property
     def ratios(self) -> dict[str, dict[tuple[str, int], Estimate]]:
-        """Perplexity over the base's: text -> (row, target) -> estimate."""
-        return {name: {at: draws.ratio(_key(m)) for at, m in self.cells.items()} for name, draws in self.draws.items()}
-
-    @cached_property
-    def recoveries(self) -> dict[tuple[str, int], Estimate]:
-        """Mean task score over the base's: (row, target) -> estimate."""
-        return {at: self._recover(self.results.base, m) for at, m in self.cells.items() if m.tasks}
+        """Figure over the base's: group -> (row, target) -> estimate."""
+        return {
+            check: {at: self.draws[check].ratio(_key(m)) for at, m in self.measured_on(group).items()}
+            for check, group in self.groups.items()
+        }
 
     @cached_property
     def duels(self) -> list[Duel]:
         """Ours against the best of the others, text by text and target by target, then over the tasks."""
         found = []
-        for name, draws in self.draws.items():
-            for row, rival, layers in self._pair(self.ratios[name], 1):
+        for check, draws in self.draws.items():
+            below = not draws.metric.higher_is_better
+            for row, rival, layers in self._pair(self.ratios[check], 1 if below else -1):
                 ratio = draws.ratio(_key(self.cells[row, layers]), _key(self.cells[rival, layers]))
-                found.append(Duel(row, rival, layers, name, ratio, _judge(ratio, below=True)))
-        for row, rival, layers in self._pair(self.recoveries, -1):
-            ratio = self._recover(self.cells[rival, layers], self.cells[row, layers])
-            found.append(Duel(row, rival, layers, "tasks", ratio, _judge(ratio, below=False)))
+                found.append(Duel(row, rival, layers, self.groups[check].label, ratio, _judge(ratio, below=below)))
         return found
 
-    def _recover(self, base: Measured, other: Measured) -> Estimate:
-        recipe = self.results.bench.recipe
-        return recover_tasks(base.tasks, other.tasks, seed=recipe.seed, resamples=recipe.resamples)
+    def list_groups(self, *, pooled: bool) -> dict[str, Group]:
+        """Those groups that are, or are not, all tasks together."""
+        return {check: group for check, group in self.groups.items() if (group.metric.pooled is not None) == pooled}
+
+    def measured_on(self, group: Group) -> dict[tuple[str, int], Measured]:
+        """Cells that have all scores of a group: tasks are measured at some targets only."""
+        return {at: m for at, m in self.cells.items() if all(key in m.scores for key in group.keys)}
 
     def _pair(self, values: Mapping[tuple[str, int], Estimate], sign: int) -> list[tuple[str, str, int]]:
         """Each of ours with the rival that has the least of ``sign`` times the value."""

@@ -1,12 +1,13 @@
 """The figures of a comparison as tables and as one JSON document."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from math import log
 from typing import Any
 
 import mka
 from mka.bench.parts import Measured
 from mka.bench.statistics import Comparison, Duel, Estimate
+from mka.evaluation.metrics import HEADLINE
 from mka.report.table import format_value
 
 Table = tuple[list[str], list[list[str]]]
@@ -25,15 +26,13 @@ def format_estimate(estimate: Estimate) -> str:
     return f"{format_ratio(estimate.value)} [{format_ratio(estimate.lower)}, {format_ratio(estimate.upper)}]"
 
 
-def tabulate_ratios(
-    comparison: Comparison,
-    values: Mapping[tuple[str, int], Estimate],
-    best: Callable[..., Any] = min,
-    mark: str = "{} *",
-    targets: Sequence[int] | None = None,
-) -> Table:
-    """Lay out rows × targets; the best of each column is marked, a cell that failed or was not run says so."""
-    targets = comparison.targets if targets is None else targets
+def tabulate_ratios(comparison: Comparison, check: str, mark: str = "{} *") -> Table:
+    """Lay out rows × targets of one group; the best of each column is marked, what failed or was not run says so."""
+    group, values = comparison.groups[check], comparison.ratios[check]
+    best = max if group.metric.higher_is_better else min
+    targets = comparison.targets
+    if group.metric.on == "tasks":
+        targets = [target for target in targets if any(at == target for _, at in values)]
     failed = {(item.cell.row, item.cell.layers) for item in comparison.results.failed}
     missing = {(cell.row, cell.layers) for cell in comparison.results.missing}
     tops = {t: best(found) for t in targets if (found := [v.value for (_, at), v in values.items() if at == t])}
@@ -68,12 +67,9 @@ def show_comparison(comparison: Comparison) -> str:
         headers, rows = table
         parts.append(f"{title}\n{align(rows, headers, 'l' + 'r' * (len(headers) - 1))}")
 
-    for name, draws in comparison.draws.items():
-        base = results.base.texts[name]
-        title = f"{name}: perplexity / base's {format_value(base.value, base.stderr)} (n = {draws.windows} windows)"
-        add(title, tabulate_ratios(comparison, comparison.ratios[name]))
-    if comparison.recoveries:
-        add(f"tasks: mean score / base's (n = {_count_items(results.base)} items)", tabulate_tasks(comparison, "{} *"))
+    for check, ratios in comparison.ratios.items():
+        if ratios:
+            add(_title(comparison, check), tabulate_ratios(comparison, check))
     if comparison.duels:
         add("ours against the best of the others", tabulate_duels(comparison.duels))
     parts += [f"{item.cell.key} failed: {item.reason}" for item in results.failed]
@@ -83,6 +79,15 @@ def show_comparison(comparison: Comparison) -> str:
     return "\n\n".join(parts)
 
 
+def _title(comparison: Comparison, check: str) -> str:
+    group, draws = comparison.groups[check], comparison.draws[check]
+    count = f"(n = {draws.n} {group.metric.resampled})"
+    if group.metric.pooled:
+        return f"{check}: mean score / base's {count}"
+    base = comparison.results.base.scores[group.keys[0]]
+    return f"{group.on}: {group.metric.name} / base's {format_value(base.value, base.stderr)} {count}"
+
+
 def to_document(comparison: Comparison) -> dict[str, Any]:
     """Return all figures as JSON types."""
     results = comparison.results
@@ -90,7 +95,6 @@ def to_document(comparison: Comparison) -> dict[str, Any]:
     for at, measured in comparison.cells.items():
         assert measured.cell is not None
         entry = measured.cell.entry
-        recovery = comparison.recoveries.get(at)
         cells.append(
             {
                 "row": at[0],
@@ -99,12 +103,8 @@ def to_document(comparison: Comparison) -> dict[str, Any]:
                 "ours": entry.ours,
                 "layers": at[1],
                 "aligned": measured.cell.aligned,
-                "texts": {
-                    name: {"perplexity": score.value, "ratio": vars(comparison.ratios[name][at])}
-                    for name, score in measured.texts.items()
-                },
-                "tasks": {score.name: score.value for score in measured.tasks},
-                "recovery": vars(recovery) if recovery else None,
+                "scores": _scores(measured),
+                "ratios": {check: vars(found[at]) for check, found in comparison.ratios.items() if at in found},
                 "seconds": dict(measured.seconds),
                 "checkpoint": dict(measured.facts),
             }
@@ -114,8 +114,7 @@ def to_document(comparison: Comparison) -> dict[str, Any]:
         "command": results.bench.command,
         "conditions": dict(describe_conditions(comparison)),
         "base": {
-            "texts": {n: {"perplexity": s.value, "stderr": s.stderr, "n": s.n} for n, s in results.base.texts.items()},
-            "tasks": {score.name: score.value for score in results.base.tasks},
+            "scores": _scores(results.base),
             "seconds": dict(results.base.seconds),
         },
         "cells": cells,
@@ -168,27 +167,27 @@ def describe_conditions(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def tabulate_best(comparison: Comparison) -> Table:
-    """Lay out the best row of each target with its ratio on every text."""
+    """Lay out the best row of each target by the headline, with its ratio on every text."""
+    ratios = {
+        group.on: comparison.ratios[check] for check, group in comparison.groups.items() if group.metric == HEADLINE
+    }
     rows = []
     for target in comparison.targets:
         means = {
-            row: sum(log(values[row, target].value) for values in comparison.ratios.values())
+            row: sum(log(values[row, target].value) for values in ratios.values())
             for row, layers in comparison.cells
             if layers == target
         }
         if means:
-            best = min(means, key=means.__getitem__)
-            found = [format_estimate(values[best, target]) for values in comparison.ratios.values()]
+            best = (max if HEADLINE.higher_is_better else min)(means, key=means.__getitem__)
+            found = [format_estimate(values[best, target]) for values in ratios.values()]
             rows.append([f"{target} of {comparison.results.bench.base.layers}", best, *found])
     kinds = {text.name: "seen" if text.seen else "unseen" for text in comparison.results.bench.recipe.texts}
-    return ["layers", "best method", *(f"{name} ({kinds[name]} kind)" for name in comparison.ratios)], rows
+    return ["layers", "best method", *(f"{name} ({kinds[name]} kind)" for name in ratios)], rows
 
 
-def tabulate_tasks(comparison: Comparison, mark: str) -> Table:
-    """Lay out mean task scores over the base's, rows × targets at which tasks were measured."""
-    targets = sorted({target for _, target in comparison.recoveries}, reverse=True)
-    return tabulate_ratios(comparison, comparison.recoveries, max, mark, targets)
-
-
-def _count_items(measured: Measured) -> int:
-    return sum(score.n for score in measured.tasks)
+def _scores(measured: Measured) -> list[dict[str, Any]]:
+    return [
+        {"name": s.name, "metric": s.metric, "value": s.value, "stderr": s.stderr, "n": s.n}
+        for s in measured.scores.values()
+    ]

@@ -144,11 +144,11 @@ def describe_alignment_plan(facts: dict[str, Any]) -> str:
 
 def show_compression(made: "Compression") -> Outcome:
     """Say what came of it: the results side by side, the verdict, and where everything is."""
-    from mka.evaluation.gate import describe_decision
     from mka.pipeline.compress import EVIDENCE
     from mka.pipeline.judge import refuse_failed
     from mka.report.alignment import summarise_alignment
     from mka.report.table import result_table
+    from mka.report.verdict import describe_decision
 
     page = made.output / EVIDENCE / "report.html"
     rows = result_table(made.base, made.candidate)

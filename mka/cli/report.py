@@ -36,6 +36,7 @@ def report(
     from mka.report.data import ReportData
     from mka.report.page import write_card, write_report
     from mka.report.table import result_table
+    from mka.report.verdict import describe_decision
     from mka.store.publishing import publish
 
     check_free(output)
@@ -58,5 +59,5 @@ def report(
         write_card(data, partial)
     rows = result_table(before, after)
     document = {"verdict": decision.verdict, "gate": decision.to_dict(), "results": rows, "output": str(output)}
-    text = "\n".join([show_results(rows), "", *decision.describe(), "", str(output / "report.html")])
+    text = "\n".join([show_results(rows), "", *describe_decision(decision.to_dict()), "", str(output / "report.html")])
     return Outcome(document, text, refuse_failed(decision.to_dict(), output / "report.html"))

@@ -1,6 +1,6 @@
-"""The gate: is enough of the base left? Decided on bounds of recovery, not on point estimates."""
+"""The gate: is enough of the base left? Decided on bounds, not on point estimates; its rules are data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -8,35 +8,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mka.errors import GuardError, NumericsError
-from mka.evaluation.bootstrap import CONFIDENCE, _mismatch, _task_recovery, find_bounds, resample_rates
+from mka.evaluation.bootstrap import CONFIDENCE, find_bounds, find_mismatch, resample_means
 from mka.evaluation.evaluate import pair_scores
-from mka.evaluation.scores import EvalReport
-from mka.recipe import GateSettings
+from mka.evaluation.metrics import FACTS, Group, find_metric, group_scores, read_fact
+from mka.evaluation.rules import check_rules, list_rules
+from mka.evaluation.scores import EvalReport, Score
+from mka.recipe import GateRule, GateSettings
 
 Verdict = Literal["pass", "fail", "undecided"]
+Pair = tuple[Score | None, Score]
 
 
 @dataclass(frozen=True)
 class GateCheck:
-    """One recovery against its threshold.
+    """One number against its threshold.
 
     Attributes:
-        name: "perplexity SOURCE" or "tasks".
-        recovery: point estimate, 1 = as good as the base.
-        lower: one-sided 95 % lower confidence bound.
+        name: "METRIC TEXT" or "tasks"; of a bound on the value, with " value" behind it; of a fact, the fact's.
+        recovery: point estimate, 1 = as good as the base; None where the candidate's own value is judged.
+        lower: one-sided 95 % lower confidence bound; None for a fact, which has no interval.
         upper: one-sided 95 % upper confidence bound; infinite if resamples leave the base without a solved item.
-        threshold: smallest acceptable recovery.
-        verdict: "pass" if lower >= threshold, "fail" if upper < threshold, else "undecided".
-        n: windows or items behind it.
+        threshold: smallest acceptable recovery, or the bound on the value.
+        verdict: "pass" if all between the bounds is acceptable, "fail" if nothing is, else "undecided".
+        n: windows or items behind it; None for a fact.
+        metric: what the rule names.
+        bound: "recovery", or "least" or "most" of the candidate's own value.
+        value: that value; None where recovery is judged.
     """
 
     name: str
-    recovery: float
-    lower: float
-    upper: float
+    recovery: float | None
+    lower: float | None
+    upper: float | None
     threshold: float
     verdict: Verdict
-    n: int
+    n: int | None
+    metric: str = ""
+    bound: Literal["recovery", "least", "most"] = "recovery"
+    value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class GateDecision:
 
     Attributes:
         verdict: "fail" if any check fails, else "undecided" if any is undecided, else "pass".
-        checks: one per held-out source, and one over all tasks.
+        checks: of each rule one per held-out source, or one over all tasks.
         confidence: of each one-sided bound.
         resamples: bootstrap resamples.
         seed: of the resampling.
@@ -60,28 +69,10 @@ class GateDecision:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; an upper bound that the data do not give is None."""
         body = asdict(self)
-        body["checks"] = [{**c, "upper": c["upper"] if np.isfinite(c["upper"]) else None} for c in body["checks"]]
-        return body
-
-    def describe(self) -> list[str]:
-        """Return aligned lines for a terminal: the verdict, then one line per check."""
-        return describe_decision(self.to_dict())
-
-
-def describe_decision(body: Mapping[str, Any]) -> list[str]:
-    """Return aligned lines for a terminal of what `GateDecision.to_dict` gave: the verdict, then a line per check."""
-    checks = body["checks"]
-    width = max(len(check["name"]) for check in checks)
-    lines = [
-        f"gate: {body['verdict']} (one-sided {body['confidence']:.0%} bounds, {body['resamples']} paired resamples)"
-    ]
-    for c in checks:
-        upper = np.inf if c["upper"] is None else c["upper"]
-        lines.append(
-            f"  {c['name']:<{width}}  recovery {c['recovery']:6.3f}  bounds [{c['lower']:6.3f}, {upper:6.3f}]"
-            f"  needed {c['threshold']:5.3f}  n {c['n']:>6}  {c['verdict']}"
-        )
-    return lines
+        for check in body["checks"]:
+            if check["upper"] is not None and not np.isfinite(check["upper"]):
+                check["upper"] = None
+        return body | {"checks": list(body["checks"])}
 
 
 def decide(
@@ -89,41 +80,46 @@ def decide(
 ) -> GateDecision:
     """Decide whether a candidate keeps enough of its base.
 
-    Recovery of perplexity, per held-out source: ``base perplexity / candidate perplexity``, resampling windows.
-    Recovery of tasks: ``mean over tasks of the candidate's score / mean over tasks of the base's score``, each task
-    weighing the same, resampling items within each task. Base and candidate share every resample (paired), so what
-    both find hard cancels.
+    Every metric says in `mka.evaluation.metrics` how its recovery is formed. Of perplexity, per held-out source:
+    ``base perplexity / candidate perplexity``, resampling windows. Of tasks: ``mean over tasks of the candidate's
+    score / mean over tasks of the base's score``, each task weighing the same, resampling items within each task. Base
+    and candidate share every resample (paired), so what both find hard cancels.
 
     Bounds are one-sided 95 % bounds of the expanded percentile bootstrap: the quantile levels are
     ``Phi(-+ sqrt(n/(n-1)) t_{0.95, n-1})`` instead of 5 % and 95 %, which makes up for the narrowness of the
     bootstrap at small n (T. Hesterberg, What Teachers Should Know About the Bootstrap, The American Statistician 69,
-    2015). For tasks n is the smallest number of items of any task. At large n the levels are 5 % and 95 %.
+    2015). For tasks n is the smallest number of items of any task. At large n the levels are 5 % and 95 %. Facts of the
+    checkpoint and speeds are no samples: they are judged as they are.
 
     Args:
         base: report of the base.
         candidate: report of the candidate, on the same windows and items.
-        settings: thresholds.
+        settings: rules; without any, thresholds of recovery of what was measured.
         seed: of the resampling.
         resamples: bootstrap resamples.
 
     Raises:
-        GuardError: if the reports are empty or were not measured on the same windows and items.
+        RecipeError: if a rule names what there is not.
+        GuardError: if the reports are empty, were not measured on the same windows and items, or lack what a rule of
+            the recipe is about.
         NumericsError: if a recovery is undefined: a base that solves no item, or a value that is not finite.
     """
-    pairs = pair_scores(base, candidate)
-    for before, after in pairs:
-        if reason := _mismatch(before, after):
-            raise GuardError(f"{before.name!r}: base and candidate differ in {reason}; evaluate both alike")
+    check_rules(settings, where="gate")
+    pairs = {(after.name, after.metric): (before, after) for before, after in pair_scores(base, candidate)}
+    for before, after in pairs.values():
+        if reason := find_mismatch(before or after, after):
+            raise GuardError(f"{after.name!r}: base and candidate differ in {reason}; evaluate both alike")
+    groups = group_scores(after for _, after in pairs.values())
     checks = []
-    for before, after in (pair for pair in pairs if pair[0].metric == "perplexity"):
-        rates, resampled = resample_rates((before, after), seed=seed, resamples=resamples)
-        recovery, draws = float(np.exp(rates[0] - rates[1])), np.exp(resampled[:, 0] - resampled[:, 1])
-        name = f"perplexity {before.name}"
-        checks.append(_check(name, recovery, draws, settings.perplexity_recovery, before.n, before.n))
-    if tasks := [pair for pair in pairs if pair[0].metric != "perplexity"]:
-        recovery, draws = _task_recovery(tasks, resamples, seed)
-        sizes = [before.n for before, _ in tasks]
-        checks.append(_check("tasks", recovery, draws, settings.task_recovery, sum(sizes), min(sizes)))
+    for rule in list_rules(settings):
+        if rule.metric in FACTS:
+            checks.append(_check_fact(rule, candidate))
+            continue
+        found = [group for group in groups if group.metric.subject == rule.metric]
+        if settings.rules and not found:
+            raise GuardError(f"the gate's rule on {rule.metric!r} finds nothing measured; evaluate on what it needs")
+        for group in found:
+            checks.append(_check_group(rule, group, [pairs[key] for key in group.keys], seed, resamples))
     if not checks:
         raise GuardError("the gate has nothing to decide on; evaluate on held-out text or on tasks")
     return GateDecision(combine_verdicts([c.verdict for c in checks]), tuple(checks), CONFIDENCE, resamples, seed)
@@ -132,7 +128,7 @@ def decide(
 def recover_tasks(
     base: EvalReport, candidate: EvalReport, *, seed: int, resamples: int = 2000
 ) -> tuple[dict[str, Any], ...]:
-    """Recovery of each task alone with the bounds of `decide`, to be looked at; nothing is judged by it.
+    """Recovery of each score that the gate pools, alone, with the bounds of `decide`; nothing is judged by it.
 
     Returns:
         name, recovery, lower, upper (None where the data give no bound) and n per task. A task of which the base
@@ -140,9 +136,9 @@ def recover_tasks(
     """
     rows = []
     for before, after in pair_scores(base, candidate):
-        if before.metric == "perplexity" or before.n < 2 or not any(before.items):
+        if before is None or not find_metric(before.metric).pooled or before.n < 2 or not any(before.items):
             continue
-        recovery, draws = _task_recovery([(before, after)], resamples, seed)
+        recovery, draws = _recover([(before, after)], seed, resamples)
         lower, upper = find_bounds(draws, before.n)
         found = {"recovery": recovery, "lower": lower, "upper": upper if np.isfinite(upper) else None}
         rows.append({"name": before.name, **found, "n": before.n})
@@ -164,10 +160,50 @@ def combine_verdicts(verdicts: Sequence[Verdict]) -> Verdict:
     return "pass"
 
 
+def _check_group(rule: GateRule, group: Group, pairs: Sequence[Pair], seed: int, resamples: int) -> GateCheck:
+    sizes = [after.n for _, after in pairs]
+    if rule.bound == "recovery":
+        name, (number, draws) = group.check, _recover(pairs, seed, resamples)
+    else:
+        name, (number, draws) = f"{group.check} value", _value(pairs, seed, resamples)
+    if not np.isfinite(number):
+        raise NumericsError(f"{name}: {rule.bound} is {number}; the base's or the candidate's score is not usable")
+    lower, upper = find_bounds(draws, min(sizes))
+    return _check(rule, name, number, lower, upper, sum(sizes))
+
+
+def _check_fact(rule: GateRule, candidate: EvalReport) -> GateCheck:
+    value = read_fact(candidate, rule.metric)
+    if value is None:
+        raise GuardError(f"the gate's rule on {rule.metric!r}: the report of the candidate does not tell it")
+    return _check(rule, rule.metric, value, None, None, None)
+
+
 def _check(
-    name: str, recovery: float, draws: NDArray[np.float64], threshold: float, n: int, smallest: int
+    rule: GateRule, name: str, number: float, lower: float | None, upper: float | None, n: int | None
 ) -> GateCheck:
-    if not np.isfinite(recovery):
-        raise NumericsError(f"{name}: recovery is {recovery}; the base's or the candidate's score is not usable")
-    lower, upper = find_bounds(draws, smallest)
-    return GateCheck(name, recovery, lower, upper, threshold, judge(lower, upper, threshold), n)
+    low, high = (number if bound is None else bound for bound in (lower, upper))
+    # At most t is at least -t of the number turned over.
+    verdict = judge(-high, -low, -rule.threshold) if rule.bound == "most" else judge(low, high, rule.threshold)
+    recovery, value = (number, None) if rule.bound == "recovery" else (None, number)
+    return GateCheck(name, recovery, lower, upper, rule.threshold, verdict, n, rule.metric, rule.bound, value)
+
+
+def _recover(pairs: Sequence[Pair], seed: int, resamples: int) -> tuple[float, NDArray[np.float64]]:
+    """Recovery of the scores of a group together, and in resamples."""
+    metric = find_metric(pairs[0][1].metric)
+    both = [(before, after) for before, after in pairs if before is not None]
+    means, drawn = resample_means(both, seed=seed, resamples=resamples)
+    if metric.scale == "linear" and not means[0] > 0:
+        solved = "solves no item" if metric.resampled == "items" else "is at 0"
+        raise NumericsError(
+            f"{metric.subject}: the base {solved}, so recovery is undefined; take other tasks or more items"
+        )
+    return float(metric.recover(means[0], means[1])), metric.recover(drawn[:, 0], drawn[:, 1])
+
+
+def _value(pairs: Sequence[Pair], seed: int, resamples: int) -> tuple[float, NDArray[np.float64]]:
+    """The candidate's own value, of several names their mean, and in resamples."""
+    metric = find_metric(pairs[0][1].metric)
+    means, drawn = resample_means([(after,) for _, after in pairs], seed=seed, resamples=resamples)
+    return float(metric.value(means[0] / len(pairs))), metric.value(drawn[:, 0] / len(pairs))

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
-from mka.errors import NumericsError, RecipeError
+from mka.errors import NumericsError
+from mka.evaluation.heldout import MOST_WINDOWS, estimate_rate, predict_windows, refuse_long_context
+from mka.evaluation.metrics import Subject
 from mka.evaluation.scores import Score
 from mka.texts.windows import cut_windows
 
@@ -47,53 +48,55 @@ def measure_perplexity(
     """
     import torch
 
-    from mka.terminal import show_progress
-
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and context > longest:
-        raise RecipeError(f"context {context} is longer than the model's {longest} positions; lower the context")
+    refuse_long_context(model, context)
     windows = cut_windows(tokenizer, texts, name=name, context=context, max_tokens=max_tokens)
-    nll: list[float] = []
-    total = len(windows.ids) * windows.predicted
-    bar = show_progress(f"perplexity {name}", total, "tok") if progress else nullcontext(lambda _: None)
-    with bar as advance, torch.inference_mode():
-        for first in range(0, len(windows.ids), batch_size):
-            batch = torch.tensor(windows.ids[first : first + batch_size], device=model.device)
-            logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-            # One window at a time: the float32 copy of the logits is the peak of memory.
-            for row, target in zip(logits, batch[:, 1:]):
-                if not bool(row.isfinite().all()):
-                    raise NumericsError(f"held-out text {name!r}: the model's logits are NaN or infinite")
-                losses = torch.nn.functional.cross_entropy(row.float(), target, reduction="none")
-                nll.append(float(losses.sum(dtype=torch.float64)))
-                advance(windows.predicted)
+    nll = []
+    for logits, target in predict_windows(
+        model, windows, name=name, what="perplexity", batch_size=batch_size, progress=progress
+    ):
+        losses = torch.nn.functional.cross_entropy(logits.float(), target, reduction="none")
+        nll.append(float(losses.sum(dtype=torch.float64)))
     return score_windows(name, nll, [windows.predicted] * len(nll), windows.nbytes)
+
+
+def measure_texts(subject: Subject) -> tuple[Score, ...]:
+    """Measure the perplexity of every held-out text; refusals are those of `measure_perplexity`."""
+    settings = subject.settings
+    return tuple(
+        measure_perplexity(
+            subject.model,
+            subject.tokenizer,
+            texts,
+            name=name,
+            context=settings.context,
+            max_tokens=settings.text_tokens,
+            batch_size=min(settings.batch_size, MOST_WINDOWS),
+            progress=subject.progress,
+        )
+        for name, texts in subject.texts.items()
+    )
 
 
 def score_windows(name: str, nll: Sequence[float], tokens: Sequence[int], nbytes: Sequence[int]) -> Score:
     """Turn sums per window into perplexity with its standard error.
 
-    With N_i nats and T_i tokens in window i of n, ``L = sum N / sum T`` is a ratio estimator over clusters; its
-    variance is ``n/(n-1) * sum (N_i - L T_i)^2 / (sum T)^2`` (Cochran, Sampling Techniques, 3rd ed., eq. 6.13,
-    no finite-population factor), and the delta method gives ``se(exp L) = exp(L) se(L)``.
+    The rate in nats per token and its error are those of `mka.evaluation.heldout.estimate_rate`; the delta method
+    gives ``se(exp L) = exp(L) se(L)``.
 
     Raises:
         NumericsError: if the perplexity is not a finite number.
     """
-    sums, counts = np.asarray(nll, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
-    n, total = len(sums), float(counts.sum())
-    rate = float(sums.sum() / total)
-    stderr = math.sqrt(n / (n - 1) * float(np.square(sums - rate * counts).sum())) / total
+    rate, stderr = estimate_rate(nll, tokens)
     with np.errstate(over="ignore"):
         value = float(np.exp(rate))
     if not math.isfinite(value):
         raise NumericsError(f"held-out text {name!r}: perplexity exp({rate:.4g}) is not a finite number")
     extra = {
-        "tokens": int(total),
+        "tokens": int(sum(tokens)),
         "bytes": int(sum(nbytes)),
-        "bits_per_byte": float(sums.sum() / (math.log(2) * sum(nbytes))),
+        "bits_per_byte": float(np.sum(nll) / (math.log(2) * sum(nbytes))),
         "nats_per_token": rate,
         "nats_per_token_stderr": stderr,
     }
     items = tuple((float(a), int(b)) for a, b in zip(nll, tokens))
-    return Score(name, "perplexity", value, value * stderr, n, False, items, extra)
+    return Score(name, "perplexity", value, value * stderr, len(nll), False, items, extra)

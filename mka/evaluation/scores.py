@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from mka.errors import ReportError
 
-FORMAT = "mka-evaluation/1"
+FORMAT, FORMER = "mka-evaluation/2", "mka-evaluation/1"
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,14 @@ class Score:
 
     Attributes:
         name: what it was measured on: an lm-eval task ("hellaswag") or a text source ("boolq").
-        metric: "perplexity", or the task's own metric ("acc_norm", "acc").
+        metric: a name in `mka.evaluation.metrics.METRICS`.
         value: the figure.
         stderr: its standard error, in the unit of ``value``.
         n: number of independent items behind it: task items, or text windows.
         higher_is_better: direction.
-        items: per-item values, aligned between base and candidate. Tasks: 0 or 1 per item. Perplexity: pairs
-            ``(sum of negative log-likelihood in nats, predicted tokens)`` per window.
+        items: per-item values, aligned between base and candidate. Tasks: 0 or 1 per item. Texts: pairs
+            ``(sum over the window's tokens, predicted tokens)`` per window; of perplexity the sum of negative
+            log-likelihoods in nats.
         extra: further figures of the same measurement (bits_per_byte, tokens, bytes, task version).
     """
 
@@ -43,16 +44,14 @@ class EvalReport:
 
     Attributes:
         checkpoint: facts: path, digest, model_type, layers, parameters, bytes, dtype.
-        text: one perplexity `Score` per held-out source.
-        tasks: one `Score` per task.
+        scores: everything that was asked for, in the order of the table of metrics; a name and a metric make one.
         speed: "prefill_tokens_per_second" and "decode_tokens_per_second".
         generations: prompt -> greedy continuation.
         conditions: dtype, device, threads, context, batch size, shots, limits, library versions, command.
     """
 
     checkpoint: Mapping[str, Any]
-    text: tuple[Score, ...]
-    tasks: tuple[Score, ...]
+    scores: tuple[Score, ...]
     speed: Mapping[str, float]
     generations: Mapping[str, str]
     conditions: Mapping[str, Any]
@@ -63,18 +62,25 @@ class EvalReport:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a report file."""
+        """Read a report file, of this format or the former, which kept texts and tasks apart.
+
+        Raises:
+            ValueError: if it is of another.
+        """
         body = json.loads(Path(path).read_text(encoding="utf-8"))
-        for part in ("text", "tasks"):
-            body[part] = tuple(
-                Score(**{**score, "items": tuple(tuple(i) if isinstance(i, list) else i for i in score["items"])})
-                for score in body[part]
-            )
-        body.pop("format")
-        return cls(**body)
+        if (given := body.pop("format")) not in (FORMAT, FORMER):
+            raise ValueError(f"format {given!r}, expected {FORMAT!r}")
+        if given == FORMER:
+            body["scores"] = [*body.pop("text"), *body.pop("tasks")]
+        return cls(**{**body, "scores": tuple(map(read_score, body["scores"]))})
 
 
-def read_report(path: Path) -> "EvalReport":
+def read_score(body: Mapping[str, Any]) -> Score:
+    """Read what `asdict` wrote of a score."""
+    return Score(**{**body, "items": tuple(tuple(i) if isinstance(i, list) else i for i in body["items"])})
+
+
+def read_report(path: Path) -> EvalReport:
     """Read an evaluation report.
 
     Raises:

@@ -22,6 +22,29 @@ MMLU_FOLDER = "mmlu/default"
 MMLU_COLUMNS = ("question", "choices", "answer")
 
 
+def name_tables(name: str, folder: Path, shots: int = 0) -> dict[str, Path]:
+    """Say where the tables of a task lie: split -> file. Of MMLU as a whole the subject is ``*``."""
+    if name in TASKS:
+        files = {"validation": folder / f"{name}.jsonl"}
+        return files | ({"train": folder / f"{name}.train.jsonl"} if shots else {})
+    subject = "*" if name == MMLU else name.removeprefix(f"{MMLU}_")
+    return {split: folder / MMLU / f"{subject}.{split}.jsonl" for split in ("test", "dev")}
+
+
+def list_tables(folder: Path, task: str, *, every: bool = False, shots: int = 0) -> list[Path]:
+    """List the tables of a task that are there: of its items, or every one that decides a score.
+
+    Args:
+        folder: holds them.
+        task: of `TASKS`, "mmlu" or one of its subjects.
+        every: few-shot examples too.
+        shots: few-shot examples per item; with any, the train table is one of every.
+    """
+    files = list(name_tables(task, folder, shots).values())
+    wanted = files if every else files[:1]
+    return sorted(found for file in wanted for found in file.parent.glob(file.name))
+
+
 def override_tables(name: str, folder: Path, shots: int) -> dict[str, Any]:
     """Point a task definition at local tables; prompts and metrics stay lm-eval's.
 
@@ -36,17 +59,13 @@ def override_tables(name: str, folder: Path, shots: int) -> dict[str, Any]:
     Raises:
         RecipeError: if a table is missing, empty, unreadable or lacks columns.
     """
+    files = name_tables(name, folder, shots)
+    splits: dict[str, str | None] = {}
     if name in TASKS:
         # ARC's definition would ask for a split "test"; the table is whichever was at hand.
-        files = {"validation": folder / f"{name}.jsonl"}
         splits = {"training_split": None, "validation_split": "validation", "test_split": None}
-        if shots:
-            files["train"] = folder / f"{name}.train.jsonl"
-            splits["training_split"] = "train"
-        columns = TASKS[name][1]
-    else:
-        files = {s: folder / MMLU / f"{name.removeprefix('mmlu_')}.{s}.jsonl" for s in ("test", "dev")}
-        splits, columns = {}, MMLU_COLUMNS
+        splits |= {"training_split": "train"} if shots else {}
+    columns = TASKS[name][1] if name in TASKS else MMLU_COLUMNS
     rows = {split: _read_table(name, path, columns) for split, path in files.items()}
 
     # A function rather than the "json" builder: that one guesses dates out of strings and fills a disk cache.

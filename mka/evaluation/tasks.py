@@ -14,8 +14,11 @@ from unittest import mock
 import numpy as np
 
 from mka.errors import NumericsError, RecipeError, nearest
+from mka.evaluation.metrics import Subject
 from mka.evaluation.scores import Score
 from mka.evaluation.task_tables import MMLU, MMLU_FOLDER, TASKS, one_line, override_tables
+
+LONGEST_PROMPT = 2048
 
 
 def _definitions() -> Path:
@@ -109,6 +112,27 @@ def run_tasks(
         )
     facts = {"shots": shots, "source": "tables" if tasks_folder else "hub"}
     return tuple(_score(n, members[n], results, lm.truncated, {**facts, "limit": tasks[n]}) for n in tasks)
+
+
+def measure_tasks(subject: Subject) -> tuple[Score, ...]:
+    """Score a model on the tasks it is asked about; refusals are those of `run_tasks`."""
+    settings = subject.settings
+    return run_tasks(
+        subject.model,
+        subject.tokenizer,
+        subject.tasks,
+        tasks_folder=settings.tasks_folder,
+        shots=settings.shots,
+        batch_size=settings.batch_size,
+        max_length=find_longest_prompt(subject.model),
+        seed=subject.seed,
+        progress=subject.progress,
+    )
+
+
+def find_longest_prompt(model: Any) -> int:
+    """Return the most tokens a prompt may have: the model's positions, or 2048 if it has more."""
+    return min(LONGEST_PROMPT, getattr(model.config, "max_position_embeddings", None) or LONGEST_PROMPT)
 
 
 def choose_items(sizes: Mapping[str, int], limit: int | None, seed: int) -> dict[str, list[int]]:

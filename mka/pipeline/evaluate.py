@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mka.evaluation.metrics import list_asked
 from mka.evaluation.scores import EvalReport
 from mka.model.checkpoint import Checkpoint, describe_checkpoint, open_checkpoint
 from mka.pipeline.foresee import estimate_logits, whole_model
@@ -12,7 +13,6 @@ from mka.pipeline.inputs import Inputs
 from mka.pipeline.job import Job
 from mka.pipeline.stage import MODEL_FOLDER, Cost, Found, Stage, find_model
 from mka.recipe import EvaluationSettings, ModelSource
-from mka.store.products import Product
 from mka.terminal import is_shown
 
 REPORT_FILE = "evaluation.json"
@@ -41,6 +41,7 @@ def measure_checkpoint(
     seed: int,
     command: str,
     speed: bool = False,
+    base: Path | None = None,
 ) -> EvalReport:
     """Measure one checkpoint from disk.
 
@@ -53,6 +54,7 @@ def measure_checkpoint(
         seed: draws the items of tasks.
         command: what was typed, for the record.
         speed: time it too; two models are better timed in turns.
+        base: the base's folder, if this is a candidate; loaded only if a metric holds one against the other.
 
     Raises:
         CheckpointError: if it does not load whole.
@@ -71,6 +73,7 @@ def measure_checkpoint(
         command=command,
         progress=is_shown(),
         speed=speed,
+        base=base,
     )
 
 
@@ -78,6 +81,8 @@ def evaluate_stage(
     name: str,
     digest: Callable[[Job, Found], str],
     open_model: Callable[[Job, Found], tuple[Checkpoint, Mapping[str, Any]]],
+    *,
+    held_against_base: bool = False,
 ) -> Stage:
     """Return the stage that measures one checkpoint.
 
@@ -85,14 +90,23 @@ def evaluate_stage(
         name: of the stage; results are stored under "evaluate" whatever it is.
         digest: of the checkpoint.
         open_model: the checkpoint and its facts; called only if it has not been measured.
+        held_against_base: whether metrics that are a distance from the base are measured too.
     """
 
     def make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
         recipe = job.recipe
         alike: Any = (recipe.evaluation, recipe.model, job.inputs)
-        report = measure_checkpoint(*open_model(job, found), *alike, seed=recipe.seed, command=job.command)
+        against = job.base.path if held_against_base else None
+        model = open_model(job, found)
+        report = measure_checkpoint(*model, *alike, seed=recipe.seed, command=job.command, base=against)
         (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
-        return {"scores": {f"{s.name} {s.metric}": s.value for s in (*report.text, *report.tasks)}}
+        return {"scores": {f"{s.name} {s.metric}": s.value for s in report.scores}}
+
+    def read(job: Job, found: Found) -> dict[str, str]:
+        inputs = {**job.inputs.digests, "checkpoint": digest(job, found)}
+        if held_against_base and not all(metric.of_base for metric in list_asked(job.recipe.evaluation)):
+            inputs["base"] = job.base.digest
+        return inputs
 
     def settings(job: Job) -> dict[str, Any]:
         keyed = job.recipe.evaluation.model_dump(mode="json", exclude={"text", "tasks_folder", "overlap_index"})
@@ -103,7 +117,7 @@ def evaluate_stage(
         version=1,
         stored="evaluate",
         wanted=lambda job: job.measured,
-        reads=lambda job, found: {**job.inputs.digests, "checkpoint": digest(job, found)},
+        reads=read,
         settings=settings,
         make=make,
         foresee=lambda job: Cost(
@@ -122,38 +136,50 @@ EVALUATE = evaluate_stage(
         open_checkpoint(find_model(found).folder / MODEL_FOLDER, verify=False),
         describe_candidate(job, found),
     ),
+    held_against_base=True,
 )
 
 
-def _time(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
-    from mka.evaluation.speed import compare_checkpoint_speed
+def speed_stage(digest: str | None = None, folder: Path | None = None) -> Stage:
+    """Return the stage that times base and candidate in turns.
 
-    return compare_checkpoint_speed(
-        {"base": job.base.path, "candidate": find_model(found).folder / MODEL_FOLDER},
-        trust_remote_code=job.recipe.model.trust_remote_code,
-        **_speed_settings(job),
+    Args:
+        digest: of the candidate; None: of the last model made.
+        folder: where it is.
+    """
+
+    def settings(job: Job) -> dict[str, Any]:
+        recipe = job.recipe
+        return {"dtype": recipe.model.dtype, "new_tokens": recipe.evaluation.new_tokens, "seed": recipe.seed}
+
+    def make(job: Job, found: Found, _: Path) -> Mapping[str, Any]:
+        from mka.evaluation.speed import compare_checkpoint_speed
+
+        folders = {"base": job.base.path, "candidate": folder or find_model(found).folder / MODEL_FOLDER}
+        return compare_checkpoint_speed(folders, trust_remote_code=job.recipe.model.trust_remote_code, **settings(job))
+
+    return Stage(
+        "compare speed",
+        version=1,
+        stored="speed",
+        wanted=lambda job: job.measured,
+        reads=lambda job, found: {
+            "base": job.base.digest,
+            "candidate": digest or find_model(found).facts["digest"],
+        },
+        settings=settings,
+        make=make,
+        foresee=lambda job: Cost(memory=2 * whole_model(job)),
     )
 
 
-def _speed_settings(job: Job) -> dict[str, Any]:
-    return {"dtype": job.recipe.model.dtype, "new_tokens": job.recipe.evaluation.new_tokens, "seed": job.recipe.seed}
+SPEED = speed_stage()
 
 
-SPEED = Stage(
-    "compare speed",
-    version=1,
-    stored="speed",
-    wanted=lambda job: job.measured,
-    reads=lambda job, found: {"base": job.base.digest, "candidate": find_model(found).facts["digest"]},
-    settings=_speed_settings,
-    make=_time,
-    foresee=lambda job: Cost(memory=2 * whole_model(job)),
-)
-
-
-def open_report(product: Product) -> EvalReport:
-    """Read what one evaluation found."""
-    return EvalReport.load(product.folder / REPORT_FILE)
+def open_report(found: Found, role: str) -> EvalReport:
+    """Read what was measured of "base" or "candidate", with its speed if that was timed."""
+    report = EvalReport.load(found[f"evaluate {role}"].folder / REPORT_FILE)
+    return replace(report, speed=found[SPEED.name].facts[role]) if SPEED.name in found else report
 
 
 def open_reports(job: Job, found: Found) -> tuple[EvalReport, EvalReport]:
@@ -163,12 +189,7 @@ def open_reports(job: Job, found: Found) -> tuple[EvalReport, EvalReport]:
     """
     facts = {"base": describe_base(job), "candidate": describe_candidate(job, found)}
     if BASE not in found:
-        bare = EvalReport(facts["base"], (), (), {}, {}, {})
+        bare = EvalReport(facts["base"], (), {}, {}, {})
         return bare, replace(bare, checkpoint=facts["candidate"])
-    base, candidate = (
-        replace(
-            open_report(found[f"evaluate {role}"]), checkpoint=facts[role], speed=found["compare speed"].facts[role]
-        )
-        for role in ("base", "candidate")
-    )
+    base, candidate = (replace(open_report(found, role), checkpoint=facts[role]) for role in ("base", "candidate"))
     return base, candidate

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mka.alignment.table import AlignmentTable, open_alignment
 from mka.errors import RecipeError
+from mka.evaluation.task_tables import list_tables
 from mka.evaluation.tasks import check_tasks
 from mka.methods import Planner
 from mka.recipe import Measurement, Recipe
@@ -84,7 +85,7 @@ def check_evaluation(settings: Measurement, text: Path | None, tasks_folder: Pat
     """
     check_tasks(settings.tasks)
     for task in settings.tasks:
-        if tasks_folder is not None and not task_tables(tasks_folder, task):
+        if tasks_folder is not None and not list_tables(tasks_folder, task):
             raise RecipeError(f"task {task!r}: no table in {tasks_folder}; `make data` builds the project's own tables")
     return read_heldout(text) if text is not None else {}
 
@@ -93,24 +94,15 @@ def digest_task(folder: Path | None, task: str, shots: int) -> str:
     """Digest the tables of one task, those of its few-shot examples too; "hub" if they come from there."""
     if folder is None:
         return "hub"
-    files = sorted((folder / "mmlu").glob("*.jsonl")) if task.startswith("mmlu") else [folder / f"{task}.jsonl"]
-    files += [folder / f"{task}.train.jsonl"] if shots else []
-    return digest_texts(f"{file.name} {file_sha256(file)}" for file in files if file.is_file())
-
-
-def task_tables(folder: Path, task: str) -> list[Path]:
-    """Return the tables a task's items are in; none if they are not there."""
-    if task == "mmlu":
-        return sorted((folder / task).glob("*.test.jsonl"))
-    name = f"mmlu/{task.removeprefix('mmlu_')}.test.jsonl" if task.startswith("mmlu_") else f"{task}.jsonl"
-    return [folder / name] if (folder / name).is_file() else []
+    files = list_tables(folder, task, every=True, shots=shots)
+    return digest_texts(f"{file.name} {file_sha256(file)}" for file in files)
 
 
 def _task_texts(settings: Measurement) -> Iterator[str]:
     """Texts of the tasks that calibration must not contain."""
     if settings.overlap_index is not None and settings.overlap_index.is_file():
         yield from read_texts(settings.overlap_index)
-    for table in (t for task in settings.tasks for t in task_tables(settings.tasks_folder or Path(), task)):
+    for table in (t for task in settings.tasks for t in list_tables(settings.tasks_folder or Path(), task)):
         for line in table.read_text(encoding="utf-8").split("\n"):
             row = json.loads(line) if line.strip() else {}
             yield from (value for value in row.values() if isinstance(value, str))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mka.alignment.table import fit_windows
-from mka.errors import CheckpointError, RecipeError
+from mka.errors import CheckpointError
 from mka.evaluation.tasks import check_tasks
 from mka.methods import Planner, check_alignment, resolve_method
 from mka.model.checkpoint import Checkpoint, open_checkpoint
@@ -14,6 +14,7 @@ from mka.pipeline.inputs import Inputs, read_inputs
 from mka.plan.target import Aim, resolve_target
 from mka.recipe import ModelSource, Recipe, Target
 from mka.sources.fetch import materialize, resolve_revision
+from mka.texts.positions import check_context
 from mka.transforms.rtn import check_group_size
 
 
@@ -111,7 +112,7 @@ def open_job(recipe: Recipe, planner: Planner, base: Checkpoint, revision: str, 
     """
     aim = check_feasible(recipe, base)
     if inputs.heldout:
-        check_context(recipe.evaluation.context, base)
+        check_context(recipe.evaluation.context, base.config.get("max_position_embeddings"))
     return Job(recipe, planner, base, revision, aim, inputs, **more)
 
 
@@ -129,17 +130,6 @@ def check_feasible(recipe: Recipe, checkpoint: Checkpoint) -> Aim:
         check_group_size(checkpoint, recipe.quantize.group_size)
     check_tasks(recipe.evaluation.tasks)
     return aim
-
-
-def check_context(context: int, checkpoint: Checkpoint) -> None:
-    """Refuse windows of perplexity that are longer than the model reads.
-
-    Raises:
-        RecipeError: if they are.
-    """
-    positions = checkpoint.config.get("max_position_embeddings")
-    if isinstance(positions, int) and context > positions:
-        raise RecipeError(f"evaluation.context is {context}; the model has {positions} positions, lower the context")
 
 
 def resolve_aim(target: Target, checkpoint: Checkpoint) -> Aim:

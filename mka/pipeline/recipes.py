@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mka.errors import RecipeError
+from mka.evaluation.rules import check_rules
 from mka.methods import check_alignment, resolve_method
 from mka.recipe import Recipe
 from mka.sections import explain_validation, read_yaml
@@ -27,6 +28,7 @@ def validate_recipe(raw: Any, where: str = "recipe") -> Recipe:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(explain_validation(error, Recipe, where)) from None
+    check_rules(recipe.gate, recipe.evaluation, where)
     check_alignment(resolve_method(recipe.method, where), recipe.alignment.enabled, where)
     return recipe
 

@@ -1,28 +1,25 @@
 """The limits of the figures, each with its number."""
 
-from typing import TYPE_CHECKING
-
+from mka.evaluation.metrics import FEW, HEADLINE, find_metric
+from mka.evaluation.task_tables import MMLU
 from mka.report.data import ReportData
-
-if TYPE_CHECKING:
-    pass
-
-FEW_WINDOWS, FEW_ITEMS = 30, 200
 
 
 def list_caveats(data: ReportData) -> list[str]:
     """State the limits that these figures have, each with its number."""
     notes = []
     measured = data.candidate
-    if not measured or not (measured.text or measured.tasks):
+    if not measured or not measured.scores:
         notes.append("Nothing was measured: no statement about quality is made.")
     else:
-        for scores, few, noun in ((measured.text, FEW_WINDOWS, "windows"), (measured.tasks, FEW_ITEMS, "items")):
-            small = [f"{score.name} ({score.n})" for score in scores if score.n < few]
+        for unit, few in FEW.items():
+            counted = [score for score in measured.scores if find_metric(score.metric).resampled == unit]
+            small = dict.fromkeys(f"{score.name} ({score.n})" for score in counted if score.n < few)
             if small:
-                notes.append(f"Few {noun}, so read the ± before the figure: {', '.join(small)}.")
-        if any("mmlu" in score.name for score in measured.tasks):
-            notes.append("A model that has lost its language can still pick letters: read MMLU with perplexity.")
+                notes.append(f"Few {unit}, so read the ± before the figure: {', '.join(small)}.")
+        if any(score.name.startswith(MMLU) for score in measured.scores):
+            told = f"A model that has lost its language can still pick letters: read MMLU with {HEADLINE.name}."
+            notes.append(told)
         notes.append("Speed was timed on the machine named under conditions; other hardware ranks differently.")
     label = f" ({data.provenance['base_model']})" if data.provenance.get("base_model") else ""
     notes.append(f"The base{label} is measured as it was loaded here; its figures are its own, not published ones.")

@@ -20,7 +20,7 @@ class ReportData:
         plan: what was merged.
         scores: what the method saw of the layers.
         base, candidate: their measurements; checkpoint facts alone, with no scores, are enough for a card.
-        gate: ``verdict`` and ``checks``, each with name, recovery, lower, upper, threshold, verdict, n.
+        gate: ``verdict`` and ``checks``, as `mka.evaluation.gate.GateDecision.to_dict` gives them.
         recoveries: further recoveries to draw, keys as in a check, without threshold.
         provenance: base_model, revision, digest, license, calibration_digest, calibration_rev, code_commit, versions,
             created, command and whatever else; shown in the order given.

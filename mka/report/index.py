@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from mka.evaluation.metrics import HEADLINE, METRICS, read_check, shorten_check
+from mka.report.verdict import VERDICTS
 from mka.store.publishing import write_text
 
 CHAMPION = "champion"
-VERDICTS = {
-    "pass": "every lower 95 % bound reached its threshold",
-    "undecided": "a threshold lay between the bounds",
-    "fail": "an upper 95 % bound stayed below its threshold: not registered",
-}
 # The plot, in pixels: size, and what the axes take of it on the left, right, top and bottom.
 WIDTH, HEIGHT = 520, 320
 LEFT, RIGHT, TOP, BOTTOM = 46, 22, 16, 44
@@ -29,7 +26,7 @@ class Recovery:
     """How much of the base was left in one check of the gate; 1 is as good as the base.
 
     Attributes:
-        name: the text, or "tasks".
+        name: the gate's check, see `mka.evaluation.metrics.Group.check`.
         value: point estimate.
         lower, upper: one-sided 95 % bounds; None where none was recorded.
     """
@@ -38,6 +35,11 @@ class Recovery:
     value: float
     lower: float | None = None
     upper: float | None = None
+
+    @property
+    def label(self) -> str:
+        """What it is called in a column of them."""
+        return shorten_check(self.name)
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,7 @@ class Recompression:
         layers_in, layers_out: decoder layers before and after.
         layer_ratio: 1 - layers_out / layers_in.
         size_ratio: 1 - bytes out / bytes in.
-        texts: recovery of perplexity per held-out text.
-        tasks: recovery of the mean task score.
+        recoveries: of every check that was recorded, in the order of the table of metrics.
         run, run_id: name and id of the recorded run; empty if it is gone.
         complete: False if registering the version was interrupted.
         report: its report on this machine.
@@ -77,8 +78,7 @@ class Recompression:
     layers_out: int | None = None
     layer_ratio: float | None = None
     size_ratio: float | None = None
-    texts: tuple[Recovery, ...] = ()
-    tasks: Recovery | None = None
+    recoveries: tuple[Recovery, ...] = ()
     run: str = ""
     run_id: str = ""
     complete: bool = True
@@ -91,14 +91,9 @@ class Recompression:
         return CHAMPION in self.aliases
 
     @property
-    def recoveries(self) -> tuple[Recovery, ...]:
-        """All of them: texts first, then tasks."""
-        return (*self.texts, *((self.tasks,) if self.tasks else ()))
-
-    @property
     def worst(self) -> Recovery | None:
-        """The text that lost most; the tasks where no text was measured."""
-        return min(self.texts, key=lambda recovery: recovery.value) if self.texts else self.tasks
+        """The text that lost most by the first metric that was recorded; the tasks where none was on texts."""
+        return min(self.recoveries, key=lambda recovery: (*_rank(recovery.name), recovery.value), default=None)
 
 
 @dataclass(frozen=True)
@@ -122,6 +117,11 @@ class Move:
     when: datetime | None
     who: str
     why: str
+
+
+def order_recoveries(found: Iterable[Recovery]) -> tuple[Recovery, ...]:
+    """Sort recoveries as a column shows them: texts before what is pooled, metrics as their table has them, names."""
+    return tuple(sorted(found, key=lambda recovery: (*_rank(recovery.name), recovery.name)))
 
 
 def write_index(rows: Iterable[Recompression], path: str | Path, moves: Iterable[Move] = ()) -> Path:
@@ -166,6 +166,7 @@ def render_index(rows: Sequence[Recompression], moves: Sequence[Move], folder: P
         names=list(dict.fromkeys(row.name for row in ordered)),
         counts={verdict: counts[verdict] for verdict in dict.fromkeys([*VERDICTS, *counts]) if counts[verdict]},
         verdicts=VERDICTS,
+        headline=HEADLINE.name,
         in_use=_group(sorted((row for row in ordered if row.aliases), key=lambda row: not row.is_champion)),
         plots=plot_recoveries(ordered),
         history=_group(history),
@@ -233,6 +234,12 @@ def plot_recoveries(rows: Sequence[Recompression]) -> list[dict[str, Any]]:
         own = [dot for dot in dots if dot["row"].name == name]
         plots.append({"name": name, "dots": own, "missing": len(group) - len(own), **axes})
     return plots
+
+
+def _rank(check: str) -> tuple[bool, int]:
+    """Texts before what is pooled, then as the table of metrics has them; last what it no longer has."""
+    metric, names = read_check(check), list(METRICS)
+    return (metric is not None and metric.pooled is not None, names.index(metric.name) if metric else len(names))
 
 
 def _version_number(version: str | None) -> int:

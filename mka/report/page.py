@@ -7,21 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mka.evaluation.metrics import HEADLINE, group_scores
+from mka.evaluation.scores import EvalReport
 from mka.plan.wording import describe_layer, describe_steps
 from mka.report.alignment import describe_alignment, draw_errors, layer_rows
 from mka.report.caveats import list_caveats
 from mka.report.data import ReportData
 from mka.report.markup import _plain, escape_markdown, fence_markdown
 from mka.report.table import result_table
+from mka.report.verdict import VERDICTS, describe_check
 from mka.store.publishing import write_text
 
 INLINE_SVG_BYTES = 300_000
-TILES = ((r"layers$", 0), (r"size$", 0), (r"perplexity", 0), (r".*items\)$", -1))
-VERDICTS = {
-    "pass": "every lower 95 % bound reaches its threshold",
-    "fail": "an upper 95 % bound stays below its threshold",
-    "undecided": "a threshold lies between the bounds: more items would decide",
-}
+# To see first: layers, size, the headline, and the mean of the tasks or the only one.
+TILES = ((r"layers$", 0), (r"size$", 0), (HEADLINE.name, 0), (r".*items\)$", -1))
 
 
 def write_report(data: ReportData, folder: str | Path) -> Path:
@@ -39,7 +38,7 @@ def write_report(data: ReportData, folder: str | Path) -> Path:
         images["scores"] = _embed(lambda form: pictures.draw_similarity(*seen, form))
     if data.alignment and layer_rows(data.alignment):
         images["alignment"] = _embed(lambda form: draw_errors(data.alignment or {}, form))
-    checks = [*(data.gate or {}).get("checks", ())]
+    checks = [check for check in (data.gate or {}).get("checks", ()) if check["recovery"] is not None]
     if checks or data.recoveries:
         images["recovery"] = _embed(lambda form: pictures.draw_recovery(checks, data.recoveries, form))
     path = Path(folder) / "report.html"
@@ -77,22 +76,24 @@ def _render(template: str, data: ReportData, **more: Any) -> str:
     engine.loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     engine.finalize = escape_markdown if markdown else None
     engine.filters |= {"fenced": fence_markdown, "quoted": json.dumps}
-    engine.filters["figure"] = lambda value: "–" if value is None else f"{value:.3f}"
     plan, base, candidate = data.plan, data.base, data.candidate
     before, after = (dict(report.generations) if report else {} for report in (base, candidate))
     rows = result_table(base, candidate)
     ratios = {"layer_ratio": plan.layer_ratio}
     if base and candidate and base.checkpoint.get("bytes"):
         ratios["size_ratio"] = 1 - candidate.checkpoint["bytes"] / base.checkpoint["bytes"]
+    checks = (data.gate or {}).get("checks", ())
     return engine.get_template(template).render(
         data=data,
         name=data.recipe.get("name") or plan.base.get("model") or "model",
         rows=rows,
-        # To see first: layers, size, a perplexity, and the mean of the tasks or the only one.
         tiles=[found[at] for name, at in TILES if (found := [row for row in rows if re.match(name, row["quantity"])])],
         ratios=ratios,
         verdict=(data.gate or {}).get("verdict"),
         verdicts=VERDICTS,
+        checks=[describe_check(check) for check in checks],
+        judged="recovery" if all(check["recovery"] is not None for check in checks) else "recovery or value",
+        directions=describe_directions(base, candidate),
         merges=[describe_layer(i, layer) for i, layer in enumerate(plan.layers) if len(layer.sources) > 1],
         steps=describe_steps(plan),
         alignment=describe_alignment(data.alignment) if data.alignment else {},
@@ -105,6 +106,16 @@ def _render(template: str, data: ReportData, **more: Any) -> str:
         folder=(candidate.checkpoint.get("path") if candidate else None) or "path/to/this/folder",
         **more,
     )
+
+
+def describe_directions(*reports: EvalReport | None) -> dict[str, list[str]]:
+    """Say of everything measured which way is good: "less" and "more" -> what."""
+    found: dict[str, list[str]] = {"less": [], "more": []}
+    for group in group_scores({(s.name, s.metric): s for r in reports if r for s in r.scores}.values()):
+        metric = group.metric
+        names = [f"{metric.subject} ({metric.unit})", *(e.label.split(",")[0] for e in metric.extras)]
+        found["more" if metric.higher_is_better else "less"] += names
+    return {way: list(dict.fromkeys(names)) for way, names in found.items()}
 
 
 def _embed(draw: Callable[[Any], bytes]) -> str:

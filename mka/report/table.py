@@ -2,12 +2,10 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mka.evaluation.metrics import FACTS, find_metric, group_scores
 from mka.evaluation.scores import EvalReport, Score
-
-if TYPE_CHECKING:
-    pass
 
 
 def format_value(value: float, stderr: float | None = None) -> str:
@@ -41,32 +39,35 @@ def result_table(base: EvalReport | None, candidate: EvalReport | None) -> list[
         ratio = "–" if not before or after is None else f"{after / before:.3f}"
         rows.append({"quantity": quantity, "base": shown[0], "candidate": shown[1], "ratio": ratio})
 
-    def add_scores(quantity: str, scores: list[Score | None], noun: str) -> None:
+    def add_scores(quantity: str, scores: list[Score | None], unit: str) -> None:
         """Add a row of measured scores with error and n."""
         counts = " / ".join(dict.fromkeys(f"{score.n:,}" for score in scores if score))
         texts = ["–" if score is None else format_value(score.value, score.stderr) for score in scores]
-        add(f"{quantity} (n = {counts} {noun})", [score and score.value for score in scores], str, texts)
+        add(f"{quantity} (n = {counts} {unit})", [score and score.value for score in scores], str, texts)
 
     facts = [report.checkpoint if report else {} for report in pair]
     layers, parameters, size = ([fact.get(key) for fact in facts] for key in ("layers", "parameters", "bytes"))
-    add("layers", layers, "{:,}".format)
-    add("parameters", parameters, lambda count: f"{count / 1e6:,.1f} M")
-    add("size", size, lambda count: f"{count / 1e6:,.1f} MB")
+    add("layers", layers, FACTS["layers"].show)
+    add("parameters", parameters, FACTS["parameters"].show)
+    add("size", size, FACTS["bytes"].show)
     add("bits per parameter", [b and p and 8 * b / p for b, p in zip(size, parameters)], "{:.1f}".format)
-    for name, scores in _matched(pair, "text"):
-        add_scores(f"{name[1]}, {name[0]}", scores, "windows")
-        bits = [score and score.extra.get("bits_per_byte") for score in scores]
-        add(f"bits per byte, {name[0]}", bits, "{:.3f}".format)
-    tasks = _matched(pair, "tasks")
-    for name, scores in tasks:
-        add_scores(f"{name[0]}, {name[1]}", scores, "items")
-    # A mean over different sets of tasks would compare nothing.
-    shared = [scores for _, scores in tasks if None not in scores]
-    if len(shared) > 1:
-        add_scores(f"mean of {len(shared)} tasks", [mean_score(side) for side in zip(*shared)], "items")
+    tables = [{(s.name, s.metric): s for s in (report.scores if report else ())} for report in pair]
+    for group in group_scores({**tables[0], **tables[1]}.values()):
+        sides = {key: [table.get(key) for table in tables] for key in group.keys}
+        for (name, kind), scores in sides.items():
+            row = find_metric(kind)
+            add_scores(row.label.format(metric=kind, name=name), scores, row.resampled)
+            for extra in row.extras:
+                figures = [score and score.extra.get(extra.key) for score in scores]
+                add(extra.label.format(name=name), figures, extra.form.format)
+        # A mean over different sets of tasks would compare nothing.
+        shared = [[score for score in scores if score] for scores in sides.values() if None not in scores]
+        if (pool := group.metric.pooled) and len(shared) > 1:
+            means = [mean_score(side) for side in zip(*shared)]
+            add_scores(f"mean of {len(shared)} {pool}", [*means], group.metric.resampled)
     for part in ("prefill", "decode"):
-        speeds = [report.speed.get(f"{part}_tokens_per_second") if report else None for report in pair]
-        add(f"{part} speed", speeds, "{:,.1f} tokens/s".format)
+        name = f"{part}_tokens_per_second"
+        add(f"{part} speed", [report.speed.get(name) if report else None for report in pair], FACTS[name].show)
     return rows
 
 
@@ -75,9 +76,3 @@ def mean_score(scores: Sequence[Score]) -> Score:
     stderr = math.sqrt(sum(score.stderr**2 for score in scores)) / len(scores)
     value = sum(score.value for score in scores) / len(scores)
     return Score("mean", "mean", value, stderr, sum(score.n for score in scores), True)
-
-
-def _matched(pair: tuple[EvalReport | None, EvalReport | None], part: str) -> list[tuple[tuple[str, str], list[Any]]]:
-    """Scores of the same name and metric, base beside candidate."""
-    tables = [{(s.name, s.metric): s for s in (getattr(report, part) if report else ())} for report in pair]
-    return [(name, [table.get(name) for table in tables]) for name in {**tables[0], **tables[1]}]

@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
+from mka.evaluation.metrics import METRICS, find_metric
 from mka.evaluation.scores import EvalReport
-from mka.pipeline.evaluate import BASE, CANDIDATE, open_report
+from mka.pipeline.evaluate import open_report
 from mka.pipeline.job import Job
 from mka.pipeline.stage import Found
 from tasks.guards.columns import LARGEST, _complete
@@ -12,8 +13,6 @@ from tasks.guards.guard import import_great_expectations
 if TYPE_CHECKING:
     import pandas as pd
 
-ACCURACIES = ("acc", "acc_norm", "exact_match")
-
 
 def evaluation_report_suite(minimum_rows: int = 2) -> list[Any]:
     """Expectations of `evaluation_report_table`: plausible figures, under equal n on both sides."""
@@ -21,6 +20,18 @@ def evaluation_report_suite(minimum_rows: int = 2) -> list[Any]:
     from great_expectations.expectations.row_conditions import Column
 
     metric = Column("metric")
+    ranges: dict[tuple[float | None, float | None, str], list[str]] = {}
+    for row in METRICS.values():
+        ranges.setdefault((row.least, row.most, row.plausible), []).append(row.name)
+    plausible = [
+        gxe.ExpectColumnValuesToBeBetween(
+            column="value",
+            **{key: end for key, end in (("min_value", least), ("max_value", most)) if end is not None},
+            row_condition=metric.is_in(names) if len(names) > 1 else metric == names[0],
+            description=said,
+        )
+        for (least, most, said), names in ranges.items()
+    ]
     return [
         gxe.ExpectTableRowCountToBeBetween(min_value=minimum_rows),
         gxe.ExpectColumnDistinctValuesToContainSet(column="model", value_set=["base", "candidate"]),
@@ -29,16 +40,7 @@ def evaluation_report_suite(minimum_rows: int = 2) -> list[Any]:
         gxe.ExpectColumnValuesToBeBetween(
             column="value", min_value=-LARGEST, max_value=LARGEST, description="The number is finite."
         ),
-        gxe.ExpectColumnValuesToBeBetween(
-            column="value",
-            min_value=0,
-            max_value=1,
-            row_condition=metric.is_in(list(ACCURACIES)),
-            description="An accuracy is a share.",
-        ),
-        gxe.ExpectColumnValuesToBeBetween(
-            column="value", min_value=1, row_condition=metric == "perplexity", description="A perplexity is at least 1."
-        ),
+        *plausible,
         # One item has no standard error; its score is still a score.
         gxe.ExpectColumnValuesToNotBeNull(column="stderr", severity="warning"),
         gxe.ExpectColumnValuesToBeBetween(column="stderr", min_value=0, max_value=LARGEST),
@@ -61,22 +63,25 @@ def evaluation_report_table(base: EvalReport, candidate: EvalReport) -> "pd.Data
 
     Returns:
         Columns model ("base", "candidate"), name, metric, value, stderr, n, n_of_other (n of the same name and metric
-        in the other report; 0 if it is not there).
+        in the other report; 0 if it is not there, n itself of what is measured of the candidate alone).
     """
     import pandas as pd
 
     reports = {"base": base, "candidate": candidate}
-    scores = {model: [*report.text, *report.tasks] for model, report in reports.items()}
-    counts = {model: {(score.name, score.metric): score.n for score in listed} for model, listed in scores.items()}
+    counts = {
+        model: {(score.name, score.metric): score.n for score in report.scores} for model, report in reports.items()
+    }
     rows = []
     for model, other in (("base", "candidate"), ("candidate", "base")):
-        for score in scores[model]:
-            n_of_other = counts[other].get((score.name, score.metric), 0)
+        for score in reports[model].scores:
+            n_of_other = counts[other].get(
+                (score.name, score.metric), 0 if find_metric(score.metric).of_base else score.n
+            )
             rows.append((model, score.name, score.metric, score.value, score.stderr, score.n, n_of_other))
     return pd.DataFrame(rows, columns=list(REPORT_COLUMNS))
 
 
 def in_front(job: Job, found: Found) -> tuple[str, Any, list[Any]]:
     """What the gate is to decide on."""
-    table = evaluation_report_table(open_report(found[BASE]), open_report(found[CANDIDATE]))
+    table = evaluation_report_table(open_report(found, "base"), open_report(found, "candidate"))
     return "evaluation_report", table, evaluation_report_suite()

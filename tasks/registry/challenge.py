@@ -11,13 +11,16 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from mka.errors import GuardError, PromotionError
+from mka.evaluation.metrics import read_check
+from mka.evaluation.rules import asks_speed, rules_against_champion
 from mka.model.checkpoint import Checkpoint, describe_checkpoint, open_checkpoint
-from mka.pipeline.evaluate import BASE, CANDIDATE, EVALUATE_BASE, evaluate_stage
+from mka.pipeline.evaluate import BASE, CANDIDATE, EVALUATE_BASE, SPEED, evaluate_stage, speed_stage
 from mka.pipeline.job import Job
 from mka.pipeline.judge import GATE
 from mka.pipeline.recipes import validate_recipe
 from mka.pipeline.stage import Found
-from mka.recipe import GateSettings, Recipe
+from mka.recipe import Recipe
+from mka.report.verdict import tell_checks
 from mka.store.products import Product
 from tasks.base_model import pin_base_model
 from tasks.machine.workplace import Workplace
@@ -96,11 +99,13 @@ def require_pass(run: Run, version: RegisteredVersion) -> Product:
     before = run_stage(run, EVALUATE_BASE, {})
     # Fetched whether it has been measured or not: what becomes champion is what the registry holds now.
     with fetch_version(run.place, version) as folder:
-        after = measure_version(run, CANDIDATE, version, lambda: folder)
-    gate = run_stage(run, GATE, {BASE: before, CANDIDATE: after})
+        found = {BASE: before, CANDIDATE: measure_version(run, CANDIDATE, version, lambda: folder)}
+        if asks_speed(run.job.recipe.gate):
+            found[SPEED.name] = run_stage(run, speed_stage(version.tags["candidate_digest"], folder), {})
+    gate = run_stage(run, GATE, found)
     if gate.facts["verdict"] != "pass":
-        raise PromotionError(f"{version.label}: the gate says {gate.facts['verdict']}; {_say(gate)}")
-    return after
+        raise PromotionError(f"{version.label}: the gate says {gate.facts['verdict']}; {tell_checks(gate.facts)}")
+    return found[CANDIDATE]
 
 
 def require_as_good(run: Run, champion: RegisteredVersion, version: RegisteredVersion, measured: Product) -> str:
@@ -109,13 +114,11 @@ def require_as_good(run: Run, champion: RegisteredVersion, version: RegisteredVe
     Raises:
         PromotionError: if it is not proven as good, or the two cannot be compared.
     """
-    recipe = run.job.recipe
-    needed = recipe.gate.champion_recovery
     with ExitStack() as stack:
         fetched = fetch_version(run.place, champion)
         before = measure_version(run, "evaluate champion", champion, lambda: stack.enter_context(fetched))
-    thresholds = GateSettings(perplexity_recovery=needed, task_recovery=needed)
-    held_to = replace(run.job, recipe=recipe.model_copy(update={"gate": thresholds}))
+    thresholds = rules_against_champion(run.job.recipe.gate)
+    held_to = replace(run.job, recipe=run.job.recipe.model_copy(update={"gate": thresholds}))
     try:
         found = {BASE: before, CANDIDATE: measured}
         held = run_stage(replace(run, job=held_to), GATE, found, "compare with champion")
@@ -126,25 +129,19 @@ def require_as_good(run: Run, champion: RegisteredVersion, version: RegisteredVe
         ) from None
     if not all(is_met(check) for check in held.facts["checks"]):
         raise PromotionError(
-            f"{version.label} is not proven as good as champion version {champion.version}: {_say(held)}"
+            f"{version.label} is not proven as good as champion version {champion.version}: {tell_checks(held.facts)}"
         )
-    return f"as good as version {champion.version}: {_say(held)}"
+    return f"as good as version {champion.version}: {tell_checks(held.facts)}"
 
 
 def is_met(check: Mapping[str, Any]) -> bool:
     """Whether one recovery against the champion lets a version through.
 
-    Perplexity has to be proven good enough. Task items decide too coarsely for that, so they only stop what they prove
-    to be worse.
+    What is resampled over windows has to be proven good enough. Task items decide too coarsely for that, so they only
+    stop what they prove to be worse.
     """
-    return bool(check["verdict"] != "fail" if check["name"] == "tasks" else check["verdict"] == "pass")
-
-
-def _say(gate: Product) -> str:
-    return "; ".join(
-        f"{check['name']} {check['recovery']:.3f}, at least {check['lower']:.3f}, needed {check['threshold']:.3f}"
-        for check in gate.facts["checks"]
-    )
+    metric = read_check(check["name"])
+    return bool(check["verdict"] != "fail" if metric and metric.is_coarse else check["verdict"] == "pass")
 
 
 def promote_measured(

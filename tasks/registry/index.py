@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from mka.errors import RegistryError
-from mka.report.index import Move, Recompression, Recovery, write_index
+from mka.report.index import Move, Recompression, Recovery, order_recoveries, write_index
 from tasks.machine.workplace import Workplace
 from tasks.registry.promotion import MOVE
 from tasks.registry.tracking import COMPLETE, EXPERIMENT, connect_registry, registry_address
@@ -106,7 +106,6 @@ def _describe(client: Any, run: Any, version: Any, aliases: tuple[str, ...]) -> 
     tags = {**(run.data.tags if run else {}), **(version.tags if version else {})}
     metrics: Mapping[str, float] = run.data.metrics if run else {}
     params: Mapping[str, str] = run.data.params if run else {}
-    texts, tasks = _read_recoveries(metrics)
     chosen = params.get("registry.name")
     # What is None in a recipe is the word "None" among MLflow's parameters.
     intended = chosen if chosen and chosen != "None" else params.get("name") or tags.get("recipe", "unknown")
@@ -124,8 +123,7 @@ def _describe(client: Any, run: Any, version: Any, aliases: tuple[str, ...]) -> 
         layers_out=_whole(metrics.get("candidate/layers")),
         layer_ratio=metrics.get("layer_ratio"),
         size_ratio=metrics.get("size_ratio"),
-        texts=texts,
-        tasks=tasks,
+        recoveries=_read_recoveries(metrics),
         run=(run.info.run_name or run.info.run_id) if run else "",
         run_id=run.info.run_id if run else "",
         complete=version is None or tags.get(COMPLETE) == "true",
@@ -134,17 +132,13 @@ def _describe(client: Any, run: Any, version: Any, aliases: tuple[str, ...]) -> 
     )
 
 
-def _read_recoveries(metrics: Mapping[str, float]) -> tuple[tuple[Recovery, ...], Recovery | None]:
+def _read_recoveries(metrics: Mapping[str, float]) -> tuple[Recovery, ...]:
     checks: dict[str, dict[str, float]] = {}
     for key, value in metrics.items():
         if match := _GATE.fullmatch(key):
             checks.setdefault(match["check"], {})[match["part"]] = value
-    found = {
-        name: Recovery(name.removeprefix("perplexity "), parts["recovery"], parts.get("lower"), parts.get("upper"))
-        for name, parts in sorted(checks.items())
-        if "recovery" in parts
-    }
-    return tuple(recovery for name, recovery in found.items() if name != "tasks"), found.get("tasks")
+    known = ((name, parts) for name, parts in checks.items() if "recovery" in parts)
+    return order_recoveries(Recovery(n, p["recovery"], p.get("lower"), p.get("upper")) for n, p in known)
 
 
 def _read_moves(version: Any) -> list[Move]:

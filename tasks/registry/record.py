@@ -27,6 +27,8 @@ from tasks.registry.tracking import CANDIDATE, COMPLETE, EXPERIMENT, connect_reg
 from tasks.stages import Run
 
 VERSION = 1
+# Of a check, what the registry keeps; "value" stands where a rule is not about recovery.
+CHECK_PARTS = ("recovery", "value", "lower", "upper")
 # Same environment for serving; named here so that MLflow does not import the model to guess them.
 REQUIREMENTS = ("torch", "transformers", "compressed-tensors", "accelerate", "safetensors")
 
@@ -174,13 +176,13 @@ def _log_evidence(run: Run, found: Found) -> None:
     mlflow.set_tags(_tags(run, found))
     metrics: dict[str, float] = {}
     for role, measured in zip(("base", "candidate"), open_reports(job, found)):
-        for score in (*measured.text, *measured.tasks):
+        for score in measured.scores:
             metrics[f"{role}/{score.name}/{score.metric}"] = score.value
             metrics[f"{role}/{score.name}/{score.metric}_stderr"] = score.stderr
         metrics |= {f"{role}/{name}": value for name, value in measured.speed.items()}
         metrics |= {f"{role}/{name}": float(measured.checkpoint[name]) for name in ("layers", "parameters", "bytes")}
     for check in found["gate"].facts["checks"]:
-        bounds = {part: check[part] for part in ("recovery", "lower", "upper") if check[part] is not None}
+        bounds = {part: check[part] for part in CHECK_PARTS if check[part] is not None}
         metrics |= {f"gate/{check['name']}/{part}": value for part, value in bounds.items()}
     metrics["layer_ratio"] = found["plan"].facts["layer_ratio"]
     metrics["size_ratio"] = 1.0 - metrics["candidate/bytes"] / metrics["base/bytes"]

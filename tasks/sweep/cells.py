@@ -50,10 +50,10 @@ def run_bench_cell(bench: Bench | SentBench, cell: Cell) -> Measured | Failed:
 def publish_tables(comparison: Comparison) -> None:
     """Put the table of every text on the run's page."""
     recipe = comparison.results.bench.recipe
-    for index, text in enumerate(recipe.texts):
-        headers, rows = tabulate_ratios(comparison, comparison.ratios[text.name])
+    for index, (check, group) in enumerate(comparison.list_groups(pooled=False).items()):
+        headers, rows = tabulate_ratios(comparison, check)
         create_table_artifact(
             [dict(zip(headers, row, strict=True)) for row in rows],
             key=f"{recipe.name.replace('_', '-').replace('.', '-')}-text-{index + 1}",
-            description=f"{recipe.name}: perplexity over the base's, {text.name}",
+            description=f"{recipe.name}: {group.metric.name} over the base's, {group.on}",
         )

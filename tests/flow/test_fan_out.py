@@ -58,8 +58,8 @@ def read_figures(recipe, capsys):
     capsys.readouterr()
     assert run_command(["bench", str(recipe), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    rows = [(cell["row"], cell["layers"], cell["texts"], cell["checkpoint"]["digest"]) for cell in document["cells"]]
-    return rows, document["base"]["texts"], document["conditions"]
+    rows = [(cell["row"], cell["layers"], cell["scores"], cell["checkpoint"]["digest"]) for cell in document["cells"]]
+    return rows, document["base"]["scores"], document["conditions"]
 
 
 def test_two_workers_of_which_one_is_killed_find_what_threads_find(

@@ -66,7 +66,7 @@ def facts(**changes):
 def report(perplexity=20.0, accuracy=0.5, n=100, stderr=0.05):
     text = Score("prose", "perplexity", perplexity, 1.0, 12, False)
     task = Score("boolq", "acc", accuracy, stderr, n, True)
-    return EvalReport({}, (text,), (task,), {}, {}, {})
+    return EvalReport({}, (text, task), {}, {}, {})
 
 
 GOOD = {
@@ -287,7 +287,7 @@ def test_report_under_unequal_n(folder):
 
 
 def test_report_that_lacks_a_task_of_the_base(folder):
-    candidate = EvalReport({}, report().text, (), {}, {}, {})
+    candidate = EvalReport({}, report().scores[:1], {}, {}, {})
     table = evaluation_report_table(report(), candidate)
     message = refusal(folder, "evaluation_report", table, evaluation_report_suite())
     assert "failed 1 of 12: expect_column_pair_values_to_be_equal(n, n_of_other): 1 unexpected" in message

@@ -140,13 +140,15 @@ def test_a_version_is_joined_to_its_run_and_its_aliases(rows):
     assert (row.base_model, row.base_revision, row.method, row.recipe) == ("acme/tiny", "abc", "aligned", "tiny-fast")
     assert (row.layers_in, row.layers_out, row.size_ratio) == (30, 24, 0.5)
     assert row.layer_ratio == pytest.approx(0.2) and row.when.timestamp() * 1000 == START + 1000
-    (text,) = row.texts
-    assert (text.name, text.value, text.upper) == ("boolq", 0.8, None) and text.lower == pytest.approx(0.78)
-    assert (row.tasks.value, row.tasks.lower, row.tasks.upper) == (0.9, 0.8, 1.0)
+    text, tasks = row.recoveries
+    assert (text.label, text.value, text.upper) == ("boolq", 0.8, None) and text.lower == pytest.approx(0.78)
+    assert (tasks.name, tasks.value, tasks.lower, tasks.upper) == ("tasks", 0.9, 0.8, 1.0)
     assert row.report.read_text() == "<p>evidence</p>" and row.page is None
     other = rows["undecided"]
     assert other.version == "2" and other.aliases == ("candidate",)
-    assert not other.complete and other.report is None and other.tasks is None
+    assert (
+        not other.complete and other.report is None and all(recovery.name != "tasks" for recovery in other.recoveries)
+    )
 
 
 def test_a_refused_run_has_no_version_and_the_name_it_would_have_had(rows):
@@ -157,7 +159,7 @@ def test_a_refused_run_has_no_version_and_the_name_it_would_have_had(rows):
 def test_a_version_whose_run_was_deleted_is_told_by_its_tags(rows):
     row = rows["lost"]
     assert row.version == "1" and row.verdict == "pass" and row.method == "aligned"
-    assert row.layers_in is None and row.texts == () and row.when.timestamp() > 0
+    assert row.layers_in is None and row.recoveries == () and row.when.timestamp() > 0
 
 
 def test_moves_are_read_and_unreadable_ones_are_shown(history):

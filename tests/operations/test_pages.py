@@ -96,8 +96,11 @@ def made_up() -> tuple[list[Recompression], list[Move]]:
                 layers_out=round(30 * (1 - ratio)),
                 layer_ratio=ratio,
                 size_ratio=0.55 + ratio / 4,
-                texts=(Recovery("boolq", value, *bounds), Recovery("sciq", value + 0.04, bounds[0] + 0.04)),
-                tasks=Recovery("tasks", value + 0.1, value, value + 0.2) if i % 2 else None,
+                recoveries=(
+                    Recovery("perplexity boolq", value, *bounds),
+                    Recovery("perplexity sciq", value + 0.04, bounds[0] + 0.04),
+                    *([Recovery("tasks", value + 0.1, value, value + 0.2)] if i % 2 else []),
+                ),
                 run=f"smollm2-135m-2026{i:02d}",
                 run_id=f"{i:032x}",
             )

@@ -113,7 +113,7 @@ def test_base_perplexity_agrees_with_the_models_own_loss(first):
     report = EvalReport.load(next((ROOT / "data/work/stages").glob("evaluate-*/evaluation.json")))
     model, tokenizer = load_model(report.checkpoint["path"], "float32")
     texts = read_heldout(ROOT / "data/prepared/heldout.jsonl")
-    for score in report.text:
+    for score in (s for s in report.scores if s.metric == "perplexity"):
         ids = tokenizer("\n\n".join(texts[score.name]))["input_ids"][:512]
         with torch.inference_mode():
             loss = float(model(torch.tensor([ids]), labels=torch.tensor([ids])).loss)

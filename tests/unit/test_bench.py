@@ -75,9 +75,9 @@ def measured(monkeypatch):
     names = []
     measure_text = mka.bench.measure.MeasuredModel.measure_text
 
-    def count(self, name, folder):
+    def count(self, metric, name, folder):
         names.append(name)
-        return measure_text(self, name, folder)
+        return measure_text(self, metric, name, folder)
 
     monkeypatch.setattr(mka.bench.measure.MeasuredModel, "measure_text", count)
     return names
@@ -97,10 +97,12 @@ def test_a_cell_is_what_the_stages_make_by_themselves_and_leaves_no_model_behind
         model, tokenizer = load_model(folder, "float32")
         for name, texts in bench.texts.items():
             expected = measure_perplexity(model, tokenizer, texts, name=name, context=32, max_tokens=256)
-            assert found.texts[name].value == pytest.approx(expected.value, rel=1e-6)
-            assert [n for _, n in found.texts[name].items] == [n for _, n in expected.items]
-    ratio = Comparison(results).ratios["prose"]["sleb", 4].value
-    assert ratio == pytest.approx(cell.texts["prose"].value / results.base.texts["prose"].value)
+            assert found.scores[name, "perplexity"].value == pytest.approx(expected.value, rel=1e-6)
+            assert [n for _, n in found.scores[name, "perplexity"].items] == [n for _, n in expected.items]
+    ratio = Comparison(results).ratios["perplexity prose"]["sleb", 4].value
+    assert ratio == pytest.approx(
+        cell.scores["prose", "perplexity"].value / results.base.scores["prose", "perplexity"].value
+    )
 
 
 def test_a_second_run_does_nothing_and_finds_the_same(root, written, measured):
@@ -166,7 +168,7 @@ def test_merging_again_to_other_bytes_measures_everything_of_the_cell_again(root
     # The first was about to be measured when the bytes turned out to be others.
     assert sorted(measured[1:]) == ["prose", "words"]
     assert again.facts["digest"] != stored.facts["digest"]
-    assert again.texts["words"].value != stored.texts["words"].value
+    assert again.scores["words", "perplexity"].value != stored.scores["words", "perplexity"].value
 
 
 def test_changed_settings_and_added_methods_run_their_own_cells_only(root, written, measured):

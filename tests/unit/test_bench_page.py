@@ -64,10 +64,11 @@ def compare(folder, nats, tasks=None, failed=()):
     )
 
     def measure(cell, words, prose, solved_items=None):
-        texts = {"words": score("words", 3 + words), "prose": score("prose", 3 + prose)}
-        found = (solved("piqa", solved_items),) if solved_items else ()
+        found = [score("words", 3 + words), score("prose", 3 + prose)]
+        found += [solved("piqa", solved_items)] if solved_items else []
+        scores = {(s.name, s.metric): s for s in found}
         seconds = {"plan": 2.0, "merge": 1.5, "measure": 4.0}
-        return Measured(cell, texts, found, seconds, {"digest": "d"}, (CONDITIONS,), reused=False)
+        return Measured(cell, scores, seconds, {"digest": "d"}, (CONDITIONS,), reused=False)
 
     cells = {(cell.entry.name, cell.layers): cell for cell in recipe.cells}
     measured = [measure(cells[at], *values, (tasks or {}).get(at)) for at, values in nats.items()]
@@ -108,7 +109,7 @@ def test_ours_meets_the_best_of_the_others_at_every_target_and_text(comparison):
 def test_tasks_are_compared_where_they_were_measured_and_more_is_better(folder):
     tasks = {"base": [1, 1, 1, 0], ("sleb", 5): [1, 1, 0, 0], ("shortgpt", 5): [1, 0, 0, 0], ("mka", 5): [1, 1, 1, 0]}
     comparison = compare(folder, NATS, tasks, failed=[("shortgpt", 4)])
-    assert {at: e.value for at, e in comparison.recoveries.items()} == pytest.approx(
+    assert {at: e.value for at, e in comparison.ratios["tasks"].items()} == pytest.approx(
         {("sleb", 5): 2 / 3, ("shortgpt", 5): 1 / 3, ("mka_new", 5): 1}
     )
     (duel,) = (d for d in comparison.duels if d.on == "tasks")

@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from mka.bench.statistics import BASE, draw_text, recover_tasks
+from mka.bench.statistics import BASE, draw_scores
 from mka.errors import GuardError
 from mka.evaluation.bootstrap import bound_levels
 from mka.evaluation.scores import Score
@@ -25,7 +25,11 @@ def task(items, name="piqa"):
 
 
 def draw(resamples=2000, seed=0, **scores):
-    return draw_text(scores, seed=seed, resamples=resamples)
+    return draw_scores({model: [score] for model, score in scores.items()}, seed=seed, resamples=resamples)
+
+
+def recover_tasks(base, other, *, seed, resamples):
+    return draw_scores({BASE: base, "other": other}, seed=seed, resamples=resamples).ratio("other")
 
 
 def test_a_model_compared_with_itself_is_exactly_1_without_any_width():

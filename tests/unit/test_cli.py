@@ -137,7 +137,7 @@ def test_the_stages_one_by_one_make_what_compress_makes(mka_, compress_arguments
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "whole"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     for role, path in reports.items():
-        assert EvalReport.load(evidence / f"{role}.json").text == EvalReport.load(path).text
+        assert EvalReport.load(evidence / f"{role}.json").scores == EvalReport.load(path).scores
     assert whole["gate"] == verdict["gate"]
 
 
@@ -210,8 +210,8 @@ def test_a_failed_gate_exits_with_1_after_writing_everything(
 
     def measure_worse(checkpoint, *args, **options):
         report = measure(checkpoint, *args, **options)
-        worse = [replace(s, items=tuple((2 * nll, n) for nll, n in s.items)) for s in report.text]
-        return replace(report, text=tuple(worse)) if checkpoint.layers < LAYERS else report
+        worse = [replace(s, items=tuple((2 * nll, n) for nll, n in s.items)) for s in report.scores]
+        return replace(report, scores=tuple(worse)) if checkpoint.layers < LAYERS else report
 
     monkeypatch.setattr(mka.pipeline.evaluate, "measure_checkpoint", measure_worse)
     output = tmp_path / "out"
@@ -253,7 +253,7 @@ def test_evaluate_prints_perplexity_with_its_error_and_n(mka_, llama_folder, tab
     arguments = ["evaluate", llama_folder, "--text", tables / "heldout.jsonl", "--context", 32]
     line = next(line for line in mka_(*arguments).splitlines() if line.startswith("perplexity"))
     assert f"n = {expected.n} windows" in line and f"{expected.value:.2f} ± {expected.stderr:.2f}" in line
-    score = json.loads(mka_(*arguments, "--json"))["text"][0]
+    score = json.loads(mka_(*arguments, "--json"))["scores"][0]
     assert (score["value"], score["n"]) == (pytest.approx(expected.value), expected.n)
 
 

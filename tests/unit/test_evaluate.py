@@ -1,13 +1,16 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import mka.evaluation.perplexity
 from mka.errors import CheckpointError, GuardError, RecipeError
-from mka.evaluation.evaluate import evaluate_checkpoint, generate_text, report_to_rows
+from mka.evaluation import metrics
+from mka.evaluation.evaluate import evaluate_checkpoint, generate_text, pair_scores
 from mka.evaluation.perplexity import measure_perplexity
 from mka.evaluation.scores import EvalReport, Score
 from mka.evaluation.speed import compare_speed
@@ -69,9 +72,11 @@ def report(folder, settings):
 
 
 def test_the_report_holds_what_was_asked_for_and_survives_its_file(report, tmp_path):
-    assert [s.name for s in report.text] == ["prose", "code"]
-    assert [(s.name, s.n, s.metric) for s in report.tasks] == [("piqa", 4, "acc_norm")]
-    assert [s.n for s in report.text] == [6, 6]  # 90 // 15
+    assert [(s.name, s.n, s.metric) for s in report.scores] == [
+        ("prose", 6, "perplexity"),  # 90 // 15
+        ("code", 6, "perplexity"),
+        ("piqa", 4, "acc_norm"),
+    ]
     assert report.checkpoint == {"digest": "abc", "layers": 2}
     path = tmp_path / "report.json"
     path.write_text(report.to_json())
@@ -98,7 +103,7 @@ def test_conditions_say_how_it_was_measured(report):
 
 def test_perplexity_is_that_of_the_model_in_memory(report, folder):
     model, tokenizer = LlamaForCausalLM.from_pretrained(folder).eval(), load_model(folder, "float32")[1]
-    for score in report.text:
+    for score in report.scores[:2]:
         expected = measure_perplexity(
             model, tokenizer, HELDOUT[score.name], name=score.name, context=16, max_tokens=90, progress=False
         )
@@ -135,7 +140,7 @@ def test_equal_runs_give_equal_numbers(report, folder, settings):
     again = evaluate_checkpoint(
         folder, settings, dtype="float32", seed=3, heldout=HELDOUT, checkpoint_facts={}, progress=False
     )
-    assert (again.text, again.tasks, again.generations) == (report.text, report.tasks, report.generations)
+    assert (again.scores, again.generations) == (report.scores, report.generations)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
@@ -149,10 +154,10 @@ def test_quantized_folders_are_measured_as_they_are(report, folder, settings, tm
         output, settings, dtype="float32", seed=3, heldout=HELDOUT, checkpoint_facts={}, progress=False
     )
     limit = {"int8": 0.02, "int4": 0.5}[scheme]
-    for before, after in zip(report.text, quantized.text):
+    for before, after in zip(report.scores[:2], quantized.scores[:2]):
         assert after.items != before.items  # it is the rounded model
         assert after.extra["nats_per_token"] == pytest.approx(before.extra["nats_per_token"], rel=limit)
-    assert quantized.tasks[0].extra["items_digest"] == report.tasks[0].extra["items_digest"]
+    assert quantized.scores[2].extra["items_digest"] == report.scores[2].extra["items_digest"]
 
 
 def copy_of(folder, target, **config):
@@ -204,38 +209,28 @@ def test_unknown_tasks_are_refused_before_the_model_is_loaded(settings, tmp_path
         evaluate_checkpoint(tmp_path / "nowhere", bad, dtype="float32", seed=0, heldout={}, checkpoint_facts={})
 
 
+def test_a_metric_against_the_base_is_measured_where_there_is_a_base(folder, settings, monkeypatch):
+    def compare(subject):
+        same = subject.model.config.vocab_size == subject.base.config.vocab_size
+        return [Score(name, "likeness", float(same), 0.0, 2, True, ((1, 1), (1, 1))) for name in subject.texts]
+
+    row = replace(metrics.HEADLINE, name="likeness", measure="mka.evaluation.perplexity:compare", of_base=False)
+    monkeypatch.setattr(mka.evaluation.perplexity, "compare", compare, raising=False)
+    monkeypatch.setattr(metrics, "METRICS", {**metrics.METRICS, "likeness": row})
+    conditions = {"dtype": "float32", "seed": 0, "heldout": HELDOUT, "checkpoint_facts": {}, "progress": False}
+    plain = settings.model_copy(update={"tasks": {}})
+    base = evaluate_checkpoint(folder, plain, **conditions, speed=False)
+    candidate = evaluate_checkpoint(folder, plain, **conditions, speed=False, base=folder)
+    assert {score.metric for score in base.scores} == {"perplexity"}
+    assert [score.name for score in candidate.scores if score.metric == "likeness"] == ["prose", "code"]
+    assert [pair[0] is None for pair in pair_scores(base, candidate)] == [False, False, True, True]
+
+
 def make_report(perplexity, accuracy, name="prose"):
-    text = (Score(name, "perplexity", perplexity, 1.5, 8, False),)
-    return EvalReport({}, text, (Score("piqa", "acc_norm", accuracy, 0.05, 90, True),), {}, {}, {})
+    text = Score(name, "perplexity", perplexity, 1.5, 8, False)
+    return EvalReport({}, (text, Score("piqa", "acc_norm", accuracy, 0.05, 90, True)), {}, {}, {})
 
 
-def test_rows_lay_base_and_candidate_side_by_side():
-    rows = report_to_rows(make_report(20.0, 0.8), make_report(25.0, 0.6))
-    assert rows == [
-        {
-            "name": "prose",
-            "metric": "perplexity",
-            "base": 20.0,
-            "base_stderr": 1.5,
-            "candidate": 25.0,
-            "candidate_stderr": 1.5,
-            "recovery": pytest.approx(0.8),
-            "n": 8,
-        },
-        {
-            "name": "piqa",
-            "metric": "acc_norm",
-            "base": 0.8,
-            "base_stderr": 0.05,
-            "candidate": 0.6,
-            "candidate_stderr": 0.05,
-            "recovery": pytest.approx(0.75),
-            "n": 90,
-        },
-    ]
-    assert report_to_rows(make_report(20.0, 0.0), make_report(25.0, 0.1))[1]["recovery"] is None
-
-
-def test_rows_of_different_measurements_are_refused():
+def test_pairs_of_different_measurements_are_refused():
     with pytest.raises(GuardError, match="perplexity on 'code' was measured of the candidate only"):
-        report_to_rows(make_report(20.0, 0.8), make_report(20.0, 0.8, name="code"))
+        pair_scores(make_report(20.0, 0.8), make_report(20.0, 0.8, name="code"))

@@ -9,6 +9,7 @@ from mka.evaluation.bootstrap import bound_levels
 from mka.evaluation.gate import combine_verdicts, decide, judge, recover_tasks
 from mka.evaluation.scores import EvalReport, Score
 from mka.recipe import GateSettings
+from mka.report.verdict import describe_decision
 
 Z95 = 1.6448536269514722
 
@@ -25,7 +26,7 @@ def task(items, *, name="piqa", digest="d"):
 
 
 def report(texts=(), tasks=()):
-    return EvalReport({}, tuple(texts), tuple(tasks), {}, {}, {})
+    return EvalReport({}, (*texts, *tasks), {}, {}, {})
 
 
 def gate(perplexity=0.5, tasks=0.9):
@@ -187,7 +188,7 @@ def test_undefined_recovery_is_refused():
 def test_description_is_aligned_and_carries_the_numbers():
     base = report([text([300, 310]), text([250, 260], name="a longer name")], [task([1, 0, 1])])
     decision = decide(base, base, gate(0.4, 0.8), seed=0)
-    first, *rows = decision.describe()
+    first, *rows = describe_decision(decision.to_dict())
     assert first.startswith("gate: pass")
     assert len({row.index("recovery") for row in rows}) == 1
     assert "1.000" in rows[0] and "0.400" in rows[0] and rows[0].endswith("pass")

@@ -41,8 +41,11 @@ ROW = Recompression(
     layers_out=24,
     layer_ratio=0.2,
     size_ratio=0.555,
-    texts=(Recovery("boolq", 0.81, 0.79, 0.83), Recovery("sciq", 0.74, 0.71)),
-    tasks=Recovery("tasks", 0.938, 0.791, 1.107),
+    recoveries=(
+        Recovery("perplexity boolq", 0.81, 0.79, 0.83),
+        Recovery("perplexity sciq", 0.74, 0.71),
+        Recovery("tasks", 0.938, 0.791, 1.107),
+    ),
     run="tiny-20260301",
     run_id="a" * 32,
 )
@@ -152,7 +155,7 @@ def test_an_unknown_verdict_is_shown_as_it_is():
 
 def test_what_was_not_recorded_is_a_dash_and_not_in_the_plot():
     bare = replace(
-        ROW, layers_in=None, layers_out=None, layer_ratio=None, size_ratio=None, texts=(), tasks=None, recipe="tiny"
+        ROW, layers_in=None, layers_out=None, layer_ratio=None, size_ratio=None, recoveries=(), recipe="tiny"
     )
     row = show([bare]).row("r0")
     assert "? → ?" in row and row.count("–") == 3
@@ -167,7 +170,7 @@ def test_markup_in_any_text_is_text():
         **dict.fromkeys(fields, ATTACK),
         base_revision="&<b>",
         aliases=(ATTACK, "champion"),
-        texts=(Recovery(ATTACK, 0.5, 0.4),),
+        recoveries=(Recovery(ATTACK, 0.5, 0.4),),
         report=Path("/work") / ATTACK.replace("/", "_"),
     )
     page = show([row], [Move(ATTACK, ATTACK, ATTACK, ATTACK, ATTACK, NOON, ATTACK, ATTACK)])
@@ -200,14 +203,14 @@ def test_links_start_at_the_page(tmp_path):
 
 def test_dots_lie_where_their_figures_say():
     rows = [
-        replace(ROW, layer_ratio=0.0, texts=(Recovery("a", 1.0), Recovery("b", 1.2))),
-        replace(ROW, layer_ratio=0.5, texts=(Recovery("a", 0.0, 0.0, 1.0),), verdict="fail"),
-        replace(ROW, layer_ratio=0.25, texts=(), tasks=Recovery("tasks", 0.5)),
+        replace(ROW, layer_ratio=0.0, recoveries=(Recovery("perplexity a", 1.0), Recovery("perplexity b", 1.2))),
+        replace(ROW, layer_ratio=0.5, recoveries=(Recovery("perplexity a", 0.0, 0.0, 1.0),), verdict="fail"),
+        replace(ROW, layer_ratio=0.25, recoveries=(Recovery("tasks", 0.5),)),
     ]
     (plot,) = plot_recoveries(rows)
     first, second, third = plot["dots"]
     # The worse of two texts counts, and 1 is on the line that says so.
-    assert first["worst"].name == "a" and (first["x"], first["y"]) == (LEFT, plot["even"])
+    assert first["worst"].label == "a" and (first["x"], first["y"]) == (LEFT, plot["even"])
     assert (second["x"], second["y"]) == (WIDTH - RIGHT, HEIGHT - BOTTOM)
     assert (second["low"], second["high"]) == (HEIGHT - BOTTOM, plot["even"])
     assert third["x"] == pytest.approx((LEFT + WIDTH - RIGHT) / 2, abs=0.1)
@@ -228,7 +231,7 @@ def test_each_model_has_its_plot_on_the_same_axes_and_marks_lead_to_rows():
 
 
 def test_a_bound_far_above_the_base_does_not_press_the_rest_to_the_floor():
-    rows = [ROW, replace(ROW, texts=(), tasks=Recovery("tasks", 0.9, 0.1, 1e300))]
+    rows = [ROW, replace(ROW, recoveries=(Recovery("tasks", 0.9, 0.1, 1e300),))]
     (plot,) = plot_recoveries(rows)
     assert plot["y"][-1][1] == "2.0" and all(0 <= dot["high"] <= dot["y"] <= HEIGHT for dot in plot["dots"])
 

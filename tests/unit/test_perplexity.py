@@ -159,7 +159,7 @@ def test_what_is_not_finite_is_refused(model, monkeypatch):
         (["too short"], {}, "9 tokens .* make 0 windows"),
         ([], {}, "make 0 windows"),
         (TEXTS, {"max_tokens": 40}, "budget of 40 make 1 windows"),
-        (TEXTS, {"context": 129}, "longer than the model's 128 positions"),
+        (TEXTS, {"context": 129}, "the model has 128 positions"),
     ],
 )
 def test_too_little_text_and_too_long_contexts_are_refused(model, texts, options, message):

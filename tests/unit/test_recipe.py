@@ -89,7 +89,7 @@ def test_a_method_that_leaves_nothing_to_an_alignment_does_without():
 
 def test_an_unknown_key_like_no_other_lists_what_is_allowed():
     message = refusal(recipe_with(gate__zzz=1))
-    assert "unknown key 'gate.zzz' (allowed: perplexity_recovery, task_recovery, champion_recovery)" in message
+    assert "unknown key 'gate.zzz' (allowed: perplexity_recovery, task_recovery, champion_recovery, rules)" in message
 
 
 def test_every_mistake_is_listed_in_one_line():

@@ -56,8 +56,10 @@ def deletion_plan(layers: int = 30) -> MergePlan:
 def evaluation(layers: int, parameters: int, size: int, perplexity: float, tasks: dict[str, float]) -> EvalReport:
     return EvalReport(
         checkpoint={"path": "/models/x", "layers": layers, "parameters": parameters, "bytes": size, "dtype": "float32"},
-        text=(Score("boolq", "perplexity", perplexity, 0.514, 8, False, extra={"bits_per_byte": 0.9312}),),
-        tasks=tuple(Score(name, "acc", value, 0.03, 50, True) for name, value in tasks.items()),
+        scores=(
+            Score("boolq", "perplexity", perplexity, 0.514, 8, False, extra={"bits_per_byte": 0.9312}),
+            *(Score(name, "acc", value, 0.03, 50, True) for name, value in tasks.items()),
+        ),
         speed={"prefill_tokens_per_second": 240.0, "decode_tokens_per_second": 21.44},
         generations={"Say | it": f"so {ATTACK}", "```": "a ```` b"},
         conditions={"dtype": "float32", "threads": 2, "versions": {"torch": "2.13.0"}},
@@ -166,7 +168,7 @@ def test_table_of_unequal_or_missing_sides() -> None:
     quantities = [row["quantity"] for row in result_table(BASE, other)]
     assert "boolq, acc (n = 50 items)" in quantities and "arc_easy, acc (n = 50 items)" in quantities
     assert not any("mean of" in quantity for quantity in quantities)  # one shared task: no mean of unlike sets
-    facts = EvalReport({"layers": 3}, (), (), {}, {}, {})
+    facts = EvalReport({"layers": 3}, (), {}, {}, {})
     assert [row["quantity"] for row in result_table(facts, facts)] == ["layers"]
 
 
