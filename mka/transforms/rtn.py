@@ -118,7 +118,9 @@ def quantize_checkpoint(
     shards = [sorted(shard, key=_place) for shard in split_shards(specs, max_shard_bytes)]
     with publish(output, needed_bytes=sum(spec.nbytes for spec in specs) + 64_000_000) as partial:
         with source.reader() as read:
-            stream = _stream([planned[spec.name] for shard in shards for spec in shard], source, read, settings, on_module)
+            stream = _stream(
+                [planned[spec.name] for shard in shards for spec in shard], source, read, settings, on_module
+            )
             sums = write_shards(partial, shards, stream)
         _write_config(source, settings, partial)
         copy_companions(source.path, partial)
