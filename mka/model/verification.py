@@ -6,7 +6,7 @@ from typing import Any
 
 from mka.errors import CheckpointError
 from mka.model.checkpoint import Checkpoint, open_checkpoint
-from mka.model.tensors import is_finite
+from mka.model.tensors import TRIM_BYTES, give_memory_back, is_finite
 from mka.terminal import quiet_libraries
 
 
@@ -70,12 +70,24 @@ def inspect_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -
 
 
 def _unpack(model: Any) -> None:
-    """Unpack a quantized model now, one matrix at a time.
+    """Unpack a quantized model on disk now, one matrix at a time, as its first forward pass would.
 
-    Its first forward pass would do the same, by a hook that replaces how weights are fetched; in a model on disk it
-    comes too late, after the pass has begun with the old way (compressed-tensors 0.20, transformers 5.23).
+    That pass does it by a hook, which changes how weights are fetched; for a model on disk it comes too late, after
+    the pass has begun in the old way (compressed-tensors 0.20, transformers 5.23).
     """
-    model.hf_quantizer.compressor.decompress_model(model)
+    from compressed_tensors.compressors import decompress_module
+    from compressed_tensors.offload import from_accelerate
+
+    from_accelerate(model)
+    passed = 0
+    for module in model.modules():
+        decompress_module(module)
+        if hasattr(module, "quantization_scheme"):
+            passed += 4 * module.in_features * module.out_features
+        if passed > TRIM_BYTES:
+            passed = 0
+            give_memory_back()
+    model.hf_quantizer.compressor.remove_decompression_hook(model)
 
 
 def _count_parameters(checkpoint: Checkpoint, model: Any) -> dict[str, int]:

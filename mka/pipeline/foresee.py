@@ -9,7 +9,7 @@ from mka.evidence.needs import HIDDEN_STATES, REOBSERVE
 from mka.methods import find_needs, get_method, resolve_method
 from mka.model.checkpoint import describe_checkpoint
 from mka.pipeline.job import EVIDENCE, Job
-from mka.transforms.rtn import BITS
+from mka.transforms import get_quantizer
 
 # Tokenizer, configuration, card and report: what a folder holds beside its weights.
 COMPANIONS_NBYTES = 64_000_000
@@ -74,11 +74,7 @@ def candidate_nbytes(job: Job) -> int:
     settings = job.recipe.quantize
     if settings.scheme == "off":
         return _merged_nbytes(job)
-    saved = 0.0
-    for tensor in (t for i in range(job.base.layers) for t in job.base.layer_tensors(i).values()):
-        if len(tensor.shape) == 2:
-            width = tensor.nbytes / tensor.parameters
-            saved += tensor.parameters * (width - BITS[settings.scheme] / 8 - width / settings.group_size)
+    saved = job.base.nbytes - get_quantizer(settings.scheme).foresee(job.base, settings)
     return round(_merged_nbytes(job) - saved * job.aim.layers_out / job.base.layers)
 
 
@@ -88,7 +84,7 @@ def _memory_nbytes(job: Job, lengths: Sequence[int]) -> int:
     width = 4 if recipe.model.dtype == "float32" else 2
     needs, quantized = find_needs(recipe.method), recipe.quantize.scheme != "off"
     aligned = _foresee_alignment(job)
-    if job.measured or quantized or needs - {HIDDEN_STATES} or get_method(recipe.method.name).fit:
+    if job.measured or needs - {HIDDEN_STATES} or get_method(recipe.method.name).fit:
         copies = 2 if REOBSERVE in needs or quantized else 1
         weights = copies * sum(t.parameters for t in job.base.tensors.values())
     else:

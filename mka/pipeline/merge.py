@@ -12,8 +12,9 @@ from mka.recipe import (
     ModelSource,
 )
 from mka.terminal import show_progress
+from mka.transforms import get_transform
 from mka.transforms.fold import Folds
-from mka.transforms.merge import check_alignable, check_plan_fits, merge_checkpoint, plan_tensors
+from mka.transforms.merge import ALIGNED, FOLDS, check_alignable
 
 
 def write_aligned(
@@ -48,10 +49,11 @@ def write_aligned(
     from mka.model.loading import open_decoder
 
     check_alignable(plan, aligned=True)
-    check_plan_fits(plan, checkpoint)
+    transform = get_transform("merge")
+    transform.check(checkpoint, plan)
     with open_decoder(checkpoint, source.dtype, source.trust_remote_code) as (decoder, tokenizer):
         aligner = Aligner(decoder, tokenizer, texts, settings)
-        found = merge_checkpoint(plan, checkpoint, output, aligned=aligner.align(plan.layers), verify=_verify)
+        found = transform.apply(checkpoint, plan, {ALIGNED: aligner.align(plan.layers)}, output, verify=_verify)
     return found | {"alignment": aligner.facts}
 
 
@@ -65,6 +67,6 @@ def write_merged(plan: MergePlan, checkpoint: Checkpoint, output: Path, folds: F
         CheckpointError: if the written folder does not load whole or does not generate soundly.
         OutputError: if it cannot be written.
     """
-    total = sum(info.nbytes for info, _, _ in plan_tensors(plan.layers, checkpoint))
-    with show_progress("merge layers", total, "B", scale=True) as advance:
-        return merge_checkpoint(plan, checkpoint, output, folds=folds, on_tensor=advance, verify=_verify)
+    transform = get_transform("merge")
+    with show_progress(transform.summary, transform.foresee(checkpoint, plan), "B", scale=True) as advance:
+        return transform.apply(checkpoint, plan, {FOLDS: folds}, output, verify=_verify, on_tensor=advance)

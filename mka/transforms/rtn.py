@@ -7,7 +7,7 @@ compressed-tensors' own functions and written a block of rows at a time.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,11 +20,10 @@ from mka.model.tensors import TORCH_NAMES, TensorInfo, TensorReader, torch_dtype
 from mka.recipe import QuantizeSettings
 from mka.store.publishing import publish
 from mka.store.sums import write_sums
+from mka.transforms import BITS, Transform
 
 if TYPE_CHECKING:
     import torch
-
-BITS = {"int8": 8, "int4": 4}
 
 # What compressed-tensors keeps of a linear layer in the place of its weight.
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
@@ -32,6 +31,18 @@ PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 _WIDEST_FIRST = ("I64", "F64", "F32", "I32", "BF16", "F16")
 # Bytes of a matrix rounded at a time; rounding and packing them takes some ten times as many.
 _ROUND_BYTES = 1 << 22
+
+
+def check_roundable(source: Checkpoint, settings: QuantizeSettings) -> None:
+    """Refuse what cannot be rounded.
+
+    Raises:
+        CheckpointError: if the source is quantized already.
+        RecipeError: if the group size does not divide the widths.
+    """
+    if source.is_quantized:
+        raise CheckpointError(f"{source.path}: weights are already quantized")
+    check_group_size(source, settings.group_size)
 
 
 def check_group_size(source: Checkpoint, group_size: int) -> None:
@@ -90,7 +101,7 @@ def quantize_checkpoint(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     verify: Callable[[Path], Any] | None = None,
-    on_module: Callable[[int], Any] | None = None,
+    on_tensor: Callable[[int], Any] | None = None,
 ) -> Any:
     """Write a quantized copy of a checkpoint; publish it only once it is whole.
 
@@ -100,7 +111,7 @@ def quantize_checkpoint(
         settings: scheme (not "off") and group size.
         max_shard_bytes: largest shard.
         verify: called with the finished folder before it is published.
-        on_module: called with 1 per linear layer rounded (for a progress bar).
+        on_tensor: called with the bytes of each tensor written (for a progress bar).
 
     Returns:
         What ``verify`` returned.
@@ -110,16 +121,14 @@ def quantize_checkpoint(
         CheckpointError: if the source is quantized already.
         OutputError: if the folder cannot be written.
     """
-    if source.is_quantized:
-        raise CheckpointError(f"{source.path}: weights are already quantized")
-    check_group_size(source, settings.group_size)
+    check_roundable(source, settings)
     planned = {spec.name: (spec, info) for spec, info in plan_rounded(source, settings)}
     specs = [spec for spec, _ in planned.values()]
     shards = [sorted(shard, key=_place) for shard in split_shards(specs, max_shard_bytes)]
     with publish(output, needed_bytes=sum(spec.nbytes for spec in specs) + 64_000_000) as partial:
         with source.reader() as read:
             stream = _stream(
-                [planned[spec.name] for shard in shards for spec in shard], source, read, settings, on_module
+                [planned[spec.name] for shard in shards for spec in shard], source, read, settings, on_tensor
             )
             sums = write_shards(partial, shards, stream)
         _write_config(source, settings, partial)
@@ -139,7 +148,7 @@ def _stream(
     source: Checkpoint,
     read: TensorReader,
     settings: QuantizeSettings,
-    on_module: Callable[[int], Any] | None,
+    on_tensor: Callable[[int], Any] | None,
 ) -> Iterator[Blocks]:
     """Yield the output's tensors in order; a weight is read once for its scale and once more to be packed.
 
@@ -154,10 +163,10 @@ def _stream(
             yield [torch.tensor(info.shape)]
         elif leaf in (PACKED, SCALE):
             yield (_round(rows, settings)[leaf] for rows in _read_rows(info, read, dtype, _ROUND_BYTES))
-            if on_module and leaf == PACKED:
-                on_module(1)
         else:
             yield _read_rows(info, read, dtype, BLOCK_BYTES)
+        if on_tensor:
+            on_tensor(spec.nbytes)
 
 
 def _read_rows(info: TensorInfo, read: TensorReader, dtype: "torch.dtype", nbytes: int) -> Iterator["torch.Tensor"]:
@@ -213,3 +222,16 @@ def _write_config(source: Checkpoint, settings: QuantizeSettings, folder: Path) 
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     document = source.config | {"quantization_config": written["quantization_config"]}
     (folder / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _foresee(source: Checkpoint, settings: QuantizeSettings) -> int:
+    return sum(spec.nbytes for spec, _ in plan_rounded(source, settings))
+
+
+def _apply(
+    source: Checkpoint, settings: QuantizeSettings, evidence: Mapping[str, Any], output: Path, **options: Any
+) -> Any:
+    return quantize_checkpoint(source, output, settings, **options)
+
+
+TRANSFORM = Transform("rtn", "round weights", check_roundable, _foresee, _apply)
