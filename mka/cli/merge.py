@@ -50,9 +50,9 @@ def merge(model: str, plan_file: Path, output: Path, asked: dict[str, Any]) -> O
     from mka.recipe import AlignmentSettings, QuantizeSettings
     from mka.report.alignment import summarise_alignment
     from mka.store.publishing import publish
+    from mka.transforms import get_quantizer
     from mka.transforms.fold import load_folds
     from mka.transforms.merge import check_alignable, check_plan_fits
-    from mka.transforms.rtn import check_group_size
 
     check_free(output)
     settings = build_section(QuantizeSettings, pick(asked, "quantize"))
@@ -65,7 +65,7 @@ def merge(model: str, plan_file: Path, output: Path, asked: dict[str, Any]) -> O
     check_alignable(made, fitting.enabled)
     folds = load_folds(made, plan_file)
     if settings.scheme != "off":
-        check_group_size(base, settings.group_size)
+        get_quantizer(settings.scheme).check(base, settings)
     with quiet_libraries():
         table = fit_windows(table, base) if table else None
     with quiet_libraries(settings.scheme != "off"), publish(output) as partial:

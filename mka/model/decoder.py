@@ -1,7 +1,5 @@
 """A decoder that is walked layer by layer. Of a streamed one, only the layers somebody holds are in memory."""
 
-import ctypes
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,13 +11,9 @@ import torch
 from mka.errors import CheckpointError
 from mka.model.checkpoint import Checkpoint
 from mka.model.families import Family, get_family
-from mka.model.tensors import TensorReader
+from mka.model.tensors import TRIM_BYTES, TensorReader, give_memory_back
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-# Bytes of layers after which memory is tidied up.
-TRIM_BYTES = 1 << 28
 
 
 class Decoder:
@@ -162,14 +156,8 @@ class StreamedDecoder(Decoder):
                 self.tidy()
 
     def tidy(self) -> None:
-        """Give free memory back to the system.
-
-        Holes that aligned allocations leave in glibc's heap are seldom used again (before glibc 2.38): over hundreds of
-        layers they would add up to the size of the model.
-        """
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-        if trim is not None:
-            trim(0)
+        """Give free memory back to the system."""
+        give_memory_back()
 
     @contextmanager
     def hold_head(self) -> Iterator[None]:

@@ -46,9 +46,7 @@ def write_tensors(
     tensors: Iterable[Blocks],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> dict[str, str]:
-    """Stream tensors into safetensors shards: while one block of rows is hashed and written, the next is made.
-
-    Shapes and dtypes are known beforehand, so each shard's header is written first and its tensors follow.
+    """Stream tensors into safetensors shards, in the order given; see `write_shards`.
 
     Args:
         folder: where the shards go.
@@ -59,11 +57,36 @@ def write_tensors(
     Returns:
         Shard -> SHA-256 of its bytes.
     """
+    return write_shards(folder, split_shards(specs, max_shard_bytes), tensors)
+
+
+def split_shards(specs: Sequence[TensorInfo], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[list[TensorInfo]]:
+    """Divide tensors among shards; each is closed before it would exceed ``max_shard_bytes``."""
     shards: list[list[TensorInfo]] = [[]]
+    size = 0
     for spec in specs:
-        if shards[-1] and sum(s.nbytes for s in shards[-1]) + spec.nbytes > max_shard_bytes:
+        if shards[-1] and size + spec.nbytes > max_shard_bytes:
             shards.append([])
+            size = 0
         shards[-1].append(spec)
+        size += spec.nbytes
+    return shards
+
+
+def write_shards(folder: Path, shards: Sequence[Sequence[TensorInfo]], tensors: Iterable[Blocks]) -> dict[str, str]:
+    """Stream tensors into safetensors shards: while one block of rows is hashed and written, the next is made.
+
+    Shapes and dtypes are known beforehand, so each shard's header is written first and its tensors follow.
+
+    Args:
+        folder: where the shards go.
+        shards: of each shard, name, dtype and shape of its tensors in order (``file`` is ignored).
+        tensors: the tensors themselves in the same order, each as blocks of its rows (or as one block, the whole).
+
+    Returns:
+        Shard -> SHA-256 of its bytes.
+    """
+    specs = [spec for shard in shards for spec in shard]
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     stream = iter(tensors)

@@ -3,9 +3,11 @@
 A mapped file counts as memory of the process for as long as it is open, page by page, up to the size of the model.
 """
 
+import ctypes
 import json
 import math
 import struct
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -50,6 +52,21 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Size on disk in bytes."""
         return self.parameters * _BYTES.get(self.dtype, 1)
+
+
+# Bytes let go of after which memory is given back.
+TRIM_BYTES = 1 << 28
+
+
+def give_memory_back() -> None:
+    """Give free memory back to the system.
+
+    Holes that aligned allocations leave in glibc's heap are seldom used again (before glibc 2.38): over hundreds of
+    layers they would add up to the size of the model.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def is_finite(tensor: "torch.Tensor") -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from mka.errors import CheckpointError
 from mka.model.checkpoint import Checkpoint, open_checkpoint
-from mka.model.tensors import is_finite
+from mka.model.tensors import TRIM_BYTES, give_memory_back, is_finite
 from mka.terminal import quiet_libraries
 
 PROBE_TOKENS = 8
@@ -18,7 +18,8 @@ def inspect_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -
     """Load a folder as any user would and report what was found; judges nothing.
 
     Weights stay on disk and are read when a layer needs them (transformers' ``device_map="disk"``), so that memory is
-    a few tensors whatever the size; those of a quantized folder, which have to be unpacked, are loaded.
+    a few tensors whatever the size. Those of a quantized folder are unpacked one matrix at a time into a temporary
+    folder beside it, which for that while takes the disk space of the unpacked model.
 
     Args:
         folder: the folder.
@@ -34,10 +35,12 @@ def inspect_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -
     from transformers import AutoModelForCausalLM
 
     checkpoint = open_checkpoint(folder, verify=False)
-    with TemporaryDirectory() as offloaded, quiet_libraries(checkpoint.is_quantized):
-        options = {} if checkpoint.is_quantized else {"device_map": {"": "disk"}, "offload_folder": offloaded}
+    # The system's own temporary folder may be memory.
+    beside = Path(folder).absolute().parent if checkpoint.is_quantized else None
+    with TemporaryDirectory(dir=beside) as offloaded, quiet_libraries(checkpoint.is_quantized):
+        options: dict[str, Any] = {"dtype": "auto", "device_map": {"": "disk"}, "offload_folder": offloaded}
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code, **options
+            folder, output_loading_info=True, trust_remote_code=trust_remote_code, **options
         )
         model.eval()
         facts: dict[str, Any] = {
@@ -53,15 +56,43 @@ def inspect_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -
         tokens = PROBE_TOKENS if checkpoint.nbytes <= LARGE else FEW_PROBE_TOKENS
         whole = not any(facts[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
         with torch.inference_mode():
+            if checkpoint.is_quantized:
+                _unpack(model)
             facts["generation_mismatches"] = _count_generation_mismatches(model, tokens) if whole else tokens
-    return facts | _count_parameters(checkpoint, model)
+            return facts | _count_parameters(checkpoint, model)
+
+
+def _unpack(model: Any) -> None:
+    """Unpack a quantized model on disk now, one matrix at a time, as its first forward pass would.
+
+    That pass does it by a hook, which changes how weights are fetched; for a model on disk it comes too late, after
+    the pass has begun in the old way (compressed-tensors 0.20, transformers 5.23).
+    """
+    from compressed_tensors.compressors import decompress_module
+    from compressed_tensors.offload import from_accelerate
+
+    from_accelerate(model)
+    passed = 0
+    for module in model.modules():
+        decompress_module(module)
+        if hasattr(module, "quantization_scheme"):
+            passed += 4 * module.in_features * module.out_features
+        if passed > TRIM_BYTES:
+            passed = 0
+            give_memory_back()
+    model.hf_quantizer.compressor.remove_decompression_hook(model)
 
 
 def _count_parameters(checkpoint: Checkpoint, model: Any) -> dict[str, int]:
-    """Count parameters, and tensors with NaN or infinity; of a quantized model after the pass that unpacks it."""
+    """Count parameters, and tensors with NaN or infinity; of a quantized model once it is unpacked."""
     if checkpoint.is_quantized:
-        count = sum(p.numel() for n, p in model.named_parameters() if n.endswith((".weight", ".bias")))
-        return {"parameters": count, "nonfinite_tensors": sum(not is_finite(p) for p in model.parameters())}
+        from compressed_tensors.offload import disable_onloading
+
+        with disable_onloading():
+            sizes = {n: p.numel() for n, p in model.named_parameters() if n.endswith((".weight", ".bias"))}
+        # By name: an iterator over parameters keeps all of them.
+        nonfinite = sum(not is_finite(model.get_parameter(name)) for name in sizes)
+        return {"parameters": sum(sizes.values()), "nonfinite_tensors": nonfinite}
     # A tied head that is stored beside the embedding is no parameter of its own.
     tied = model.config.tie_word_embeddings and "model.embed_tokens.weight" in checkpoint.tensors
     own = [t for name, t in checkpoint.tensors.items() if not (tied and name == "lm_head.weight")]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from mka.pipeline.job import Job
-from mka.transforms.rtn import BITS
+from mka.transforms import get_quantizer
 
 # Tokenizer, configuration, card and report: what a folder holds beside its weights.
 COMPANIONS_NBYTES = 64_000_000
@@ -67,9 +67,5 @@ def candidate_nbytes(job: Job) -> int:
     settings = job.recipe.quantize
     if settings.scheme == "off":
         return merged_nbytes(job)
-    saved = 0.0
-    for tensor in (t for i in range(job.base.layers) for t in job.base.layer_tensors(i).values()):
-        if len(tensor.shape) == 2:
-            width = tensor.nbytes / tensor.parameters
-            saved += tensor.parameters * (width - BITS[settings.scheme] / 8 - width / settings.group_size)
+    saved = job.base.nbytes - get_quantizer(settings.scheme).foresee(job.base, settings)
     return round(merged_nbytes(job) - saved * job.aim.layers_out / job.base.layers)

@@ -15,7 +15,7 @@ from mka.plan.target import Aim, resolve_target
 from mka.recipe import ModelSource, Recipe, Target
 from mka.sources.fetch import materialize, resolve_revision
 from mka.texts.positions import check_context
-from mka.transforms.rtn import check_group_size
+from mka.transforms import get_quantizer
 
 
 @dataclass
@@ -127,7 +127,7 @@ def check_feasible(recipe: Recipe, checkpoint: Checkpoint) -> Aim:
     if checkpoint.is_quantized:
         raise CheckpointError(f"{checkpoint.path}: weights are already quantized; name the original model instead")
     if recipe.quantize.scheme != "off":
-        check_group_size(checkpoint, recipe.quantize.group_size)
+        get_quantizer(recipe.quantize.scheme).check(checkpoint, recipe.quantize)
     check_tasks(recipe.evaluation.tasks)
     return aim
 

@@ -14,8 +14,9 @@ from mka.pipeline.stage import MODEL_FOLDER, Cost, Found, Stage
 from mka.plan.plan import MergePlan
 from mka.recipe import ModelSource
 from mka.terminal import show_progress
+from mka.transforms import get_transform
 from mka.transforms.fold import Folds
-from mka.transforms.merge import check_alignable, check_plan_fits, merge_checkpoint, plan_tensors
+from mka.transforms.merge import ALIGNED, FOLDS, check_alignable
 
 
 def write_merged(
@@ -49,9 +50,9 @@ def write_merged(
     if alignment is not None:
         assert source is not None
         return _write_aligned(plan, checkpoint, output, alignment, source)
-    total = sum(info.nbytes for info, _, _ in plan_tensors(plan.layers, checkpoint))
-    with show_progress("merge layers", total, "B", scale=True) as advance:
-        return merge_checkpoint(plan, checkpoint, output, folds=folds, on_tensor=advance, verify=verify_checkpoint)
+    transform = get_transform("merge")
+    with show_progress(transform.summary, transform.foresee(checkpoint, plan), "B", scale=True) as advance:
+        return transform.apply(checkpoint, plan, {FOLDS: folds}, output, verify=verify_checkpoint, on_tensor=advance)
 
 
 def _write_aligned(
@@ -61,11 +62,12 @@ def _write_aligned(
     from mka.model.loading import open_decoder
 
     check_alignable(plan, aligned=True)
-    check_plan_fits(plan, checkpoint)
+    transform = get_transform("merge")
+    transform.check(checkpoint, plan)
     with open_decoder(checkpoint, source.dtype, source.trust_remote_code) as (decoder, tokenizer):
         aligner = Aligner(decoder, tokenizer, alignment.texts, alignment.settings)
-        refitted = aligner.align(plan.layers)
-        found = merge_checkpoint(plan, checkpoint, output, aligned=refitted, verify=verify_checkpoint)
+        refitted = {ALIGNED: aligner.align(plan.layers)}
+        found = transform.apply(checkpoint, plan, refitted, output, verify=verify_checkpoint)
     return found | {"alignment": aligner.facts}
 
 

@@ -19,12 +19,15 @@ from mka.model.tensors import TensorInfo, TensorReader, is_finite, torch_dtype
 from mka.plan.plan import LayerRecipe, MergePlan
 from mka.store.publishing import publish
 from mka.store.sums import write_sums
+from mka.transforms import Transform
 from mka.transforms.fold import Folds, apply_fold, check_folds, find_fold
 
 if TYPE_CHECKING:
     import torch
 
 
+# What a merge may be handed: what its plan's method fitted, and what an alignment refits layer by layer.
+FOLDS, ALIGNED = "folds", "aligned"
 # Bytes of each source of a sum at a time: as float32 they stay in the processor's cache.
 SUM_BYTES = 1 << 20
 
@@ -280,3 +283,18 @@ def _check_finite(blocks: Blocks, info: TensorInfo, cause: str) -> Iterator["tor
         if not is_finite(block):
             raise NumericsError(f"{info.name}: NaN or infinite {cause}")
         yield block
+
+
+def _check(source: Checkpoint, plan: MergePlan) -> None:
+    check_plan_fits(plan, source)
+
+
+def _foresee(source: Checkpoint, plan: MergePlan) -> int:
+    return sum(info.nbytes for info, _, _ in plan_tensors(plan.layers, source))
+
+
+def _apply(source: Checkpoint, plan: MergePlan, evidence: Mapping[str, Any], output: Path, **options: Any) -> Any:
+    return merge_checkpoint(plan, source, output, folds=evidence.get(FOLDS), aligned=evidence.get(ALIGNED), **options)
+
+
+TRANSFORM = Transform("merge", "merge layers", _check, _foresee, _apply)
