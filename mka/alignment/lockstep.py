@@ -25,15 +25,17 @@ import torch
 from mka.alignment.refit import Refit, token_weights
 from mka.model.decoder import as_decoder
 from mka.model.families import Family
-from mka.model.parts import run_sublayer
+from mka.model.parts import ATTENTION, MLP, check_parts, run_part
 from mka.model.readout import read_out, sum_divergence
 from mka.plan.plan import LayerRecipe
 from mka.transforms.merge import combine_layers
 
 VERSION = 3
 BATCH_TOKENS = 4096
-# Penalties of the three kinds of fit, relative to the one given: the fewer the features, the less they need.
-READERS, ATTENTION, MLP = 0.05, 0.3, 1.0
+# Penalties of the fits, of readers and of the writers of the parts it can refit, relative to the one given: the fewer
+# the features, the less they need.
+READERS = 0.05
+WRITERS = {ATTENTION: 0.3, MLP: 1.0}
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,13 @@ class Alignment:
             model: the base, a transformers causal language model or a `mka.model.decoder.Decoder`.
             windows: token ids, (S, T), without padding.
             heldout: windows at the end that are walked along but not fitted on; `measure_divergence` reads them.
+
+        Raises:
+            PlanError: if the layers have parts that cannot be refitted.
         """
         self.decoder = as_decoder(model)
-        self.model = self.decoder.model
         self.family: Family = self.decoder.family
+        check_parts(self.family.parts, WRITERS, "alignment", self.family.model_type)
         size, fitted = max(1, BATCH_TOKENS // windows.shape[1]), len(windows) - heldout
         self.fitted = [slice(i, min(i + size, fitted)) for i in range(0, fitted, size)]
         self.heldout = [slice(i, min(i + size, len(windows))) for i in range(fitted, len(windows), size)]
@@ -155,7 +160,7 @@ class Alignment:
         with self.decoder.hold_head():
             for rows in self.heldout:
                 for base, other in zip(self.teacher[rows], self.students[student][rows]):
-                    total += sum_divergence(*(read_out(self.model, self.model.model.norm(x)) for x in (base, other)))
+                    total += sum_divergence(*(read_out(self.decoder, self.decoder.norm(x)) for x in (base, other)))
                     count += len(base)
         return total / count
 
@@ -169,10 +174,10 @@ class Alignment:
         for index in range(first, end + 1):
             module, context = self.decoder.layers[index], self.contexts[index]
             with self.decoder.hold(index):
-                middle = self._map(partial(run_sublayer, module, self.family.attention, context=context), states)
+                middle = self._map(partial(run_part, module, self.family.attention, context=context), states)
                 if index in kept:
                     before[index], between[index] = states, middle
-                states = self._map(partial(run_sublayer, module, self.family.mlp, context=context), middle)
+                states = self._map(partial(run_part, module, self.family.mlp, context=context), middle)
         self.teacher_seconds += time.perf_counter() - started
         return Teacher(before, between, states)
 
@@ -191,7 +196,7 @@ class Alignment:
             half = Refit(self, made, part, sources)
             if mapped:
                 half.fit_readers(student, before, READERS * penalty)
-            student = half.fit_writer(student, target, (ATTENTION if part.is_attention else MLP) * penalty)
+            student = half.fit_writer(student, target, WRITERS[part.kind] * penalty)
             facts |= half.facts
         tensors = {name: value.detach() for name, value in made.state_dict().items()}
         return student, tensors, facts | {"error": _relative_error(student, group.after)}

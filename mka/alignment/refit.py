@@ -8,8 +8,9 @@ import torch
 
 from mka.alignment.ridge import Moments, fit_ridge, select_features
 from mka.alignment.units import gather_units
+from mka.model.decoder import Decoder
 from mka.model.families import Family
-from mka.model.parts import Sublayer, count_units, read_features, read_norm, reader_sections, write_features
+from mka.model.parts import Part, count_units, read_features, read_norm, reader_sections, write_features
 
 # Squared norms below this share of the median are raised to it, so that no token counts for too much.
 CLIP = 0.1
@@ -19,14 +20,14 @@ class Walk(Protocol):
     """What a refit needs of the walk it is part of.
 
     Attributes:
-        model: the base.
+        decoder: the base.
         family: its family.
         contexts: what the decoder hands to each layer's attention.
         fitted: batches of windows that are fitted on.
         heldout: batches that only walk along.
     """
 
-    model: Any
+    decoder: Decoder
     family: Family
     contexts: list[dict[str, Any]]
     fitted: list[slice]
@@ -36,11 +37,11 @@ class Walk(Protocol):
 class Refit:
     """One half of an output layer while it is fitted; several sources compete for its units."""
 
-    def __init__(self, walk: Walk, made: Any, part: Sublayer, sources: tuple[int, ...]) -> None:
+    def __init__(self, walk: Walk, made: Any, part: Part, sources: tuple[int, ...]) -> None:
         self.walk, self.made, self.part, self.sources = walk, made, part, sources
         self.context = walk.contexts[sources[0]]
         # What competes is fitted in copies; what is chosen of them goes into the layer made.
-        self.layers = [made] if len(sources) == 1 else [copy.deepcopy(walk.model.model.layers[i]) for i in sources]
+        self.layers = [made] if len(sources) == 1 else [copy.deepcopy(walk.decoder.layers[i]) for i in sources]
         self.facts: dict[str, Any] = {}
 
     def fit_readers(self, student: torch.Tensor, before: Mapping[int, torch.Tensor], penalty: float) -> None:

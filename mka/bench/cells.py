@@ -14,14 +14,13 @@ from typing import Any
 from mka.bench.measure import MeasuredModel, measure
 from mka.bench.parts import Bench, Get, Measured, NotStored, Part
 from mka.bench.recipe import Cell
-from mka.evidence.gather import open_oracles
 from mka.evidence.needs import DIVERGENCE, LOSS, OUTPUT_SIMILARITY, REOBSERVE
 from mka.evidence.states import HiddenStates, LayerScores
 from mka.methods import resolve_method
 from mka.model.checkpoint import describe_checkpoint, open_checkpoint
 from mka.pipeline.merge import write_aligned, write_merged
 from mka.pipeline.observe import needs_hidden_states, observe_checkpoint
-from mka.pipeline.plan import alignment_version, fit_folds, plan_layers, tries_alignments
+from mka.pipeline.plan import alignment_version, fit_folds, open_method_oracles, plan_layers, tries_alignments
 from mka.pipeline.score import score_layers
 from mka.plan.plan import MergePlan
 from mka.recipe import Recipe
@@ -158,7 +157,7 @@ def _plan(bench: Bench, cell: Cell, recipe: Recipe, get: Get) -> tuple[Product, 
     def plan(folder: Path) -> Mapping[str, Any]:
         stored = scores.folder / SCORES_FILE if scores and scores.facts["scored"] else None
         looked_at = (bench.calibration, recipe.calibration, recipe.model)
-        oracles = bench.oracles.open(cell.entry, lambda: open_oracles(recipe.method, bench.base, *looked_at))
+        oracles = bench.oracles.open(cell.entry, lambda: open_method_oracles(recipe.method, bench.base, *looked_at))
         scored = LayerScores.load(stored) if stored else None
         made = plan_layers(recipe.method, recipe.target, bench.base, scored, *looked_at, oracles=oracles)
         folds = fit_folds(recipe.method, made, bench.base, *looked_at)

@@ -5,6 +5,7 @@ recipes share parts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -71,14 +72,20 @@ class Oracles:
 
     _owner: Any = None
     _opened: Mapping[str, Any] = field(default_factory=dict)
+    _stack: ExitStack = field(default_factory=ExitStack)
 
-    def open(self, owner: Any, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Return the oracles of one method; those of another are let go first."""
+    def open(self, owner: Any, make: Callable[[], AbstractContextManager[Mapping[str, Any]]]) -> Mapping[str, Any]:
+        """Return the oracles of one method; those of another are closed first."""
         if self._owner != owner:
-            self._owner, self._opened = None, {}
-            self._opened = make()
+            self.close()
+            self._opened = self._stack.enter_context(make())
             self._owner = owner
         return self._opened
+
+    def close(self) -> None:
+        """Let go of what is open."""
+        self._owner, self._opened = None, {}
+        self._stack.close()
 
 
 @dataclass(frozen=True)

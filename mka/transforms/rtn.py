@@ -69,7 +69,7 @@ def quantize_checkpoint(
     with publish(output, needed_bytes=source.nbytes) as partial:
         with quiet_libraries(quantized=True), torch.inference_mode():
             model = AutoModelForCausalLM.from_pretrained(source.path, dtype="auto")
-            compressor = _round_weights(model, settings, on_module)
+            compressor = _round_weights(model, source.family.head, settings, on_module)
             model.save_pretrained(partial, max_shard_size="5GB")
         compressor.update_config(str(partial))
         _restore_config(source, partial)
@@ -79,7 +79,7 @@ def quantize_checkpoint(
         return result
 
 
-def _round_weights(model: Any, settings: QuantizeSettings, on_module: Callable[[int], Any] | None) -> Any:
+def _round_weights(model: Any, head: str, settings: QuantizeSettings, on_module: Callable[[int], Any] | None) -> Any:
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (
         QuantizationArgs,
@@ -93,7 +93,7 @@ def _round_weights(model: Any, settings: QuantizeSettings, on_module: Callable[[
         num_bits=BITS[settings.scheme], type="int", symmetric=True, strategy="group", group_size=settings.group_size
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
-    apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"]))
+    apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=[head]))
     for module in model.modules():
         if is_module_quantized(module):
             rows, columns = module.weight.shape
