@@ -51,33 +51,35 @@ class Refit:
                 continue
             moments = Moments(student.shape[-1], student.shape[-1], student.device)
             for rows in self.walk.fitted:
+                # (s, T, D) -> (s T, D)
                 seen, wanted = (read_norm(layer, self.part, x[rows]).flatten(0, 1) for x in (student, before[source]))
                 moments.add(seen.float(), wanted.float())
-            mapped = fit_ridge(moments, torch.eye(student.shape[-1], device=student.device), penalty)
+            mapped = fit_ridge(moments, torch.eye(student.shape[-1], device=student.device), penalty)  # (D, D)
             for name in self.part.readers:
                 weight = layer.get_submodule(name).weight
-                weight.copy_(weight.double() @ mapped.T)
+                weight.copy_(weight.double() @ mapped.T)  # (rows, D) (D, D)
 
     def fit_writer(self, student: torch.Tensor, target: torch.Tensor, penalty: float) -> torch.Tensor:
         """Fit the writer, choosing units first if there are too many; return the student's states after this half."""
-        features = self._read(student)
-        weights = token_weights(target)
+        features = self._read(student)  # (S, T, F), of all sources side by side
+        weights = token_weights(target)  # (S, T)
         writers = [layer.get_submodule(self.part.writer) for layer in self.layers]
-        prior = torch.cat([writer.weight for writer in writers], dim=1).T
+        prior = torch.cat([writer.weight for writer in writers], dim=1).T  # (D, F) -> (F, D)
         units = torch.zeros(len(prior), dtype=torch.long, device=prior.device)
         if len(self.layers) > 1:
             features, prior, units = self._shortlist(features, prior)
         moments = Moments(len(prior), student.shape[-1], student.device)
         for rows in self.walk.fitted:
-            wanted = target[rows] - student[rows]
-            phi = features[rows]
+            wanted = target[rows] - student[rows]  # (s, T, D)
+            phi = features[rows]  # (s, T, F)
             if self.part.post_norm:
                 wanted = self._undo_post_norm(wanted, phi, prior)
             if (bias := writers[0].bias) is not None:
                 wanted = wanted - bias
+            # (s T, F), (s T, D), (s T,)
             moments.add(phi.flatten(0, 1).float(), wanted.flatten(0, 1).float(), weights[rows].flatten())
         if len(self.layers) > 1:
-            columns = self._choose(moments, prior, units, penalty)
+            columns = self._choose(moments, prior, units, penalty)  # (F',), those of one layer
             features, prior, moments = features[..., columns], prior[columns], moments.take(columns)
         self.made.get_submodule(self.part.writer).weight.copy_(fit_ridge(moments, prior, penalty).T)
         if self.part.post_norm:
@@ -88,7 +90,7 @@ class Refit:
     def _read(self, student: torch.Tensor) -> torch.Tensor:
         def read(states: torch.Tensor) -> torch.Tensor:
             read_one = (read_features(x, self.part, read_norm(x, self.part, states), self.context) for x in self.layers)
-            return torch.cat(list(read_one), dim=-1)
+            return torch.cat(list(read_one), dim=-1)  # of each source (s, T, F / sources) -> (s, T, F)
 
         return torch.cat([read(student[rows]) for rows in self.walk.fitted + self.walk.heldout])
 
@@ -100,25 +102,26 @@ class Refit:
         Choosing among all would cost the cube of their number. Returns features, prior and the unit of each feature.
         """
         units, count = count_units(self.made, self.part), len(self.sources)
-        owner = torch.arange(len(prior), device=prior.device) * units * count // len(prior)
+        owner = torch.arange(len(prior), device=prior.device) * units * count // len(prior)  # (F,)
         if count == 2:
             return features, prior, owner
+        # Of each batch (s, T, F) -> (F,); the mean over batches.
         energy = torch.stack([features[b].float().square().mean((0, 1)) for b in self.walk.fitted]).mean(0)
         written = torch.zeros(units * count, device=prior.device)
-        written.index_add_(0, owner, energy * prior.float().square().sum(1))
-        columns = torch.isin(owner, written.topk(2 * units).indices).nonzero().squeeze(1)
+        written.index_add_(0, owner, energy * prior.float().square().sum(1))  # (F,) summed by unit
+        columns = torch.isin(owner, written.topk(2 * units).indices).nonzero().squeeze(1)  # (F', 1) -> (F',)
         return features[..., columns], prior[columns], owner[columns]
 
     def _choose(self, moments: Moments, prior: torch.Tensor, owner: torch.Tensor, penalty: float) -> torch.Tensor:
         """Put the units that predict the target best into the layer made; return their columns, (F,)."""
         units, count = count_units(self.made, self.part), len(self.sources)
-        kept = select_features(moments, prior, owner, units, penalty=penalty)
-        picks = [kept[kept // units == k] - k * units for k in range(count)]
+        kept = select_features(moments, prior, owner, units, penalty=penalty)  # (units,), of units * count
+        picks = [kept[kept // units == k] - k * units for k in range(count)]  # of each source, in its own numbers
         offset = self.walk.family.gain_offset
         for name in self.part.readers:
             readers = [layer.get_submodule(name) for layer in self.layers]
             # Each source reads through its own gains; folded into its rows, one norm without gains serves all.
-            folded = [
+            folded = [  # (rows, D) * (D,)
                 reader.weight * (offset + layer.get_submodule(self.part.norm).weight)
                 for reader, layer in zip(readers, self.layers)
             ]

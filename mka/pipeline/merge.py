@@ -50,9 +50,10 @@ def write_aligned(
     check_alignable(plan, aligned=True)
     check_plan_fits(plan, checkpoint)
     with open_decoder(checkpoint, source.dtype, source.trust_remote_code) as (decoder, tokenizer):
-        aligner = Aligner(decoder, tokenizer, texts, settings)
-        found = merge_checkpoint(plan, checkpoint, output, aligned=aligner.align(plan.layers), verify=_verify)
-    return found | {"alignment": aligner.facts}
+        found, facts = Aligner(decoder, tokenizer, texts, settings).align(
+            plan.layers, lambda tensors: merge_checkpoint(plan, checkpoint, output, aligned=tensors, verify=_verify)
+        )
+    return found | {"alignment": facts}
 
 
 def write_merged(plan: MergePlan, checkpoint: Checkpoint, output: Path, folds: Folds | None = None) -> dict[str, Any]:

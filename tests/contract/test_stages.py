@@ -167,11 +167,13 @@ def test_aligning_a_plan_that_changes_nothing_leaves_every_tensor_byte_equal(fam
     aligner = Aligner(models[family], TOKENIZER, {"a": texts[:30], "b": texts[30:]}, settings)
     plan = MergePlan("test", "", LAYERS, identity_layers(LAYERS))
     with showing(False):
-        merge_checkpoint(plan, source, tmp_path / "out", aligned=aligner.align(plan.layers))
+        _, facts = aligner.align(
+            plan.layers, lambda tensors: merge_checkpoint(plan, source, tmp_path / "out", aligned=tensors)
+        )
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert aligner.facts["layers"] == [{}] * LAYERS
-    assert aligner.facts["probes"]["source"] == "b" and set(aligner.facts["probes"]["divergence"].values()) == {0.0}
+    assert facts["layers"] == [{}] * LAYERS
+    assert facts["probes"]["source"] == "b" and set(facts["probes"]["divergence"].values()) == {0.0}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -199,8 +201,7 @@ def test_a_fit_on_text_and_its_copies_is_the_fit_on_all_those_windows(copies, co
     aligner = Aligner(models["llama"], TOKENIZER, {"a": texts[:30], "b": texts[30:]}, settings)
     plan = (*keep_layers([0, 1]), take_layers((2, 3), (2,), (2, 3)), *keep_layers([4, 5]))
     with showing(False):
-        made = list(aligner.align(plan))
-    facts = aligner.facts
+        made, facts = aligner.align(plan, list)
     assert (facts["copies"], facts["tokens"], sum(facts["windows"].values())) == (count, 256, 16)
     windows = torch.cat(list(aligner.windows.values()))
     windows = torch.cat([windows, make_copies(windows, count)])
