@@ -3,10 +3,10 @@
 import copy
 
 import torch
+from candidates import build_candidate
 from conftest import make_tiny_model
 
 from mka.alignment.lockstep import Alignment
-from mka.evidence.candidate import build_candidate
 from mka.plan.plan import identity_layers, keep_layers, take_layers
 
 # Layers of one kind whose heads can stand side by side; families with q/k norms have none.

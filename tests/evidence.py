@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from candidates import build_candidate
 from conftest import FAMILY_NAMES, make_tokenizer
 
 from mka.alignment.lockstep import Alignment
 from mka.alignment.trials import AlignedTrials
-from mka.evidence.candidate import build_candidate
 from mka.evidence.needs import DIVERGENCE, HIDDEN_STATES, LOSS, OUTPUT_SIMILARITY, REOBSERVE, TRIALS, Evidence
 from mka.evidence.observe import observe
 from mka.evidence.oracles import Divergence, Loss, OutputSimilarity

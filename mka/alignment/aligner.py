@@ -1,8 +1,8 @@
 """An alignment from texts: windows dealt over sources, the penalty chosen on one left out, then the walk itself."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +16,8 @@ from mka.texts.windows import deal_windows, make_copies
 # Tried where the recipe says 'auto', on this share of the tokens.
 PENALTIES = (0.3, 1.0, 3.0)
 PROBE = 0.125
+
+Written = TypeVar("Written")
 
 
 class Aligner:
@@ -31,15 +33,32 @@ class Aligner:
         self.windows = deal_windows(tokenizer, texts, context=settings.context, tokens=settings.tokens)
         every = torch.cat(list(self.windows.values()))
         self.copies = make_copies(every, round(settings.copies * len(every)))
-        self.facts: dict[str, Any] = {}
 
-    @torch.inference_mode()
-    def align(self, layers: Sequence[LayerRecipe]) -> Iterator[Mapping[str, torch.Tensor]]:
-        """Yield the refitted tensors of each output layer in order; `facts` is complete when the last is out.
+    def align(
+        self, layers: Sequence[LayerRecipe], write: Callable[[Iterator[Mapping[str, torch.Tensor]]], Written]
+    ) -> tuple[Written, dict[str, Any]]:
+        """Refit the output layers while they are written.
+
+        Args:
+            layers: of a plan.
+            write: given the refitted tensors of each output layer, in order, by name within the layer; uses them all.
+
+        Returns:
+            What ``write`` returned, and the facts of the fit.
 
         Raises:
             RecipeError: if the source to leave out is not in the table, or is all there is.
             NumericsError: if a fit is not finite.
+        """
+        facts: dict[str, Any] = {}
+        written = write(self._refit(layers, facts))
+        return written, facts
+
+    @torch.inference_mode()
+    def _refit(self, layers: Sequence[LayerRecipe], facts: dict[str, Any]) -> Iterator[Mapping[str, torch.Tensor]]:
+        """Yield the refitted tensors of each output layer; with the last, note the facts of the fit.
+
+        The penalty is chosen when the first is asked for, after whoever writes them has refused what cannot be written.
         """
         started = time.perf_counter()
         penalty, probes = self._choose_penalty(layers)
@@ -51,7 +70,7 @@ class Aligner:
             for made in walk.walk(layers, penalty=penalty, on_layer=lambda passed: advance(passed * windows.numel())):
                 records.append(dict(made.facts))
                 if made.position == len(layers) - 1:
-                    self.facts = {
+                    facts |= {
                         "tokens": windows.numel() - self.copies.numel(),
                         "windows": {source: len(rows) for source, rows in self.windows.items()},
                         "copies": len(self.copies),

@@ -25,15 +25,17 @@ import torch
 from mka.alignment.refit import Refit, token_weights
 from mka.model.decoder import as_decoder
 from mka.model.families import Family
-from mka.model.parts import run_sublayer
+from mka.model.parts import ATTENTION, MLP, check_parts, run_part
 from mka.model.readout import read_out, sum_divergence
 from mka.plan.plan import LayerRecipe
 from mka.transforms.merge import combine_layers
 
 VERSION = 3
 BATCH_TOKENS = 4096
-# Penalties of the three kinds of fit, relative to the one given: the fewer the features, the less they need.
-READERS, ATTENTION, MLP = 0.05, 0.3, 1.0
+# Penalties of the fits, of readers and of the writers of the parts it can refit, relative to the one given: the fewer
+# the features, the less they need.
+READERS = 0.05
+WRITERS = {ATTENTION: 0.3, MLP: 1.0}
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,11 @@ class Alignment:
 
     Memory: some six arrays of hidden states (S, T, D) and one of features (S, T, F), and one more of states for every
     further student. Of a streamed decoder, the layers that make one output layer, and the layer made.
+
+    Attributes:
+        start: hidden states before the first layer, (S, T, D).
+        teacher: those of the base behind the layers walked so far, (S, T, D).
+        students: those of each student, (S, T, D).
     """
 
     def __init__(self, model: Any, windows: torch.Tensor, heldout: int = 0) -> None:
@@ -83,15 +90,19 @@ class Alignment:
             model: the base, a transformers causal language model or a `mka.model.decoder.Decoder`.
             windows: token ids, (S, T), without padding.
             heldout: windows at the end that are walked along but not fitted on; `measure_divergence` reads them.
+
+        Raises:
+            PlanError: if the layers have parts that cannot be refitted.
         """
         self.decoder = as_decoder(model)
-        self.model = self.decoder.model
         self.family: Family = self.decoder.family
+        check_parts(self.family.parts, WRITERS, "alignment", self.family.model_type)
         size, fitted = max(1, BATCH_TOKENS // windows.shape[1]), len(windows) - heldout
         self.fitted = [slice(i, min(i + size, fitted)) for i in range(0, fitted, size)]
         self.heldout = [slice(i, min(i + size, len(windows))) for i in range(fitted, len(windows), size)]
         _, self.contexts = self.decoder.enter(windows[:1])
-        self.start = torch.cat([self.decoder.enter(batch)[0] for batch in windows.split(size)])
+        self.start = torch.cat([self.decoder.enter(batch)[0] for batch in windows.split(size)])  # (S, T, D)
+        self.teacher, self.students = self.start, [self.start]
         self.teacher_seconds = 0.0
 
     def walk(
@@ -127,26 +138,25 @@ class Alignment:
 
         Arguments and refusals are those of `walk`.
         """
-        students, teacher = [self.start] * len(penalties), self.start
+        self.teacher, self.students = self.start, [self.start] * len(penalties)
         first = 0
         for position, (layer, end) in enumerate(zip(layers, find_ends(layers, len(self.contexts)))):
             made = []
             with self.decoder.hold(*layer.used):
-                group = self.run_teacher(teacher, first, end, layer.used)
-                for index, (student, penalty) in enumerate(zip(students, penalties)):
-                    if student is teacher and layer.is_copy and layer.sources == (first,) and end == first:
-                        students[index] = group.after
+                group = self.run_teacher(self.teacher, first, end, layer.used)
+                for index, (student, penalty) in enumerate(zip(self.students, penalties)):
+                    if student is self.teacher and layer.is_copy and layer.sources == (first,) and end == first:
+                        self.students[index] = group.after
                         made.append(AlignedLayer(position, {}))
                     else:
-                        students[index], tensors, facts = self.fit_layer(layer, student, group, penalty)
+                        self.students[index], tensors, facts = self.fit_layer(layer, student, group, penalty)
                         made.append(AlignedLayer(position, tensors, facts))
                         self.decoder.tidy()
+            self.teacher = group.after
             yield tuple(made)
-            teacher = group.after
             if on_layer:
                 on_layer(end + 1 - first)
             first = end + 1
-        self.students, self.teacher = students, teacher
 
     @torch.inference_mode()
     def measure_divergence(self, student: int = 0) -> float:
@@ -154,12 +164,13 @@ class Alignment:
         total, count = 0.0, 0
         with self.decoder.hold_head():
             for rows in self.heldout:
-                for base, other in zip(self.teacher[rows], self.students[student][rows]):
-                    total += sum_divergence(*(read_out(self.model, self.model.model.norm(x)) for x in (base, other)))
+                for base, other in zip(self.teacher[rows], self.students[student][rows]):  # (T, D) each
+                    total += sum_divergence(*(read_out(self.decoder, self.decoder.norm(x)) for x in (base, other)))
                     count += len(base)
         return total / count
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+        # Batch by batch, (s, T, D) each -> (S, T, D).
         return torch.cat([function(states[rows]) for rows in self.fitted + self.heldout])
 
     def run_teacher(self, states: torch.Tensor, first: int, end: int, kept: Sequence[int]) -> Teacher:
@@ -169,10 +180,10 @@ class Alignment:
         for index in range(first, end + 1):
             module, context = self.decoder.layers[index], self.contexts[index]
             with self.decoder.hold(index):
-                middle = self._map(partial(run_sublayer, module, self.family.attention, context=context), states)
+                middle = self._map(partial(run_part, module, self.family.attention, context=context), states)
                 if index in kept:
                     before[index], between[index] = states, middle
-                states = self._map(partial(run_sublayer, module, self.family.mlp, context=context), middle)
+                states = self._map(partial(run_part, module, self.family.mlp, context=context), middle)
         self.teacher_seconds += time.perf_counter() - started
         return Teacher(before, between, states)
 
@@ -191,7 +202,7 @@ class Alignment:
             half = Refit(self, made, part, sources)
             if mapped:
                 half.fit_readers(student, before, READERS * penalty)
-            student = half.fit_writer(student, target, (ATTENTION if part.is_attention else MLP) * penalty)
+            student = half.fit_writer(student, target, WRITERS[part.kind] * penalty)
             facts |= half.facts
         tensors = {name: value.detach() for name, value in made.state_dict().items()}
         return student, tensors, facts | {"error": _relative_error(student, group.after)}
@@ -216,6 +227,6 @@ class Alignment:
 
 def _relative_error(student: torch.Tensor, target: torch.Tensor) -> float:
     """Return the weighted squared distance of the student's states from the base's, relative to those."""
-    weights = token_weights(target)
-    wrong = ((student - target).square().sum(-1) * weights).sum(dtype=torch.float64)
+    weights = token_weights(target)  # (S, T)
+    wrong = ((student - target).square().sum(-1) * weights).sum(dtype=torch.float64)  # (S, T, D) -> (S, T) -> ()
     return float(wrong / (target.square().sum(-1) * weights).sum(dtype=torch.float64))

@@ -8,8 +8,9 @@ import torch
 
 from mka.alignment.ridge import Moments, fit_ridge, select_features
 from mka.alignment.units import gather_units
+from mka.model.decoder import Decoder
 from mka.model.families import Family
-from mka.model.parts import Sublayer, count_units, read_features, read_norm, reader_sections, write_features
+from mka.model.parts import Part, count_units, read_features, read_norm, reader_sections, write_features
 
 # Squared norms below this share of the median are raised to it, so that no token counts for too much.
 CLIP = 0.1
@@ -19,14 +20,14 @@ class Walk(Protocol):
     """What a refit needs of the walk it is part of.
 
     Attributes:
-        model: the base.
+        decoder: the base.
         family: its family.
         contexts: what the decoder hands to each layer's attention.
         fitted: batches of windows that are fitted on.
         heldout: batches that only walk along.
     """
 
-    model: Any
+    decoder: Decoder
     family: Family
     contexts: list[dict[str, Any]]
     fitted: list[slice]
@@ -36,11 +37,11 @@ class Walk(Protocol):
 class Refit:
     """One half of an output layer while it is fitted; several sources compete for its units."""
 
-    def __init__(self, walk: Walk, made: Any, part: Sublayer, sources: tuple[int, ...]) -> None:
+    def __init__(self, walk: Walk, made: Any, part: Part, sources: tuple[int, ...]) -> None:
         self.walk, self.made, self.part, self.sources = walk, made, part, sources
         self.context = walk.contexts[sources[0]]
         # What competes is fitted in copies; what is chosen of them goes into the layer made.
-        self.layers = [made] if len(sources) == 1 else [copy.deepcopy(walk.model.model.layers[i]) for i in sources]
+        self.layers = [made] if len(sources) == 1 else [copy.deepcopy(walk.decoder.layers[i]) for i in sources]
         self.facts: dict[str, Any] = {}
 
     def fit_readers(self, student: torch.Tensor, before: Mapping[int, torch.Tensor], penalty: float) -> None:
@@ -50,33 +51,35 @@ class Refit:
                 continue
             moments = Moments(student.shape[-1], student.shape[-1], student.device)
             for rows in self.walk.fitted:
+                # (s, T, D) -> (s T, D)
                 seen, wanted = (read_norm(layer, self.part, x[rows]).flatten(0, 1) for x in (student, before[source]))
                 moments.add(seen.float(), wanted.float())
-            mapped = fit_ridge(moments, torch.eye(student.shape[-1], device=student.device), penalty)
+            mapped = fit_ridge(moments, torch.eye(student.shape[-1], device=student.device), penalty)  # (D, D)
             for name in self.part.readers:
                 weight = layer.get_submodule(name).weight
-                weight.copy_(weight.double() @ mapped.T)
+                weight.copy_(weight.double() @ mapped.T)  # (rows, D) (D, D)
 
     def fit_writer(self, student: torch.Tensor, target: torch.Tensor, penalty: float) -> torch.Tensor:
         """Fit the writer, choosing units first if there are too many; return the student's states after this half."""
-        features = self._read(student)
-        weights = token_weights(target)
+        features = self._read(student)  # (S, T, F), of all sources side by side
+        weights = token_weights(target)  # (S, T)
         writers = [layer.get_submodule(self.part.writer) for layer in self.layers]
-        prior = torch.cat([writer.weight for writer in writers], dim=1).T
+        prior = torch.cat([writer.weight for writer in writers], dim=1).T  # (D, F) -> (F, D)
         units = torch.zeros(len(prior), dtype=torch.long, device=prior.device)
         if len(self.layers) > 1:
             features, prior, units = self._shortlist(features, prior)
         moments = Moments(len(prior), student.shape[-1], student.device)
         for rows in self.walk.fitted:
-            wanted = target[rows] - student[rows]
-            phi = features[rows]
+            wanted = target[rows] - student[rows]  # (s, T, D)
+            phi = features[rows]  # (s, T, F)
             if self.part.post_norm:
                 wanted = self._undo_post_norm(wanted, phi, prior)
             if (bias := writers[0].bias) is not None:
                 wanted = wanted - bias
+            # (s T, F), (s T, D), (s T,)
             moments.add(phi.flatten(0, 1).float(), wanted.flatten(0, 1).float(), weights[rows].flatten())
         if len(self.layers) > 1:
-            columns = self._choose(moments, prior, units, penalty)
+            columns = self._choose(moments, prior, units, penalty)  # (F',), those of one layer
             features, prior, moments = features[..., columns], prior[columns], moments.take(columns)
         self.made.get_submodule(self.part.writer).weight.copy_(fit_ridge(moments, prior, penalty).T)
         if self.part.post_norm:
@@ -87,7 +90,7 @@ class Refit:
     def _read(self, student: torch.Tensor) -> torch.Tensor:
         def read(states: torch.Tensor) -> torch.Tensor:
             read_one = (read_features(x, self.part, read_norm(x, self.part, states), self.context) for x in self.layers)
-            return torch.cat(list(read_one), dim=-1)
+            return torch.cat(list(read_one), dim=-1)  # of each source (s, T, F / sources) -> (s, T, F)
 
         return torch.cat([read(student[rows]) for rows in self.walk.fitted + self.walk.heldout])
 
@@ -99,25 +102,26 @@ class Refit:
         Choosing among all would cost the cube of their number. Returns features, prior and the unit of each feature.
         """
         units, count = count_units(self.made, self.part), len(self.sources)
-        owner = torch.arange(len(prior), device=prior.device) * units * count // len(prior)
+        owner = torch.arange(len(prior), device=prior.device) * units * count // len(prior)  # (F,)
         if count == 2:
             return features, prior, owner
+        # Of each batch (s, T, F) -> (F,); the mean over batches.
         energy = torch.stack([features[b].float().square().mean((0, 1)) for b in self.walk.fitted]).mean(0)
         written = torch.zeros(units * count, device=prior.device)
-        written.index_add_(0, owner, energy * prior.float().square().sum(1))
-        columns = torch.isin(owner, written.topk(2 * units).indices).nonzero().squeeze(1)
+        written.index_add_(0, owner, energy * prior.float().square().sum(1))  # (F,) summed by unit
+        columns = torch.isin(owner, written.topk(2 * units).indices).nonzero().squeeze(1)  # (F', 1) -> (F',)
         return features[..., columns], prior[columns], owner[columns]
 
     def _choose(self, moments: Moments, prior: torch.Tensor, owner: torch.Tensor, penalty: float) -> torch.Tensor:
         """Put the units that predict the target best into the layer made; return their columns, (F,)."""
         units, count = count_units(self.made, self.part), len(self.sources)
-        kept = select_features(moments, prior, owner, units, penalty=penalty)
-        picks = [kept[kept // units == k] - k * units for k in range(count)]
+        kept = select_features(moments, prior, owner, units, penalty=penalty)  # (units,), of units * count
+        picks = [kept[kept // units == k] - k * units for k in range(count)]  # of each source, in its own numbers
         offset = self.walk.family.gain_offset
         for name in self.part.readers:
             readers = [layer.get_submodule(name) for layer in self.layers]
             # Each source reads through its own gains; folded into its rows, one norm without gains serves all.
-            folded = [
+            folded = [  # (rows, D) * (D,)
                 reader.weight * (offset + layer.get_submodule(self.part.norm).weight)
                 for reader, layer in zip(readers, self.layers)
             ]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from mka.alignment.lockstep import Alignment
-from mka.model.parts import run_sublayer
+from mka.model.parts import Part, run_part
 from mka.model.readout import read_out, sum_divergence
 from mka.plan.plan import LayerRecipe
 
@@ -43,7 +43,7 @@ class AlignedTrials:
         self.known: dict[Any, float] = {}
 
     def _read_out(self, states: torch.Tensor) -> torch.Tensor:
-        return read_out(self.decoder.model, self.decoder.model.model.norm(states))
+        return read_out(self.decoder, self.decoder.norm(states))
 
     def _finish(self, states: torch.Tensor, first: int) -> float:
         """Run the base's layers from ``first`` on over held-out states, (S, T, D); return the divergence."""
@@ -55,28 +55,28 @@ class AlignedTrials:
         said_twice = sum(rows[texts:]) / self.copies if self.copies else 0.0
         return sum(rows[:texts]) / texts + self.copying * said_twice
 
-    def _run(self, index: int, states: torch.Tensor, *, without: str = "") -> torch.Tensor:
-        layer, context, family = self.decoder.layers[index], self.walk.contexts[index], self.walk.family
+    def _run(self, index: int, states: torch.Tensor, *, without: Part | None = None) -> torch.Tensor:
+        layer, context = self.decoder.layers[index], self.walk.contexts[index]
         with self.decoder.hold(index):
-            for half in (family.attention, family.mlp):
-                if half.module != without:
-                    states = run_sublayer(layer, half, states, context)
+            for part in self.walk.family.parts:
+                if part != without:
+                    states = run_part(layer, part, states, context)
         return states
 
     def measure_attention(self, layer: int) -> float:
         """Return the divergence of the base without the attention of one layer."""
-        return self._measure_without(layer, self.walk.family.attention.module)
+        return self._measure_without(layer, self.walk.family.attention)
 
     def measure_mlp(self, layer: int) -> float:
         """Return the divergence of the base without the MLP of one layer."""
-        return self._measure_without(layer, self.walk.family.mlp.module)
+        return self._measure_without(layer, self.walk.family.mlp)
 
     @torch.inference_mode()
-    def _measure_without(self, layer: int, module: str) -> float:
-        if (layer, module) not in self.known:
-            states = self._run(layer, self.inputs[layer][-self.heldout :], without=module)
-            self.known[layer, module] = self._finish(states, layer + 1)
-        return self.known[layer, module]
+    def _measure_without(self, layer: int, part: Part) -> float:
+        if (layer, part.kind) not in self.known:
+            states = self._run(layer, self.inputs[layer][-self.heldout :], without=part)
+            self.known[layer, part.kind] = self._finish(states, layer + 1)
+        return self.known[layer, part.kind]
 
     @torch.inference_mode()
     def measure_group(self, layer: LayerRecipe) -> float:

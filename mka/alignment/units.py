@@ -1,4 +1,4 @@
-"""The units of a sublayer: MLP neurons, or groups of attention heads that share keys and values.
+"""The units of a part of a layer: MLP neurons, or groups of attention heads that share keys and values.
 
 Units add up and have no order, so those of several layers may stand side by side, and any of them may be left out.
 """

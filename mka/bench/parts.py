@@ -13,7 +13,7 @@ from typing import Any
 from mka.bench.recipe import BenchRecipe, Cell
 from mka.evaluation.scores import Score
 from mka.model.checkpoint import Checkpoint
-from mka.pipeline.job import Job
+from mka.pipeline.job import Job, Opened
 from mka.store.products import Product, find, produce, stage_key
 from mka.texts.calibration import CalibrationSet
 
@@ -78,6 +78,7 @@ class Bench:
         work: work folder.
         command: what makes all of it again, for the record.
         jobs: of the cells, by their keys.
+        opened: what they share while planning.
         building: held by whoever builds models, which libraries cannot do in two threads at once. Locks of parts
             that plan, merge or align are taken under it, those of measurements are not.
     """
@@ -93,6 +94,7 @@ class Bench:
     work: Path
     command: str
     jobs: Mapping[str, Job] = field(default_factory=dict)
+    opened: Opened = field(default_factory=Opened)
     building: Any = field(default_factory=Lock)
 
     @property

@@ -46,14 +46,14 @@ def prepare(recipe: BenchRecipe, work: Path, *, root: Path = Path(), command: st
     _refuse_overlap(recipe, tables, paragraphs)
     base, revision = fetch_base(recipe.model, work)
     check_context(recipe.evaluation.context, base.config.get("max_position_embeddings"))
-    table = AlignmentTable(alignment, recipe.alignment)
-    jobs = _open_jobs(recipe, planners, base, revision, Inputs(calibration, table if alignment else None))
+    table, opened = AlignmentTable(alignment, recipe.alignment), Opened(keep=True)
+    jobs = _open_jobs(recipe, planners, base, revision, Inputs(calibration, table if alignment else None), opened)
     digests = {f"text {name}": digest_texts(body) for name, body in texts.items()}
     settings = recipe.evaluation
     digests |= {f"task {task}": digest_task(settings.tasks_folder, task, settings.shots) for task in settings.tasks}
     digests["alignment"] = table.digest
     notes = {name: _count_near_copies(tables, body) for name, body in paragraphs.items()}
-    return Bench(recipe, base, revision, calibration, alignment, texts, digests, notes, work, command, jobs)
+    return Bench(recipe, base, revision, calibration, alignment, texts, digests, notes, work, command, jobs, opened)
 
 
 def _resolve_paths(recipe: BenchRecipe, root: Path) -> BenchRecipe:
@@ -104,10 +104,14 @@ def _read_calibration(
 
 
 def _open_jobs(
-    recipe: BenchRecipe, planners: Mapping[str, Planner], base: Checkpoint, revision: str, inputs: Inputs
+    recipe: BenchRecipe,
+    planners: Mapping[str, Planner],
+    base: Checkpoint,
+    revision: str,
+    inputs: Inputs,
+    opened: Opened,
 ) -> dict[str, Job]:
     """One job per cell; those of one method share what is opened while planning."""
-    opened = Opened()
     jobs = {}
     for cell in recipe.cells:
         plain, planner = recipe.recipe_for(cell), planners[cell.entry.row]

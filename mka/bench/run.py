@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from typing import Any
 
 from mka.bench.cells import find_base, find_cell, measure_base, run_cell, sweep_leftovers
@@ -66,14 +67,15 @@ def run_bench(bench: Bench, *, only: str | None = None, say: Callable[[str], Any
     made: list[Measured] = []
     failed: list[Failed] = []
     started = time.perf_counter()
-    for number, cell in enumerate(todo, 1):
-        result = attempt_cell(bench, cell)
-        if isinstance(result, Failed):
-            failed.append(result)
-        else:
-            made.append(result)
-        rest = sum(estimate_cell(bench, other, base, made) for other in todo[number:])
-        say(describe_progress(result, number, len(todo), time.perf_counter() - started, rest))
+    with closing(bench.opened):
+        for number, cell in enumerate(todo, 1):
+            result = attempt_cell(bench, cell)
+            if isinstance(result, Failed):
+                failed.append(result)
+            else:
+                made.append(result)
+            rest = sum(estimate_cell(bench, other, base, made) for other in todo[number:])
+            say(describe_progress(result, number, len(todo), time.perf_counter() - started, rest))
     return collect_results(bench, base, failed)
 
 

@@ -33,11 +33,10 @@ def plan(model: str, scores: Path | None, output: Path, asked: dict[str, Any]) -
     the model is looked at again while planning, which needs --calibration. So do methods that fit something after a
     deletion (replaceme, prune_and_comp, linearpatch): it is written beside the plan, to plan.folds.safetensors.
     """
-    from mka.evidence.gather import open_oracles
     from mka.evidence.states import LayerScores
     from mka.methods import resolve_method
     from mka.pipeline.job import resolve_aim
-    from mka.pipeline.plan import fit_folds, plan_layers
+    from mka.pipeline.plan import fit_folds, open_planner_oracles, plan_layers
     from mka.plan.wording import describe_steps
     from mka.recipe import CalibrationSettings, MethodChoice, Target
     from mka.texts.calibration import load_calibration
@@ -61,8 +60,8 @@ def plan(model: str, scores: Path | None, output: Path, asked: dict[str, Any]) -
     checkpoint, source = open_model(model, asked)
     aim = resolve_aim(target, checkpoint)
     with quiet_libraries():
-        oracles = open_oracles(planner.name, planner.needs, planner.settings, checkpoint, texts, looking, source)
-        made = plan_layers(planner, aim, checkpoint, scored, source, oracles)
+        with open_planner_oracles(planner, checkpoint, texts, looking, source) as oracles:
+            made = plan_layers(planner, aim, checkpoint, scored, source, oracles)
         folds = fit_folds(planner, made, checkpoint, texts, looking, source)
     if folds:
         made = bind_folds(made, folds)

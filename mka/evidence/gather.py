@@ -1,21 +1,27 @@
 """Evidence gathered for a method: states observed, oracles and trials opened with the model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from mka.errors import CalibrationError, PlanError
-from mka.evidence.needs import DIVERGENCE, LOSS, OUTPUT_SIMILARITY, REOBSERVE, TRIALS
+from mka.errors import CalibrationError
+from mka.evidence.needs import DIVERGENCE, LOSS, OUTPUT_SIMILARITY, REOBSERVE, RUNNING, TRIALS
 from mka.evidence.states import HiddenStates
 from mka.model.checkpoint import Checkpoint
+from mka.plan.plan import LayerRecipe
 from mka.recipe import CalibrationSettings, ModelSource
 from mka.terminal import show_progress
-from mka.texts.calibration import CalibrationSet
 
 
 def observe_texts(
-    model: Any, tokenizer: Any, texts: Sequence[str], settings: CalibrationSettings, description: str
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    settings: CalibrationSettings,
+    description: str,
+    layers: Sequence[LayerRecipe] | None = None,
 ) -> HiddenStates:
-    """Observe a model's layers on texts, under a progress bar.
+    """Observe a model's layers on texts, or the output layers planned of it, under a progress bar.
 
     Raises:
         NumericsError: if hidden states are not finite.
@@ -25,50 +31,58 @@ def observe_texts(
     from mka.texts.tokens import tokenize
 
     decoder, sequences = as_decoder(model), tokenize(tokenizer, texts, settings.max_tokens)
-    with show_progress(description, len(decoder.layers) * sum(map(len, sequences)), "tok") as advance:
-        return observe_tokens(
-            decoder, sequences, pooling=settings.pooling, batch_size=settings.batch_size, on_layer=advance
-        )
+    count = len(decoder.layers if layers is None else layers)
+    options: dict[str, Any] = {"pooling": settings.pooling, "batch_size": settings.batch_size}
+    with show_progress(description, count * sum(map(len, sequences)), "tok") as advance:
+        return observe_tokens(decoder, sequences, layers=layers, on_layer=advance, **options)
 
 
+@contextmanager
 def open_oracles(
-    method: str,
     needs: frozenset[str],
     options: Any,
     checkpoint: Checkpoint,
-    calibration: CalibrationSet | None,
+    texts: Sequence[str],
     settings: CalibrationSettings,
     source: ModelSource,
-) -> dict[str, Any]:
-    """Return the parts of `Evidence` that run planned models, by their names; loads the model only for such parts.
+) -> Iterator[dict[str, Any]]:
+    """Yield the parts of `Evidence` that run planned models, by their names; opens the model only for such parts.
+
+    They read its layers when they walk them, and serve within the block only.
+
+    Args:
+        needs: parts of `Evidence` a method wants.
+        options: its settings.
+        checkpoint: the base.
+        texts: calibration texts.
+        settings: how they are cut.
+        source: precision of the forward passes.
 
     Raises:
-        PlanError: if the method wants one and there is no calibration set.
+        CalibrationError: if there is too little text.
+        CheckpointError: if the model does not load whole.
     """
-    wanted = needs & {REOBSERVE, DIVERGENCE, LOSS, OUTPUT_SIMILARITY, TRIALS}
+    wanted = needs & RUNNING
     if not wanted:
-        return {}
-    if calibration is None:
-        raise PlanError(f"method {method!r} with these settings needs a calibration set; give one")
-    from mka.evidence.candidate import build_candidate
+        yield {}
+        return
     from mka.evidence.oracles import Divergence, Loss, OutputSimilarity
-    from mka.model.loading import load_model
+    from mka.model.loading import open_decoder
 
-    texts = calibration.texts
-    model, tokenizer = load_model(checkpoint.path, source.dtype, source.trust_remote_code)
     oracles = {DIVERGENCE: Divergence, LOSS: Loss, OUTPUT_SIMILARITY: OutputSimilarity}
-    opened: dict[str, Any] = {
-        need: oracle(model, tokenizer, texts, max_tokens=settings.max_tokens, tokens=settings.search_tokens)
-        for need, oracle in oracles.items()
-        if need in wanted
-    }
-    if TRIALS in wanted:
-        opened[TRIALS] = _open_trials(model, tokenizer, texts, options)
-    if REOBSERVE in wanted:
-        opened[REOBSERVE] = lambda layers: observe_texts(
-            build_candidate(model, layers), tokenizer, texts, settings, f"observe {len(layers)} layers"
-        )
-    return opened
+    with open_decoder(checkpoint, source.dtype, source.trust_remote_code) as (decoder, tokenizer):
+        opened: dict[str, Any] = {
+            need: oracle(decoder, tokenizer, texts, max_tokens=settings.max_tokens, tokens=settings.search_tokens)
+            for need, oracle in oracles.items()
+            if need in wanted
+        }
+        if TRIALS in wanted:
+            opened[TRIALS] = _open_trials(decoder, tokenizer, texts, options)
+        if REOBSERVE in wanted:
+            opened[REOBSERVE] = lambda layers: observe_texts(
+                decoder, tokenizer, texts, settings, f"observe {len(layers)} layers", layers
+            )
+        yield opened
 
 
 def _open_trials(model: Any, tokenizer: Any, texts: Sequence[str], options: Any) -> Any:

@@ -13,6 +13,8 @@ DIVERGENCE = "divergence"
 LOSS = "loss"
 OUTPUT_SIMILARITY = "output_similarity"
 TRIALS = "trials"
+# What runs the model, or models planned of it, while a method plans.
+RUNNING = frozenset({REOBSERVE, DIVERGENCE, LOSS, OUTPUT_SIMILARITY, TRIALS})
 
 
 class Trials(Protocol):

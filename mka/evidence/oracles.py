@@ -6,14 +6,18 @@ from typing import Any
 import torch
 
 from mka.errors import CalibrationError, NumericsError
-from mka.evidence.candidate import ROWS, build_candidate
+from mka.evidence.walk import Batch, walk_layers
+from mka.model.decoder import as_decoder
 from mka.model.readout import read_out, sum_divergence
 from mka.plan.plan import LayerRecipe, identity_layers
 from mka.texts.tokens import pad, tokenize
 
+# Positions whose logits are in memory at a time.
+ROWS = 256
+
 
 class Oracle:
-    """Runs planned models on calibration tokens, all in one padded batch.
+    """Runs planned models on calibration tokens, all in one padded batch, one output layer in memory at a time.
 
     The input of every layer of the last model run is kept (layers x tokens x hidden size), and a model that begins with
     the same output layers goes on from there. A search saves most when it tries changes from the deepest layer up.
@@ -21,8 +25,11 @@ class Oracle:
     """
 
     def __init__(self, model: Any, tokenizer: Any, texts: Sequence[str], *, max_tokens: int, tokens: int) -> None:
-        """Take texts in order until ``tokens`` tokens are there, each cut to ``max_tokens``."""
-        self.model = model
+        """Take texts in order until ``tokens`` tokens are there, each cut to ``max_tokens``.
+
+        The model is a transformers causal language model, or a `mka.model.decoder.Decoder`, open while this is used.
+        """
+        self.decoder = as_decoder(model)
         sequences: list[list[int]] = []
         taken = 0
         for ids in tokenize(tokenizer, texts, max_tokens):
@@ -31,15 +38,16 @@ class Oracle:
             sequences.append(ids)
             taken += len(ids)
         self.tokens = taken
-        self.ids, self.mask = pad(sequences, model.device)
+        self.ids, self.mask = pad(sequences, self.decoder.device)
+        start, self._contexts = self.decoder.enter(self.ids, self.mask)
         self._layers: tuple[LayerRecipe, ...] = ()
-        self._inputs: list[torch.Tensor] = []
+        self._inputs = [start]
         self._measured: dict[tuple[LayerRecipe, ...], float] = {}
 
     @property
     def base_layers(self) -> tuple[LayerRecipe, ...]:
         """Output layers that make the base."""
-        return identity_layers(len(self.model.model.layers))
+        return identity_layers(len(self.decoder.layers))
 
     @torch.inference_mode()
     def run(self, layers: Sequence[LayerRecipe]) -> torch.Tensor:
@@ -48,17 +56,10 @@ class Oracle:
         shared, limit = 0, min(len(layers), len(self._inputs)) - 1
         while shared < limit and layers[shared] == self._layers[shared]:
             shared += 1
-        start = {"inputs_embeds": self._inputs[shared]} if shared else {"input_ids": self.ids}
-        candidate = build_candidate(self.model, layers[shared:])
-        caught: list[torch.Tensor] = []
-
-        def catch(module: Any, args: Any, kwargs: Any) -> None:
-            caught.append(args[0] if args else kwargs["hidden_states"])
-
-        for layer in candidate.model.layers:
-            layer.register_forward_pre_hook(catch, with_kwargs=True)
-        hidden = candidate.model(**start, attention_mask=self.mask, use_cache=False).last_hidden_state
-        self._layers, self._inputs = layers, self._inputs[:shared] + caught
+        batch = Batch(torch.arange(len(self.mask)), self.mask, self._inputs[shared], self._contexts)
+        inputs = [before for _, _, before in walk_layers(self.decoder, layers[shared:], [batch])]
+        self._layers, self._inputs = layers, self._inputs[:shared] + inputs
+        hidden = self.decoder.norm(batch.states)
         if not bool(hidden[self.mask.bool()].isfinite().all()):
             raise NumericsError("the candidate's hidden states are NaN or infinite; the merge destroyed the model")
         return hidden
@@ -75,8 +76,8 @@ class Oracle:
         raise NotImplementedError
 
     def read_out(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the log-probabilities, (R, V) float32, of R final-normed hidden states, (R, D)."""
-        return read_out(self.model, hidden)
+        """Return the log-probabilities, (R, V) float32, of R final-normed hidden states, (R, D); the head is held."""
+        return read_out(self.decoder, hidden)
 
 
 class Divergence(Oracle):
@@ -97,10 +98,13 @@ class Divergence(Oracle):
         """
         real = self.mask.bool()
         if self._base is None:
-            self._base = self.read_out(self.run(self.base_layers)[real])
-        total = 0.0
-        for base, hidden in zip(self._base.split(ROWS), self.run(layers)[real].split(ROWS)):
-            total += sum_divergence(base, self.read_out(hidden))
+            base_states = self.run(self.base_layers)[real]
+            with self.decoder.hold_head():
+                self._base = self.read_out(base_states)
+        states, total = self.run(layers)[real], 0.0
+        with self.decoder.hold_head():
+            for base, hidden in zip(self._base.split(ROWS), states.split(ROWS)):
+                total += sum_divergence(base, self.read_out(hidden))
         return total / self._base.shape[0]
 
 
@@ -119,9 +123,10 @@ class Loss(Oracle):
         targets = self.ids[:, 1:][predicted]
         if not len(targets):
             raise CalibrationError("every calibration text has one token only; a loss needs two, give longer texts")
-        total = 0.0
-        for hidden, target in zip(self.run(layers)[:, :-1][predicted].split(ROWS), targets.split(ROWS)):
-            total -= float(self.read_out(hidden).gather(1, target[:, None]).sum(dtype=torch.float64))
+        states, total = self.run(layers)[:, :-1][predicted], 0.0
+        with self.decoder.hold_head():
+            for hidden, target in zip(states.split(ROWS), targets.split(ROWS)):
+                total -= float(self.read_out(hidden).gather(1, target[:, None]).sum(dtype=torch.float64))
         return total / len(targets)
 
 

@@ -1,49 +1,33 @@
-"""The residual stream of a model around the cuts of a plan, batch by batch, in one forward pass."""
+"""The residual stream of a model around the cuts of a plan, in one walk from layer to layer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
 from mka.evidence.cuts import Cut, CutTokens
-from mka.model.families import get_family
-from mka.texts.tokens import batch_by_length, tokenize
-from mka.transforms.fold import DOWN
+from mka.evidence.walk import Batch, enter_texts, walk_layers
+from mka.model.decoder import Decoder, as_decoder
+from mka.plan.plan import identity_layers
+from mka.texts.tokens import tokenize
 
 
-class _StreamTap:
-    """Forward hooks that keep one batch of what the cuts ask for."""
+@contextmanager
+def _tap_writers(decoder: Decoder, layers: Iterable[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Keep what the MLPs of some layers add to the stream, the last batch of each, while the block runs."""
+    written: dict[int, torch.Tensor] = {}
 
-    def __init__(self, layers: torch.nn.ModuleList, cuts: Sequence[Cut], writer: str) -> None:
-        self.outputs: dict[int, torch.Tensor] = {}
-        self.written: dict[int, torch.Tensor] = {}
-        self.handles = [layers[0].register_forward_pre_hook(self._embedding, with_kwargs=True)]
-        before = {cut.deleted[0] - 1 for cut in cuts} - {-1}
-        for index in before | {cut.deleted[-1] for cut in cuts}:
-            self.handles.append(layers[index].register_forward_hook(self._keep(self.outputs, index)))
-        for index in before:
-            module = layers[index].get_submodule(writer)
-            self.handles.append(module.register_forward_hook(self._keep(self.written, index)))
+    def keep(index: int, module: Any, args: Any, output: torch.Tensor) -> None:
+        written[index] = output
 
-    def _embedding(self, module: Any, args: Any, kwargs: Any) -> None:
-        self.outputs[-1] = args[0] if args else kwargs["hidden_states"]
-
-    def _keep(self, place: dict[int, torch.Tensor], index: int) -> Callable[[Any, Any, Any], None]:
-        def hook(module: Any, args: Any, output: Any) -> None:
-            place[index] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    def read(self, cut: Cut, real: torch.Tensor) -> CutTokens:
-        before = cut.deleted[0] - 1
-        states = (self.outputs[before], self.outputs[cut.deleted[-1]], self.written.get(before))
-        entering, leaving, mlp = (None if s is None else s[real].double().cpu().numpy() for s in states)
-        assert entering is not None and leaving is not None
-        return CutTokens(entering, leaving, mlp)
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for index in layers:
+            writer = decoder.layers[index].get_submodule(decoder.family.mlp.residual_writer)
+            stack.callback(writer.register_forward_hook(partial(keep, index)).remove)
+        yield written
 
 
 @torch.inference_mode()
@@ -55,32 +39,48 @@ def stream_cuts(
     *,
     max_tokens: int,
     batch_size: int = 16,
-    on_batch: Callable[[int], Any] | None = None,
+    on_layer: Callable[[int], Any] | None = None,
 ) -> Iterator[tuple[Cut, CutTokens]]:
-    """Run a model over texts; yield what its residual stream holds at each cut, without padding.
+    """Walk texts through a model; yield what its residual stream holds at each cut, without padding.
+
+    Memory is one layer, and three arrays of hidden states of all tokens. Layers behind the last cut are not run.
 
     Args:
-        model: the base, a transformers causal language model.
+        model: the base, a transformers causal language model or a `mka.model.decoder.Decoder`.
         tokenizer: its tokenizer.
         texts: calibration texts.
-        cuts: of `mka.evidence.cuts.find_cuts`.
+        cuts: of `mka.evidence.cuts.find_cuts`, from the first layer on.
         max_tokens: tokens kept of each text.
         batch_size: texts per pass.
-        on_batch: called with the number of real tokens of each batch.
+        on_layer: called with the number of tokens that have passed a layer.
+
+    Yields:
+        Cut by cut, its tokens batch by batch.
 
     Raises:
         CalibrationError: if a text has no tokens.
     """
-    sequences = tokenize(tokenizer, texts, max_tokens)
-    writer = get_family(model.config.model_type, "model").residual_writer(DOWN)
-    tap = _StreamTap(model.model.layers, cuts, writer)
-    try:
-        for _, ids, mask in batch_by_length(sequences, batch_size, model.device):
-            model.model(input_ids=ids, attention_mask=mask, use_cache=False)
-            real = mask.bool()
-            for cut in cuts:
-                yield cut, tap.read(cut, real)
-            if on_batch:
-                on_batch(int(mask.sum()))
-    finally:
-        tap.remove()
+    decoder = as_decoder(model)
+    batches = enter_texts(decoder, tokenize(tokenizer, texts, max_tokens), batch_size)
+    first, last = ({cut.deleted[end]: cut for cut in cuts} for end in (0, -1))
+    # Of the one cut the walk is at, batch by batch: what entered it, and what the MLP before it added.
+    entering: deque[torch.Tensor] = deque()
+    mlps: deque[torch.Tensor] = deque()
+    with _tap_writers(decoder, [index - 1 for index in first if index]) as written:
+        for index, batch, before in walk_layers(decoder, identity_layers(max(last) + 1), batches, on_layer):
+            if index in written:
+                mlps.append(written.pop(index))
+            if index in first:
+                entering.append(before)
+            if index in last:
+                cut = last[index]
+                mlp = mlps.popleft() if cut.deleted[0] else None
+                yield cut, _read_real(batch, entering.popleft(), mlp)
+
+
+def _read_real(batch: Batch, entering: torch.Tensor, mlp: torch.Tensor | None) -> CutTokens:
+    """Take the real tokens, n of (S, T), of a batch that has left a cut; padding stays behind."""
+    real = batch.mask.bool()
+    x, y, m = (None if s is None else s[real].double().cpu().numpy() for s in (entering, batch.states, mlp))
+    assert x is not None and y is not None
+    return CutTokens(x, y, m)

@@ -15,20 +15,17 @@ One-shot: layers are chosen and scales measured on the base. The source's iterat
 after every compensated deletion, is not here.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from mka.evidence.cuts import Cut, CutEvidence
 from mka.evidence.needs import HIDDEN_STATES, Evidence
 from mka.evidence.states import LayerScores
 from mka.methods import Method
-from mka.model.families import Family
 from mka.plan.deleting import delete_least_important
 from mka.plan.plan import MergePlan
 from mka.plan.target import Aim
 from mka.sections import Section
-from mka.transforms.fold import DOWN, OUT, Folds
+from mka.transforms.fold import Folds, fold_scales
 
 
 class Settings(Section):
@@ -55,25 +52,6 @@ def compare_magnitudes(entering: np.ndarray, leaving: np.ndarray) -> float:
     """Return s from E|X_c| and E|Y_c| (or their sums over the same tokens), (D,) each."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return float(np.mean(leaving / entering))
-
-
-def fold_scales(scales: Mapping[int, float], family: Family, *, tied: bool) -> dict[str, np.ndarray]:
-    """Turn the scales of cuts into folds.
-
-    Args:
-        scales: number of output layers before a cut -> its s.
-        family: of the model.
-        tied: the language-model head is the embedding.
-    """
-    total = np.array(np.prod(list(scales.values())))
-    folds = {"model.embed_tokens.weight": total}
-    if tied:
-        folds["model.norm.weight"] = 1.0 / total
-    for position in range(max(scales)):
-        factor = np.array(np.prod([s for before, s in scales.items() if position < before]))
-        for module in (OUT, DOWN):
-            folds[f"model.layers.{position}.{family.residual_writer(module)}.weight"] = factor
-    return folds
 
 
 def fit(evidence: CutEvidence, plan: MergePlan, settings: Settings) -> Folds:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mka.errors import CheckpointError
-from mka.model.families import LAYER_KEY, Family, get_family, layer_kinds
+from mka.model.families import Family, get_family, layer_kinds
 from mka.model.tensors import TensorInfo, TensorReader, read_header
 from mka.store.sums import SUMS_NAME, file_sha256, verify_sums
 
@@ -63,7 +63,7 @@ class Checkpoint:
 
     def layer_tensors(self, layer: int) -> dict[str, TensorInfo]:
         """Return suffix -> tensor of one decoder layer, e.g. ``"mlp.up_proj.weight"``."""
-        prefix = f"model.layers.{layer}."
+        prefix = self.family.layer_tensor(layer, "")
         return {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
 
     @property
@@ -163,7 +163,7 @@ def _kinds(
 ) -> tuple[tuple[Any, ...], ...]:
     from transformers import AutoConfig
 
-    found = {int(match[1]) for name in tensors if (match := LAYER_KEY.match(name))}
+    found = {place[0] for name in tensors if (place := family.split_tensor(name))}
     claimed = raw.get("num_hidden_layers")
     if found != set(range(claimed if isinstance(claimed, int) else -1)):
         raise CheckpointError(

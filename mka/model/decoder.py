@@ -4,7 +4,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -12,8 +11,6 @@ from mka.errors import CheckpointError
 from mka.model.checkpoint import Checkpoint
 from mka.model.families import Family, get_family
 from mka.model.tensors import TRIM_BYTES, TensorReader, give_memory_back
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Decoder:
@@ -33,7 +30,17 @@ class Decoder:
     @property
     def layers(self) -> Any:
         """The decoder layers; those that are not held must not be run."""
-        return self.model.model.layers
+        return self.family.get_layers(self.model)
+
+    @property
+    def norm(self) -> Any:
+        """The final norm, which is always held."""
+        return self.family.get_norm(self.model)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the language-model head is the embedding."""
+        return bool(self.model.config.tie_word_embeddings)
 
     @contextmanager
     def hold(self, *layers: int) -> Iterator[None]:
@@ -79,7 +86,7 @@ class Decoder:
         try:
             with self._hold_rows(ids.to(self.device)) as held:
                 mask = mask if mask is None else mask.to(self.device)
-                self.model.model(input_ids=held, attention_mask=mask, use_cache=False)
+                self.family.get_backbone(self.model)(input_ids=held, attention_mask=mask, use_cache=False)
         finally:
             for layer in self.layers:
                 del layer.forward
@@ -110,12 +117,14 @@ class StreamedDecoder(Decoder):
         Raises:
             CheckpointError: if a weight is missing, left over or of another shape than the config says.
         """
+        from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.read, self.dtype = read, getattr(torch, dtype)
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, **options)
-        with _without_values():
+        # Buffers, which no checkpoint holds, have their values.
+        with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, **options)
         model.tie_weights()
         model.eval()
@@ -123,7 +132,7 @@ class StreamedDecoder(Decoder):
         super().__init__(model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # Only gradients read it, and rows are numbered anew.
-        model.model.embed_tokens.padding_idx = None
+        self.family.get_embedding(model).padding_idx = None
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
@@ -132,15 +141,15 @@ class StreamedDecoder(Decoder):
         self._spare: defaultdict[torch.Size, list[torch.Tensor]] = defaultdict(list)
         largest = max(t.nbytes for i in range(checkpoint.layers) for t in checkpoint.layer_tensors(i).values())
         self._raw = torch.empty(largest, dtype=torch.uint8)
-        self._fill(model.model.norm, {"weight": "model.norm.weight"})
+        self._fill(self.family.get_norm(model), {"weight": self.family.norm_tensor})
 
     @contextmanager
     def hold(self, *layers: int) -> Iterator[None]:
         """Have these layers in memory within the block; blocks may be nested."""
         for index in layers:
             if not self._held[index]:
-                names = {name: f"model.layers.{index}.{name}" for name, _ in self.layers[index].named_parameters()}
-                self._fill(self.layers[index], names)
+                layer = self.layers[index]
+                self._fill(layer, {n: self.family.layer_tensor(index, n) for n, _ in layer.named_parameters()})
             self._held[index] += 1
         try:
             yield
@@ -162,22 +171,24 @@ class StreamedDecoder(Decoder):
     @contextmanager
     def hold_head(self) -> Iterator[None]:
         """Have the language-model head in memory within the block."""
-        name = EMBEDDING if self.model.config.tie_word_embeddings else HEAD
-        _put(self.model.lm_head, "weight", self.read(name).to(self.device, self.dtype))
+        name = self.family.embedding_tensor if self.is_tied else self.family.head_tensor
+        head = self.family.get_head(self.model)
+        put_tensor(head, "weight", self.read(name).to(self.device, self.dtype))
         try:
             yield
         finally:
-            _empty(self.model.lm_head)
+            _empty(head)
 
     @contextmanager
     def _hold_rows(self, ids: torch.Tensor) -> Iterator[torch.Tensor]:
         wanted, held = ids.unique(return_inverse=True)
-        rows = [self.read(EMBEDDING, slice(row, row + 1)) for row in wanted.tolist()]
-        _put(self.model.model.embed_tokens, "weight", torch.cat(rows).to(self.device, self.dtype))
+        rows = [self.read(self.family.embedding_tensor, slice(row, row + 1)) for row in wanted.tolist()]
+        embedding = self.family.get_embedding(self.model)
+        put_tensor(embedding, "weight", torch.cat(rows).to(self.device, self.dtype))
         try:
             yield held
         finally:
-            _empty(self.model.model.embed_tokens)
+            _empty(embedding)
 
     @torch.inference_mode()
     def _fill(self, module: Any, names: Mapping[str, str]) -> None:
@@ -186,31 +197,19 @@ class StreamedDecoder(Decoder):
             shape = module.get_parameter(name).shape
             spare = self._spare[shape]
             value = spare.pop() if spare else torch.empty(shape, dtype=self.dtype, device=self.device)
-            _put(module, name, value.copy_(self.read(tensor, into=self._raw)))
-
-
-@contextmanager
-def _without_values() -> Iterator[None]:
-    """Parameters made within the block have a shape only; buffers, which no checkpoint holds, have their values."""
-    register = torch.nn.Module.register_parameter
-
-    def register_empty(module: torch.nn.Module, name: str, value: torch.nn.Parameter | None) -> None:
-        empty = None if value is None else torch.nn.Parameter(value.to("meta"), requires_grad=False)
-        register(module, name, empty)
-
-    with mock.patch.object(torch.nn.Module, "register_parameter", register_empty):
-        yield
+            put_tensor(module, name, value.copy_(self.read(tensor, into=self._raw)))
 
 
 def _empty(module: Any) -> list[torch.Tensor]:
     """Take a module's values away; returns them."""
     values = dict(module.named_parameters())
     for name, value in values.items():
-        _put(module, name, torch.empty_like(value, device="meta"))
+        put_tensor(module, name, torch.empty_like(value, device="meta"))
     return [value.data for value in values.values()]
 
 
-def _put(module: Any, name: str, value: torch.Tensor) -> None:
+def put_tensor(module: Any, name: str, value: torch.Tensor) -> None:
+    """Make a tensor the parameter of a module that has this name; it is not copied."""
     holder, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(holder), leaf, torch.nn.Parameter(value, requires_grad=False))
 
@@ -220,7 +219,7 @@ def _check_weights(checkpoint: Checkpoint, model: Any) -> None:
     wanted = {name: tuple(value.shape) for name, value in model.named_parameters()}
     found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     if model.config.tie_word_embeddings:
-        found.pop(HEAD, None)
+        found.pop(checkpoint.family.head_tensor, None)
     _refuse(checkpoint, "missing", wanted.keys() - found.keys())
     _refuse(checkpoint, "unexpected", found.keys() - wanted.keys())
     _refuse(checkpoint, "mismatched", [name for name, shape in wanted.items() if found[name] != shape])

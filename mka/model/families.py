@@ -2,75 +2,132 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from mka.errors import CheckpointError, nearest
-from mka.model.parts import Sublayer
-
-LAYER_KEY = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
+from mka.errors import CheckpointError, PlanError, nearest
+from mka.model.parts import ATTENTION, MLP, Part
 
 
 @dataclass(frozen=True)
 class Family:
-    """One decoder architecture.
+    """One decoder architecture: its layout, in module paths that are also the stems of tensor names.
 
     Attributes:
         model_type: the config's ``model_type``.
-        folds: norm -> the linear layers that read its output. RMSNorm multiplies by a gain that may be moved into
-            the columns of those layers without changing the function, ``W (g * x) = (W g) x``.
-        gain_offset: the norm multiplies by ``gain_offset + weight`` (Gemma stores its gains around zero).
+        parts: of a layer, in the order they run. The gain of a part's norm may be moved into the columns of its readers
+            without changing the function, ``W (g * x) = (W g) x``.
+        gain_offset: norms multiply by ``gain_offset + weight`` (Gemma stores its gains around zero).
         per_layer_config: config entries with one value per layer. They are cut with the layers, and layers that
             differ in any of them are of different kinds and never merged.
-        post_norms: module -> the norm its output passes before it is added to the residual stream.
+        backbone: everything but the head.
+        layers: the decoder layers.
+        embedding: of tokens.
+        norm: the final norm.
+        head: the language-model head.
     """
 
     model_type: str
-    folds: Mapping[str, tuple[str, ...]]
+    parts: tuple[Part, ...]
     gain_offset: float = 0.0
     per_layer_config: tuple[str, ...] = ("layer_types",)
-    post_norms: Mapping[str, str] = field(default_factory=dict)
+    backbone: str = "model"
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    norm: str = "model.norm"
+    head: str = "lm_head"
 
-    @property
-    def attention(self) -> Sublayer:
-        """The first half of a layer."""
-        return self._sublayer("self_attn", "self_attn.o_proj")
+    def part(self, kind: str) -> Part:
+        """Return a layer's part of a kind.
 
-    @property
-    def mlp(self) -> Sublayer:
-        """The second half of a layer."""
-        return self._sublayer("mlp", "mlp.down_proj")
-
-    def _sublayer(self, module: str, writer: str) -> Sublayer:
-        norm, readers = next(item for item in self.folds.items() if item[1][0].startswith(f"{module}."))
-        return Sublayer(module, norm, readers, writer, self.post_norms.get(writer))
-
-    def residual_writer(self, module: str) -> str:
-        """Return the module of a layer whose output is added to the residual stream.
-
-        Args:
-            module: the sublayer's last linear layer, ``"self_attn.o_proj"`` or ``"mlp.down_proj"``.
+        Raises:
+            PlanError: if its layers have none.
         """
-        return self.post_norms.get(module, module)
+        for part in self.parts:
+            if part.kind == kind:
+                return part
+        kinds = ", ".join(part.kind for part in self.parts)
+        raise PlanError(f"layers of architecture {self.model_type!r} have no part {kind!r}; they have: {kinds}")
+
+    @property
+    def attention(self) -> Part:
+        """The part that mixes positions."""
+        return self.part(ATTENTION)
+
+    @property
+    def mlp(self) -> Part:
+        """The part that reads each position alone."""
+        return self.part(MLP)
+
+    @property
+    def folds(self) -> Mapping[str, tuple[str, ...]]:
+        """Norm -> the linear layers that read its output."""
+        return {part.norm: part.readers for part in self.parts}
+
+    @property
+    def embedding_tensor(self) -> str:
+        """Name of the embedding's weight, (V, D)."""
+        return f"{self.embedding}.weight"
+
+    @property
+    def norm_tensor(self) -> str:
+        """Name of the final norm's gain, (D,)."""
+        return f"{self.norm}.weight"
+
+    @property
+    def head_tensor(self) -> str:
+        """Name of the language-model head's weight, (V, D); a tied head is often not stored."""
+        return f"{self.head}.weight"
+
+    def layer_tensor(self, layer: int, suffix: str) -> str:
+        """Return a tensor's name from its layer and its name within it."""
+        return f"{self.layers}.{layer}.{suffix}"
+
+    def split_tensor(self, name: str) -> tuple[int, str] | None:
+        """Return a tensor's layer and its name within it; None of a tensor outside the layers."""
+        match = re.fullmatch(rf"{re.escape(self.layers)}\.(\d+)\.(.+)", name)
+        return (int(match[1]), match[2]) if match else None
+
+    def stored_offset(self, name: str) -> float:
+        """Return what has to be added to a tensor to get what it means: `gain_offset` of a norm's weight, else 0."""
+        return self.gain_offset if name.endswith("norm.weight") else 0.0
+
+    def get_backbone(self, model: Any) -> Any:
+        """Return the module of a loaded model that ends with the final norm."""
+        return model.get_submodule(self.backbone)
+
+    def get_layers(self, model: Any) -> Any:
+        """Return the decoder layers of a loaded model."""
+        return model.get_submodule(self.layers)
+
+    def get_embedding(self, model: Any) -> Any:
+        """Return the embedding of a loaded model."""
+        return model.get_submodule(self.embedding)
+
+    def get_norm(self, model: Any) -> Any:
+        """Return the final norm of a loaded model."""
+        return model.get_submodule(self.norm)
+
+    def get_head(self, model: Any) -> Any:
+        """Return the language-model head of a loaded model."""
+        return model.get_submodule(self.head)
 
 
-_SPLIT = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-}
-_FUSED = {
-    "input_layernorm": ("self_attn.qkv_proj",),
-    "post_attention_layernorm": ("mlp.gate_up_proj",),
-}
-# Gemma norms the output of each sublayer as well; those gains sit behind a norm and cannot be folded.
-_SANDWICHED = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "pre_feedforward_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-}
-_POST_NORMS = {
-    "self_attn.o_proj": "post_attention_layernorm",
-    "mlp.down_proj": "post_feedforward_layernorm",
-}
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+_SPLIT = (
+    Part(ATTENTION, "self_attn", "input_layernorm", _QKV, "self_attn.o_proj"),
+    Part(MLP, "mlp", "post_attention_layernorm", _GATE_UP, "mlp.down_proj"),
+)
+_FUSED = (
+    Part(ATTENTION, "self_attn", "input_layernorm", ("self_attn.qkv_proj",), "self_attn.o_proj"),
+    Part(MLP, "mlp", "post_attention_layernorm", ("mlp.gate_up_proj",), "mlp.down_proj"),
+)
+# Gemma norms the output of each part as well; those gains sit behind a norm and cannot be folded.
+_SANDWICHED = (
+    Part(ATTENTION, "self_attn", "input_layernorm", _QKV, "self_attn.o_proj", "post_attention_layernorm"),
+    Part(MLP, "mlp", "pre_feedforward_layernorm", _GATE_UP, "mlp.down_proj", "post_feedforward_layernorm"),
+)
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -81,8 +138,8 @@ FAMILIES: dict[str, Family] = {
         Family("qwen3", _SPLIT),
         Family("smollm3", _SPLIT, per_layer_config=("layer_types", "no_rope_layers")),
         Family("phi3", _FUSED),
-        Family("gemma2", _SANDWICHED, gain_offset=1.0, post_norms=_POST_NORMS),
-        Family("gemma3_text", _SANDWICHED, gain_offset=1.0, post_norms=_POST_NORMS),
+        Family("gemma2", _SANDWICHED, gain_offset=1.0),
+        Family("gemma3_text", _SANDWICHED, gain_offset=1.0),
     )
 }
 

@@ -1,10 +1,12 @@
-"""The two halves of a decoder layer, run apart: norm, features, and the linear layer that writes to the residual.
+"""The parts of a decoder layer, run apart: norm, features, and the linear layer that writes to the residual stream.
 
-``x + post_norm(writer(features(norm(x))))``, for attention and for the MLP; ``post_norm`` only where a family has one.
-Features are the heads' outputs (before ``o_proj``) or the inner activations (before ``down_proj``).
+``x + post_norm(writer(features(norm(x))))``; ``post_norm`` only where a family has one. What features and units are
+depends on the kind of part: of attention, the heads' outputs and the groups of heads that share keys and values; of the
+MLP, the inner activations and the neurons. A further kind (experts, a recurrence) is a constant here, a branch in
+`read_features` and `count_units`, and an entry in the ``TREATS`` of each transform that can treat it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,19 +16,23 @@ from mka.errors import PlanError
 if TYPE_CHECKING:
     import torch
 
+ATTENTION, MLP = "attention", "mlp"
+
 
 @dataclass(frozen=True)
-class Sublayer:
-    """Half of a decoder layer: ``x + post_norm(writer(features(norm(x))))``.
+class Part:
+    """One part of a decoder layer: ``x + post_norm(writer(features(norm(x))))``.
 
     Attributes:
-        module: ``"self_attn"`` or ``"mlp"``.
+        kind: `ATTENTION` or `MLP`.
+        module: its name within the layer.
         norm: the norm it reads through.
         readers: linear layers that read the norm's output.
-        writer: linear layer that writes to the residual stream.
+        writer: linear layer whose output, or what a post-norm makes of it, is added to the residual stream.
         post_norm: norm between the writer and the residual stream, if there is one.
     """
 
+    kind: str
     module: str
     norm: str
     readers: tuple[str, ...]
@@ -34,14 +40,31 @@ class Sublayer:
     post_norm: str | None = None
 
     @property
-    def is_attention(self) -> bool:
-        """Whether it mixes positions."""
-        return self.module == "self_attn"
+    def residual_writer(self) -> str:
+        """Module of the layer whose output is added to the residual stream."""
+        return self.post_norm or self.writer
 
     def owns(self, suffix: str) -> bool:
-        """Whether a tensor of the layer, e.g. ``"mlp.up_proj.weight"``, belongs to this half."""
+        """Whether a tensor of the layer, e.g. ``"mlp.up_proj.weight"``, belongs to this part."""
         names = (self.module, self.norm, *((self.post_norm,) if self.post_norm else ()))
         return suffix.startswith(tuple(f"{name}." for name in names))
+
+
+def check_parts(parts: Collection[Part], treats: Collection[str], transform: str, where: str) -> None:
+    """Refuse layers with parts of a kind that a transform cannot treat.
+
+    Args:
+        parts: of the layers.
+        treats: kinds the transform can treat.
+        transform: what it does, e.g. ``"merging"``.
+        where: what the layers are of.
+
+    Raises:
+        PlanError: naming the kinds.
+    """
+    others = [part.kind for part in parts if part.kind not in treats]
+    if others:
+        raise PlanError(f"{where}: {transform} cannot treat {', '.join(others)}; allowed: {', '.join(sorted(treats))}")
 
 
 @contextmanager
@@ -59,49 +82,47 @@ def _without(layer: "torch.nn.Module", path: str) -> Iterator[None]:
         setattr(holder, name, module)
 
 
-def read_norm(layer: "torch.nn.Module", part: Sublayer, states: "torch.Tensor") -> "torch.Tensor":
-    """Return what the readers of a sublayer see, (S, T, D): the normed residual, gains included."""
+def read_norm(layer: "torch.nn.Module", part: Part, states: "torch.Tensor") -> "torch.Tensor":
+    """Return what the readers of a part see, (S, T, D): the normed residual, gains included."""
     return layer.get_submodule(part.norm)(states)
 
 
 def read_features(
-    layer: "torch.nn.Module", part: Sublayer, normed: "torch.Tensor", context: dict[str, Any]
+    layer: "torch.nn.Module", part: Part, normed: "torch.Tensor", context: dict[str, Any]
 ) -> "torch.Tensor":
-    """Return a sublayer's features, (S, T, F).
+    """Return a part's features, (S, T, F).
 
     Args:
         layer: a decoder layer.
-        part: which half.
+        part: which part.
         normed: of `read_norm`, (S, T, D).
         context: what the decoder hands to a layer (positions, mask); of `mka.model.decoder.Decoder.enter`.
     """
     with _without(layer, part.writer):
         module = layer.get_submodule(part.module)
-        output = module(hidden_states=normed, **context) if part.is_attention else module(normed)
+        output = module(hidden_states=normed, **context) if part.kind == ATTENTION else module(normed)
     return output[0] if isinstance(output, tuple) else output
 
 
-def write_features(layer: "torch.nn.Module", part: Sublayer, features: "torch.Tensor") -> "torch.Tensor":
-    """Return what a sublayer adds to the residual, (S, T, D)."""
+def write_features(layer: "torch.nn.Module", part: Part, features: "torch.Tensor") -> "torch.Tensor":
+    """Return what a part adds to the residual, (S, T, D)."""
     added = layer.get_submodule(part.writer)(features)
     return layer.get_submodule(part.post_norm)(added) if part.post_norm else added
 
 
-def run_sublayer(
-    layer: "torch.nn.Module", part: Sublayer, states: "torch.Tensor", context: dict[str, Any]
-) -> "torch.Tensor":
-    """Return the residual after a sublayer, (S, T, D)."""
+def run_part(layer: "torch.nn.Module", part: Part, states: "torch.Tensor", context: dict[str, Any]) -> "torch.Tensor":
+    """Return the residual after a part, (S, T, D)."""
     features = read_features(layer, part, read_norm(layer, part, states), context)
     return states + write_features(layer, part, features)
 
 
-def count_units(layer: "torch.nn.Module", part: Sublayer) -> int:
-    """Return the number of units of a sublayer.
+def count_units(layer: "torch.nn.Module", part: Part) -> int:
+    """Return the number of units of a part.
 
     Raises:
         PlanError: if its heads pass a norm of their own, whose gains one layer has but once.
     """
-    if not part.is_attention:
+    if part.kind == MLP:
         return int(layer.get_submodule(part.writer).in_features)
     attention: Any = layer.get_submodule(part.module)
     if hasattr(attention, "q_norm"):
@@ -109,7 +130,7 @@ def count_units(layer: "torch.nn.Module", part: Sublayer) -> int:
     return int(attention.config.num_key_value_heads)
 
 
-def reader_sections(layer: "torch.nn.Module", part: Sublayer, name: str) -> list[int]:
+def reader_sections(layer: "torch.nn.Module", part: Part, name: str) -> list[int]:
     """Return the row counts of what a reader stacks: one entry, or those of a fused q/k/v or gate/up layer."""
     rows = int(layer.get_submodule(name).out_features)
     features = int(layer.get_submodule(part.writer).in_features)

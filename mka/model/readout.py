@@ -1,20 +1,19 @@
 """What the head makes of hidden states, and how far two such readings are apart."""
 
-from typing import Any
-
 import torch
 
 from mka.errors import NumericsError
+from mka.model.decoder import Decoder
 
 
-def read_out(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Return the log-probabilities, (R, V) float32, of R final-normed hidden states, (R, D).
+def read_out(decoder: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities, (R, V) float32, of R final-normed hidden states, (R, D); the head must be held.
 
     Raises:
         NumericsError: if the logits are not finite.
     """
-    logits = model.lm_head(hidden).float()
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    logits = decoder.family.get_head(decoder.model)(hidden).float()
+    cap = getattr(decoder.model.config, "final_logit_softcapping", None)
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     if not bool(logits.sum().isfinite()):  # NaN and infinity survive a sum
         raise NumericsError("the candidate's logits are NaN or infinite; the merge destroyed the model")

@@ -45,7 +45,7 @@ def inspect_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -
         model.eval()
         facts: dict[str, Any] = {
             "model_type": checkpoint.family.model_type,
-            "layers": len(model.model.layers),
+            "layers": len(checkpoint.family.get_layers(model)),
             "config_layers": checkpoint.layers,
             "bytes": checkpoint.nbytes,
             "dtype": checkpoint.dtype,
@@ -94,8 +94,9 @@ def _count_parameters(checkpoint: Checkpoint, model: Any) -> dict[str, int]:
         nonfinite = sum(not is_finite(model.get_parameter(name)) for name in sizes)
         return {"parameters": sum(sizes.values()), "nonfinite_tensors": nonfinite}
     # A tied head that is stored beside the embedding is no parameter of its own.
-    tied = model.config.tie_word_embeddings and "model.embed_tokens.weight" in checkpoint.tensors
-    own = [t for name, t in checkpoint.tensors.items() if not (tied and name == "lm_head.weight")]
+    family = checkpoint.family
+    tied = model.config.tie_word_embeddings and family.embedding_tensor in checkpoint.tensors
+    own = [t for name, t in checkpoint.tensors.items() if not (tied and name == family.head_tensor)]
     with checkpoint.reader() as read:
         nonfinite = sum(not is_finite(read(tensor.name)) for tensor in own)
     return {"parameters": sum(t.parameters for t in own), "nonfinite_tensors": nonfinite}

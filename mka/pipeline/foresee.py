@@ -23,6 +23,11 @@ def whole_model(job: Job) -> int:
     return width_of(job) * sum(t.parameters for t in job.base.tensors.values())
 
 
+def head_nbytes(job: Job) -> int:
+    """Bytes of the language-model head in memory."""
+    return width_of(job) * job.base.config["vocab_size"] * job.base.config["hidden_size"]
+
+
 def largest_layer(job: Job) -> int:
     """Bytes of the largest layer in memory."""
     layers = (job.base.layer_tensors(i).values() for i in range(job.base.layers))

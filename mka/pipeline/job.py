@@ -1,6 +1,7 @@
 """What one compression is about to do: resolved and opened once, everything checked that needs no run of the model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,36 @@ from mka.transforms import get_quantizer
 
 @dataclass
 class Opened:
-    """What was opened with a model while planning, for one method at a time: its targets share it."""
+    """What is opened with a model while planning.
 
-    owner: Any = None
-    parts: Mapping[str, Any] = field(default_factory=dict)
+    Attributes:
+        keep: leave it open for the next target of the same method, until `close`; else it is closed after each plan.
+    """
 
-    def open(self, owner: Any, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Return what belongs to an owner; what another had is let go first."""
-        if self.owner != owner:
-            self.owner, self.parts = None, {}
-            self.parts = make()
-            self.owner = owner
-        return self.parts
+    keep: bool = False
+    _owner: Any = None
+    _parts: Mapping[str, Any] = field(default_factory=dict)
+    _stack: ExitStack = field(default_factory=ExitStack)
+
+    @contextmanager
+    def borrow(
+        self, owner: Any, make: Callable[[], AbstractContextManager[Mapping[str, Any]]]
+    ) -> Iterator[Mapping[str, Any]]:
+        """Have what belongs to an owner within the block; what another had is closed first."""
+        if self._owner != owner:
+            self.close()
+            self._parts = self._stack.enter_context(make())
+            self._owner = owner
+        try:
+            yield self._parts
+        finally:
+            if not self.keep:
+                self.close()
+
+    def close(self) -> None:
+        """Let go of what is open."""
+        self._owner, self._parts = None, {}
+        self._stack.close()
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,11 @@ def _write_aligned(
     transform.check(checkpoint, plan)
     with open_decoder(checkpoint, source.dtype, source.trust_remote_code) as (decoder, tokenizer):
         aligner = Aligner(decoder, tokenizer, alignment.texts, alignment.settings)
-        refitted = {ALIGNED: aligner.align(plan.layers)}
-        found = transform.apply(checkpoint, plan, refitted, output, verify=verify_checkpoint)
-    return found | {"alignment": aligner.facts}
+        found, facts = aligner.align(
+            plan.layers,
+            lambda tensors: transform.apply(checkpoint, plan, {ALIGNED: tensors}, output, verify=verify_checkpoint),
+        )
+    return found | {"alignment": facts}
 
 
 def describe_model(folder: Path, loaded: Mapping[str, Any], rounding: str = "") -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Plan: which layers become one, and what the method folds into the model after a deletion."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,11 @@ from typing import Any
 from mka.errors import PlanError
 from mka.evidence.cuts import CutEvidence, find_cuts
 from mka.evidence.gather import open_oracles
-from mka.evidence.needs import REOBSERVE, TRIALS, Evidence
+from mka.evidence.needs import RUNNING, TRIALS, Evidence
 from mka.evidence.states import LayerScores
 from mka.methods import Planner
 from mka.model.checkpoint import Checkpoint
-from mka.pipeline.foresee import estimate_states, largest_layer, whole_model
+from mka.pipeline.foresee import estimate_states, head_nbytes, largest_layer, width_of
 from mka.pipeline.job import Job
 from mka.pipeline.score import open_scores
 from mka.pipeline.stage import PLAN_FILE, Cost, Found, Stage
@@ -22,6 +23,25 @@ from mka.recipe import CalibrationSettings, ModelSource
 from mka.terminal import show_progress
 from mka.texts.calibration import CalibrationSet
 from mka.transforms.fold import Folds, bind_folds, folds_path, load_folds, require_finite, serialise_folds
+
+
+def open_planner_oracles(
+    planner: Planner,
+    checkpoint: Checkpoint,
+    calibration: CalibrationSet | None,
+    settings: CalibrationSettings,
+    source: ModelSource,
+) -> AbstractContextManager[Mapping[str, Any]]:
+    """Return what a method looks at while planning, as `mka.evidence.gather.open_oracles` does, to be entered.
+
+    Raises:
+        PlanError: if it looks at calibration texts and there is no calibration set.
+    """
+    needs = planner.needs
+    if calibration is None and needs & RUNNING:
+        raise PlanError(f"method {planner.name!r} with these settings needs a calibration set; give one")
+    texts = calibration.texts if calibration else ()
+    return open_oracles(needs, planner.settings, checkpoint, texts, settings, source)
 
 
 def plan_layers(
@@ -40,7 +60,7 @@ def plan_layers(
         checkpoint: the base.
         scores: of `mka.pipeline.score.score_layers`.
         source: how the base is called.
-        oracles: of `mka.evidence.gather.open_oracles`; plans for several targets may share them.
+        oracles: what `open_planner_oracles` gave; plans for several targets may share them.
 
     Raises:
         PlanError: if protection and layer kinds leave nothing to merge.
@@ -73,22 +93,22 @@ def fit_folds(
     if calibration is None:
         raise PlanError(f"method {planner.name!r} is fitted on calibration texts; give a calibration set")
     from mka.evidence.residuals import stream_cuts
-    from mka.model.loading import load_model
+    from mka.model.loading import open_decoder
     from mka.texts.tokens import tokenize
 
-    model, tokenizer = load_model(checkpoint.path, source.dtype, source.trust_remote_code)
-    texts, limit = calibration.texts, settings.max_tokens
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    with show_progress("fit folds", sum(map(len, tokenize(tokenizer, texts, limit))), "tok") as advance:
-        options: dict[str, Any] = {"max_tokens": limit, "batch_size": settings.batch_size, "on_batch": advance}
-        evidence = CutEvidence(
-            checkpoint.family, tied, cuts, lambda: stream_cuts(model, tokenizer, texts, cuts, **options)
-        )
-        folds = dict(method.fit(evidence, plan, planner.settings))
+    texts, limit, family = calibration.texts, settings.max_tokens, checkpoint.family
+    with open_decoder(checkpoint, source.dtype, source.trust_remote_code) as (decoder, tokenizer):
+        passes = (cuts[-1].deleted[-1] + 1) * sum(map(len, tokenize(tokenizer, texts, limit)))
+        with show_progress("fit folds", passes, "tok") as advance:
+            options: dict[str, Any] = {"max_tokens": limit, "batch_size": settings.batch_size, "on_layer": advance}
+            evidence = CutEvidence(
+                family, decoder.is_tied, cuts, lambda: stream_cuts(decoder, tokenizer, texts, cuts, **options)
+            )
+            folds = dict(method.fit(evidence, plan, planner.settings))
     require_finite(folds)
     # Some checkpoints store the tied head beside the embedding.
-    if tied and "lm_head.weight" in checkpoint.tensors and "model.embed_tokens.weight" in folds:
-        folds["lm_head.weight"] = folds["model.embed_tokens.weight"]
+    if decoder.is_tied and family.head_tensor in checkpoint.tensors and family.embedding_tensor in folds:
+        folds[family.head_tensor] = folds[family.embedding_tensor]
     return folds
 
 
@@ -109,11 +129,11 @@ def open_plan(found: Found) -> tuple[MergePlan, Folds | None]:
 def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
     planner, looking, source = job.planner, job.recipe.calibration, job.recipe.model
     calibration = job.inputs.calibration
-    oracles = job.opened.open(
-        (planner.name, planner.dump_settings()),
-        lambda: open_oracles(planner.name, planner.needs, planner.settings, job.base, calibration, looking, source),
-    )
-    plan = plan_layers(planner, job.aim, job.base, open_scores(found), source, oracles)
+    owner = (planner.name, planner.dump_settings())
+    with job.opened.borrow(
+        owner, lambda: open_planner_oracles(planner, job.base, calibration, looking, source)
+    ) as oracles:
+        plan = plan_layers(planner, job.aim, job.base, open_scores(found), source, oracles)
     folds = fit_folds(planner, plan, job.base, calibration, looking, source)
     write_plan(bind_folds(plan, folds), folds, folder / PLAN_FILE)
     return {"layers_in": plan.layers_in, "layers_out": plan.layers_out, "layer_ratio": plan.layer_ratio}
@@ -146,9 +166,11 @@ def _foresee(job: Job) -> Cost:
     if job.planner.method.fit and job.aim.layers_out < job.base.layers:
         files.append("evidence/plan.folds.safetensors")
     if not job.planner.reads_texts:
-        return Cost(memory=largest_layer(job), files=tuple(files))
-    copies = 2 if REOBSERVE in job.planner.needs else 1
-    return Cost(memory=copies * whole_model(job) + estimate_states(job), files=tuple(files))
+        return Cost(files=tuple(files))
+    # What enters every layer is kept for the tokens of a search.
+    entering = job.base.layers * job.recipe.calibration.search_tokens * job.base.config["hidden_size"] * width_of(job)
+    memory = 2 * largest_layer(job) + estimate_states(job) + entering + head_nbytes(job)
+    return Cost(memory=memory, files=tuple(files))
 
 
 PLAN = Stage(

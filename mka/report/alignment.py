@@ -49,7 +49,7 @@ def layer_rows(facts: Mapping[str, Any]) -> list[dict[str, str]]:
         if "error" not in record:
             continue
         kept = [
-            f"{'heads' if name.startswith('self_attn') else 'neurons'} "
+            f"{'neurons' if name.startswith('mlp') else 'heads'} "
             + ", ".join(f"{count} of layer {source}" for source, count in record[name].items())
             for name in record
             if name.endswith(" units")

@@ -117,7 +117,7 @@ def count_closer(points: NDArray[Any], radii: NDArray[Any]) -> NDArray[np.intp]:
     rows = max(1, _BLOCK // n)
     for start in range(0, n, rows):
         block = points[start : start + rows]
-        distances = np.abs(block[:, None, 0] - points[None, :, 0])
+        distances = np.abs(block[:, None, 0] - points[None, :, 0])  # (rows, 1) - (1, N) -> (rows, N)
         for k in range(1, points.shape[1]):
             np.maximum(distances, np.abs(block[:, None, k] - points[None, :, k]), out=distances)
         distances.sort(axis=1)
@@ -137,16 +137,16 @@ def count_closer_in_plane(ranks: NDArray[np.int32], radii: NDArray[np.int32]) ->
         (P, N).
     """
     n = len(ranks)
-    by_x, by_y = np.argsort(ranks, axis=0, kind="stable").T
+    by_x, by_y = np.argsort(ranks, axis=0, kind="stable").T  # (N,) each
     place = np.empty(n, dtype=np.intp)
     place[by_x] = np.arange(n)
     count_corner = _tabulate_plane(place[by_y])
     # How many samples are below each value, by coordinate. Beyond the ends it is none or all: mode "clip".
-    below = [np.searchsorted(np.sort(coordinate), np.arange(2 * n + 2)) for coordinate in ranks.T]
+    below = [np.searchsorted(np.sort(coordinate), np.arange(2 * n + 2)) for coordinate in ranks.T]  # (2 N + 2,) each
     closer = np.empty(radii.shape, dtype=np.intp)
     rows = max(1, _BLOCK // (32 * n))
     for start in range(0, len(radii), rows):
-        r = radii[start : start + rows]
+        r = radii[start : start + rows]  # (rows, N), as are the four sides
         (left, right), (bottom, top) = (
             (table.take(at - r + 1, mode="clip"), table.take(at + r, mode="clip")) for table, at in zip(below, ranks.T)
         )
@@ -174,11 +174,11 @@ def _tabulate_plane(order: NDArray[np.intp]) -> Callable[[NDArray[np.intp], NDAr
     side = 1 << bits
     block, place = np.arange(n) >> bits, np.arange(n) & (side - 1)
     # [b, x]: how many samples of the blocks before b are among the leftmost x.
-    before = np.zeros(((n >> bits) + 2, n + 1), dtype=np.int32)
+    before = np.zeros(((n >> bits) + 2, n + 1), dtype=np.int32)  # (B + 1, N + 1)
     before[block + 1, order + 1] = 1
     before = before.cumsum(axis=0).cumsum(axis=1)
     # [b, w, p]: how many of the lowest p samples of block b are among the leftmost w of that block.
-    within = np.zeros((len(before) - 1, side + 1, side + 1), dtype=np.int32)
+    within = np.zeros((len(before) - 1, side + 1, side + 1), dtype=np.int32)  # (B, side + 1, side + 1)
     within[block, before[block + 1, order] - before[block, order] + 1, place + 1] = 1
     within = within.cumsum(axis=1).cumsum(axis=2)
 

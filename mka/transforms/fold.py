@@ -15,6 +15,7 @@ import numpy as np
 
 from mka.errors import NumericsError, PlanError
 from mka.model.families import Family
+from mka.model.parts import ATTENTION, MLP, check_parts
 from mka.plan.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 
 Folds = Mapping[str, np.ndarray]
-DOWN, OUT = "mlp.down_proj", "self_attn.o_proj"
+# Kinds of parts whose output a fold knows how to change.
+TREATS = frozenset({ATTENTION, MLP})
 
 
 def fit_output_map(gram: np.ndarray, cross: np.ndarray, ridge: float, *, diagonal: bool = False) -> np.ndarray:
@@ -68,7 +70,7 @@ def fold_output_map(
 ) -> dict[str, np.ndarray]:
     """Fit the map of an MLP's output and fold it into what writes that output to the residual stream.
 
-    ``M T = H W^T T`` is down_proj with the weight ``T^T W``. Behind a post-norm a map does not commute with the norm;
+    ``M T = H W^T T`` is the writer with the weight ``T^T W``. Behind a post-norm a map does not commute with the norm;
     a diagonal one does, so it is fitted instead and multiplies the norm's gains.
 
     Args:
@@ -78,9 +80,31 @@ def fold_output_map(
         cross: see `fit_output_map`.
         ridge: see `fit_output_map`.
     """
-    writer = family.residual_writer(DOWN)
-    fitted = fit_output_map(gram, cross, ridge, diagonal=writer != DOWN)
-    return {f"model.layers.{position}.{writer}.weight": fitted.T}
+    fitted = fit_output_map(gram, cross, ridge, diagonal=family.mlp.post_norm is not None)
+    return {family.layer_tensor(position, f"{family.mlp.residual_writer}.weight"): fitted.T}
+
+
+def fold_scales(scales: Mapping[int, float], family: Family, *, tied: bool) -> dict[str, np.ndarray]:
+    """Turn factors of the residual stream into folds of what writes to it.
+
+    Args:
+        scales: number of output layers before a place in the stream -> what the stream there is multiplied by.
+        family: of the model.
+        tied: the language-model head is the embedding.
+
+    Raises:
+        PlanError: if a layer has parts whose output cannot be scaled.
+    """
+    check_parts(family.parts, TREATS, "scaling the residual stream", family.model_type)
+    total = np.array(np.prod(list(scales.values())))
+    folds = {family.embedding_tensor: total}
+    if tied:
+        folds[family.norm_tensor] = 1.0 / total
+    for position in range(max(scales)):
+        factor = np.array(np.prod([s for before, s in scales.items() if position < before]))
+        for part in family.parts:
+            folds[family.layer_tensor(position, f"{part.residual_writer}.weight")] = factor
+    return folds
 
 
 def apply_fold(fold: np.ndarray, tensor: "torch.Tensor", offset: float = 0.0) -> "torch.Tensor":

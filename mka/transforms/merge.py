@@ -8,12 +8,14 @@ otherwise one layer's gains would scale another layer's weights.
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mka.errors import CheckpointError, NumericsError, PlanError
 from mka.model.checkpoint import Checkpoint
-from mka.model.families import LAYER_KEY, Family
+from mka.model.families import Family
+from mka.model.parts import ATTENTION, MLP, check_parts
 from mka.model.shards import BLOCK_BYTES, MAX_SHARD_BYTES, Blocks, copy_companions, write_tensors
 from mka.model.tensors import TensorInfo, TensorReader, is_finite, torch_dtype
 from mka.plan.plan import LayerRecipe, MergePlan
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 # What a merge may be handed: what its plan's method fitted, and what an alignment refits layer by layer.
 FOLDS, ALIGNED = "folds", "aligned"
+# Kinds of parts whose tensors a merge knows what to do with.
+TREATS = frozenset({ATTENTION, MLP})
 # Bytes of each source of a sum at a time: as float32 they stay in the processor's cache.
 SUM_BYTES = 1 << 20
 
@@ -36,9 +40,11 @@ def check_plan_fits(plan: MergePlan, source: Checkpoint) -> None:
     """Refuse a plan that was made for another model.
 
     Raises:
-        PlanError: if the layer counts differ or a merge mixes kinds of layers.
+        PlanError: if the layer counts differ or a merge mixes kinds of layers, or its layers have parts that a merge
+            cannot treat.
         CheckpointError: if the checkpoint is already quantized.
     """
+    check_parts(source.family.parts, TREATS, "merging", str(source.path))
     if source.is_quantized:
         raise CheckpointError(f"{source.path}: weights are already quantized; merge the original checkpoint instead")
     if plan.layers_in != source.layers:
@@ -65,15 +71,43 @@ def check_alignable(plan: MergePlan, aligned: bool) -> None:
     if aligned and plan.folds is not None:
         raise PlanError(f"method {plan.method!r} fits on its own; allowed: alignment of plans without folds")
     for layer in plan.layers if not aligned else ():
-        if layer.selects:
-            raise PlanError(
-                f"layers {list(layer.sources)}: which heads and neurons stay is decided by an alignment; "
-                f"merge this plan with alignment enabled"
-            )
+        _refuse_selecting(layer)
 
 
-def combine_layers(layer: LayerRecipe, suffix: str, family: Family, read: Callable[[int, str], "torch.Tensor"]) -> Any:
-    """Compute one tensor of an output layer.
+def _refuse_selecting(layer: LayerRecipe) -> None:
+    if layer.selects:
+        raise PlanError(
+            f"layers {list(layer.sources)}: which heads and neurons stay is decided by an alignment; "
+            f"merge this plan with alignment enabled"
+        )
+
+
+ReadSource = Callable[[int, str], "torch.Tensor"]
+
+
+def make_tensor(layer: LayerRecipe, suffix: str, family: Family, read: ReadSource) -> "torch.Tensor":
+    """Make one tensor of an output layer as its verb says.
+
+    Args:
+        layer: of a plan.
+        suffix: tensor name within a layer, e.g. ``"mlp.up_proj.weight"``.
+        family: of the model.
+        read: ``read(source layer, suffix) -> tensor``.
+
+    Returns:
+        The tensor in its own dtype; untouched bytes where one layer is the source.
+
+    Raises:
+        PlanError: if heads or neurons of several layers compete, which only an alignment can decide.
+    """
+    if layer.verb == "combine":
+        return combine_layers(layer, suffix, family, read)
+    _refuse_selecting(layer)
+    return read(layer.mlp[0] if family.mlp.owns(suffix) else layer.attention[0], suffix)
+
+
+def combine_layers(layer: LayerRecipe, suffix: str, family: Family, read: ReadSource) -> "torch.Tensor":
+    """Compute one tensor of a layer that is a sum of layers.
 
     Args:
         layer: source layers and weights.
@@ -86,32 +120,28 @@ def combine_layers(layer: LayerRecipe, suffix: str, family: Family, read: Callab
     """
     import torch
 
-    if layer.verb == "take":
-        if layer.selects:
-            raise PlanError(
-                f"layers {list(layer.sources)}: which heads and neurons stay is decided by an alignment; "
-                f"merge this plan with alignment enabled"
-            )
-        return read(layer.mlp[0] if family.mlp.owns(suffix) else layer.attention[0], suffix)
     active = [(i, w) for i, w in zip(layer.sources, layer.weights) if w != 0.0]
     if len(active) == 1 and active[0][1] == 1.0:
         return read(active[0][0], suffix)
     module, _, kind = suffix.rpartition(".")
-    if module in family.folds and kind == "weight":
-        like = read(active[0][0], suffix)
-        return torch.full_like(like, 1.0 - family.gain_offset)
-    norm = next((n for n, readers in family.folds.items() if module in readers and kind == "weight"), None)
-    total: torch.Tensor | None = None
-    dtype = None
-    for index, weight in active:
-        value = read(index, suffix)
-        dtype = value.dtype
+    read_by = family.folds if kind == "weight" else {}
+    if module in read_by:
+        # Its gains are in what reads it.
+        return torch.full_like(read(active[0][0], suffix), 1.0 - family.gain_offset)
+    norm = next((norm for norm, readers in read_by.items() if module in readers), None)
+
+    def fold_gain(value: "torch.Tensor", index: int) -> "torch.Tensor":
         value = value.to(torch.float32, copy=True)
         if norm is not None:
             gain = read(index, f"{norm}.weight").to(torch.float32) + family.gain_offset
             value.mul_(gain)  # (out, in) * (in,)
-        total = value.mul_(weight) if total is None else total.add_(value, alpha=weight)
-    assert total is not None and dtype is not None
+        return value
+
+    (first, weight), *others = active
+    total = read(first, suffix)
+    dtype, total = total.dtype, fold_gain(total, first).mul_(weight)
+    for index, weight in others:
+        total.add_(fold_gain(read(index, suffix), index), alpha=weight)
     return total.to(dtype)
 
 
@@ -121,7 +151,7 @@ def plan_tensors(layers: Sequence[LayerRecipe], source: Checkpoint) -> list[tupl
     planned: list[tuple[TensorInfo, LayerRecipe | None, str]] = []
     done = False
     for name, info in source.tensors.items():
-        if not LAYER_KEY.match(name):
+        if source.family.split_tensor(name) is None:
             planned.append((info, None, name))
             continue
         if done:
@@ -133,7 +163,7 @@ def plan_tensors(layers: Sequence[LayerRecipe], source: Checkpoint) -> list[tupl
             if any(other != first for other in shapes.values()):
                 raise PlanError(f"layers {list(layer.used)} hold different tensors or shapes and cannot be merged")
             for suffix, (shape, dtype) in first.items():
-                target = TensorInfo(f"model.layers.{position}.{suffix}", "", dtype, shape)
+                target = TensorInfo(source.family.layer_tensor(position, suffix), "", dtype, shape)
                 planned.append((target, layer, suffix))
     return planned
 
@@ -227,26 +257,29 @@ def _stream(
     on_tensor: Callable[[int], Any] | None,
 ) -> Iterator[Blocks]:
     """Yield the output's tensors in order, each as blocks of rows, to be used up before the next is asked for."""
+    # Tensors of one output layer follow one another.
+    for layer, tensors in groupby(planned, key=lambda item: item[1]):
+        refitted = next(aligned) if aligned is not None and layer is not None else {}
+        for info, _, name in tensors:
+            if name in refitted:
+                tensor = refitted[name].to(dtype=torch_dtype(info), device="cpu")
+                blocks: Blocks = _check_finite([tensor], info, "weights; the refit gave no number")
+            else:
+                blocks = _read_blocks(info, layer, name, family, read)
+                blocks = _check_finite(blocks, info, "weights; the source checkpoint is damaged")
+            yield _fold_blocks(blocks, info, family, folds or {})
+            if on_tensor:
+                on_tensor(info.nbytes)
+
+
+def _fold_blocks(blocks: Blocks, info: TensorInfo, family: Family, folds: Folds) -> Blocks:
+    """Multiply a tensor's fold in, if it has one; that takes the whole tensor."""
     import torch
 
-    refitted: Mapping[str, torch.Tensor] = {}
-    current: LayerRecipe | None = None
-    for info, layer, name in planned:
-        if aligned is not None and layer is not None and layer is not current:
-            refitted, current = next(aligned), layer
-        if layer is not None and name in refitted:
-            tensor = refitted[name].to(dtype=torch_dtype(info), device="cpu")
-            blocks: Blocks = _check_finite([tensor], info, "weights; the refit gave no number")
-        else:
-            blocks = _read_blocks(info, layer, name, family, read)
-            blocks = _check_finite(blocks, info, "weights; the source checkpoint is damaged")
-        if (fold := find_fold(folds or {}, info.name)) is not None:
-            offset = family.gain_offset if info.name.endswith("norm.weight") else 0.0
-            folded = apply_fold(fold, torch.cat([block.clone() for block in blocks]), offset)
-            blocks = _check_finite([folded], info, f"after its fold, which {info.dtype} cannot hold")
-        yield blocks
-        if on_tensor:
-            on_tensor(info.nbytes)
+    if (fold := find_fold(folds, info.name)) is None:
+        return blocks
+    folded = apply_fold(fold, torch.cat([block.clone() for block in blocks]), family.stored_offset(info.name))
+    return _check_finite([folded], info, f"after its fold, which {info.dtype} cannot hold")
 
 
 def _read_blocks(
@@ -266,8 +299,8 @@ def _read_blocks(
 
     def read_source(index: int, name: str) -> "torch.Tensor":
         if name == suffix:
-            return read(f"model.layers.{index}.{name}", rows, buffers[0] if buffers else None)
-        if (full := f"model.layers.{index}.{name}") not in vectors:
+            return read(family.layer_tensor(index, name), rows, buffers[0] if buffers else None)
+        if (full := family.layer_tensor(index, name)) not in vectors:
             vectors[full] = read(full)
         return vectors[full]
 
@@ -275,7 +308,7 @@ def _read_blocks(
     for first in range(0, info.shape[0] if len(info.shape) > 1 else 1, step):
         rows = slice(first, first + step) if len(info.shape) > 1 else None
         buffers.reverse()
-        yield read(suffix, rows, buffers[0]) if layer is None else combine_layers(layer, suffix, family, read_source)
+        yield read(suffix, rows, buffers[0]) if layer is None else make_tensor(layer, suffix, family, read_source)
 
 
 def _check_finite(blocks: Blocks, info: TensorInfo, cause: str) -> Iterator["torch.Tensor"]:

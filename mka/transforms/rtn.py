@@ -211,12 +211,12 @@ def _write_config(source: Checkpoint, settings: QuantizeSettings, folder: Path) 
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
-    from mka.model.decoder import HEAD
-
     scheme = _scheme(settings)
-    ignored = [HEAD.removesuffix(".weight")]
     config = QuantizationConfig(
-        config_groups={"group_0": scheme}, ignore=ignored, format=scheme.format, quantization_status="compressed"
+        config_groups={"group_0": scheme},
+        ignore=[source.family.head],
+        format=scheme.format,
+        quantization_status="compressed",
     )
     ModelCompressor(config).update_config(str(folder))
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+from candidates import build_candidate
 from conftest import LAYERS, make_texts, make_tiny_model, save_model
 from safetensors.torch import load_file
 
 from mka.errors import PlanError
-from mka.evidence.candidate import build_candidate
 from mka.evidence.observe import observe
 from mka.evidence.oracles import Divergence
 from mka.model.checkpoint import open_checkpoint

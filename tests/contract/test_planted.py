@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from candidates import build_candidate
 from conftest import LAYERS, make_texts, make_tiny_model
 from evidence import (
     TOKENIZER,
@@ -18,7 +19,6 @@ from evidence import (
 from numpy.testing import assert_allclose
 
 from mka.errors import NumericsError
-from mka.evidence.candidate import build_candidate
 from mka.evidence.needs import HIDDEN_STATES, Evidence
 from mka.evidence.oracles import Divergence
 from mka.evidence.states import HiddenStates

@@ -10,7 +10,6 @@ from mka.alignment.aligner import Aligner
 from mka.alignment.lockstep import Alignment
 from mka.alignment.table import AlignmentTable
 from mka.errors import CheckpointError, NumericsError, PlanError, RecipeError
-from mka.evidence.gather import open_oracles
 from mka.evidence.needs import HIDDEN_STATES
 from mka.evidence.states import HiddenStates
 from mka.methods import get_method, resolve_method
@@ -19,7 +18,7 @@ from mka.model.verification import inspect_checkpoint, require_sound
 from mka.pipeline.job import resolve_aim
 from mka.pipeline.merge import write_merged
 from mka.pipeline.observe import observe_checkpoint
-from mka.pipeline.plan import fit_folds, plan_layers
+from mka.pipeline.plan import fit_folds, open_planner_oracles, plan_layers
 from mka.pipeline.quantize import write_quantized
 from mka.pipeline.score import score_layers
 from mka.plan.plan import LayerRecipe, MergePlan, identity_layers, keep_layers, take_layers
@@ -52,7 +51,7 @@ def resolve(name, settings=None):
 
 
 def look_again(planner, checkpoint, calibration, source):
-    return open_oracles(planner.name, planner.needs, planner.settings, checkpoint, calibration, LOOKING, source)
+    return open_planner_oracles(planner, checkpoint, calibration, LOOKING, source)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -68,9 +67,8 @@ def test_stages_plan_what_the_method_plans_and_write_it(
         if HIDDEN_STATES in planner.needs:
             states = observe_checkpoint(checkpoint, calibration, LOOKING, source)
         scores = score_layers(planner, checkpoint, states)
-        plan = plan_layers(
-            planner, aim, checkpoint, scores, source, look_again(planner, checkpoint, calibration, source)
-        )
+        with look_again(planner, checkpoint, calibration, source) as oracles:
+            plan = plan_layers(planner, aim, checkpoint, scores, source, oracles)
         folds = fit_folds(planner, plan, checkpoint, calibration, LOOKING, source)
         plan = bind_folds(plan, folds)
         if any(layer.selects for layer in plan.layers):
@@ -181,11 +179,13 @@ def test_aligning_a_plan_that_changes_nothing_leaves_every_tensor_byte_equal(fam
     aligner = Aligner(models[family], TOKENIZER, {"a": texts[:30], "b": texts[30:]}, settings)
     plan = MergePlan("test", "", LAYERS, identity_layers(LAYERS))
     with showing(False):
-        merge_checkpoint(plan, source, tmp_path / "out", aligned=aligner.align(plan.layers))
+        _, facts = aligner.align(
+            plan.layers, lambda tensors: merge_checkpoint(plan, source, tmp_path / "out", aligned=tensors)
+        )
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert aligner.facts["layers"] == [{}] * LAYERS
-    assert aligner.facts["probes"]["source"] == "b" and set(aligner.facts["probes"]["divergence"].values()) == {0.0}
+    assert facts["layers"] == [{}] * LAYERS
+    assert facts["probes"]["source"] == "b" and set(facts["probes"]["divergence"].values()) == {0.0}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -215,8 +215,7 @@ def test_a_fit_on_text_and_its_copies_is_the_fit_on_all_those_windows(copies, co
     aligner = Aligner(models["llama"], TOKENIZER, {"a": texts[:30], "b": texts[30:]}, settings)
     plan = (*keep_layers([0, 1]), take_layers((2, 3), (2,), (2, 3)), *keep_layers([4, 5]))
     with showing(False):
-        made = list(aligner.align(plan))
-    facts = aligner.facts
+        made, facts = aligner.align(plan, list)
     assert (facts["copies"], facts["tokens"], sum(facts["windows"].values())) == (count, 256, 16)
     windows = torch.cat(list(aligner.windows.values()))
     windows = torch.cat([windows, make_copies(windows, count)])

@@ -16,6 +16,7 @@ from alignments import (
     run_walk,
     without,
 )
+from candidates import build_candidate
 from conftest import FAMILY_NAMES, LAYERS, save_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -23,11 +24,10 @@ from transformers import AutoModelForCausalLM
 
 from mka.alignment.lockstep import Alignment, find_ends
 from mka.alignment.refit import token_weights
-from mka.evidence.candidate import build_candidate
 from mka.model.checkpoint import open_checkpoint
 from mka.model.decoder import Decoder
 from mka.model.families import get_family
-from mka.model.parts import run_sublayer
+from mka.model.parts import run_part
 from mka.plan.plan import LayerRecipe, MergePlan, identity_layers, keep_layers, take_layers
 from mka.transforms.merge import merge_checkpoint
 
@@ -65,7 +65,7 @@ def test_sublayers_run_apart_give_the_models_own_layers(family):
     with torch.inference_mode():
         for layer, context, wanted in zip(model.model.layers, contexts, layer_outputs(model, ids)):
             for part in (facts.attention, facts.mlp):
-                states = run_sublayer(layer, part, states, context)
+                states = run_part(layer, part, states, context)
             assert_close(states, wanted, rtol=1e-6, atol=1e-5)
         assert isinstance(model.model.layers[0].get_submodule("mlp.down_proj"), torch.nn.Linear)
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from candidates import build_candidate
 from conftest import LAYERS, make_texts, make_tiny_model, make_tokenizer
 
 from mka.errors import CalibrationError, NumericsError
-from mka.evidence.candidate import build_candidate
 from mka.evidence.oracles import Divergence, Loss, OutputSimilarity
 from mka.plan.plan import LayerRecipe, identity_layers, keep_layers
 

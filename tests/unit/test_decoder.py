@@ -7,21 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from alignments import SAME_KIND, concatenate, draw_windows, make_sharp_model, replace, without
+from alignments import SAME_KIND, concatenate, draw_windows, keep_one, make_sharp_model, replace, without
+from candidates import build_candidate
 from conftest import FAMILY_NAMES, make_texts, make_tiny_model, make_tokenizer, save_model
 from safetensors.torch import load_file, save_file
 
 from mka.alignment.lockstep import Alignment
 from mka.alignment.trials import AlignedTrials
 from mka.errors import CheckpointError
-from mka.evidence.observe import observe
+from mka.evidence.cuts import Cut
+from mka.evidence.observe import observe, observe_tokens
+from mka.evidence.oracles import Divergence, Loss, OutputSimilarity
+from mka.evidence.residuals import stream_cuts
 from mka.model.checkpoint import open_checkpoint
 from mka.model.decoder import Decoder
 from mka.model.loading import load_model, open_decoder
 from mka.plan.plan import LayerRecipe, take_layers
+from mka.texts.tokens import tokenize
 
 every_family = pytest.mark.parametrize("family", FAMILY_NAMES)
 TOKENIZER = make_tokenizer()
+SEARCHES = (Divergence, Loss, OutputSimilarity)
 
 
 def held(decoder):
@@ -109,6 +115,69 @@ def test_a_walk_holds_the_layers_of_one_group_and_no_more(tmp_path, monkeypatch)
     with open_decoder(open_checkpoint(save_model(make_tiny_model("llama"), tmp_path / "base")), "float32") as (d, _):
         list(Alignment(d, draw_windows(8)).walk(without(2, 3, 4)))
     assert most == [([0], (0, 0)), ([1], (1, 4)), ([5], (5, 5))]
+
+
+@every_family
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_folds_and_searches_from_disk_see_what_they_see_in_memory_to_the_bit(tmp_path, family, dtype):
+    folder, texts = save_model(make_tiny_model(family), tmp_path / "base"), make_texts(7)
+    alike = (2, 3, 4) if family == "gemma2" else (1, 2)
+    average = LayerRecipe(alike, (0.6, 0.0, 0.4) if family == "gemma2" else (0.6, 0.4))
+    plans = [without(4), replace(average), replace(keep_one(1, 2, 1))]
+    with open_decoder(open_checkpoint(folder), dtype) as (decoder, _):
+        seen = [look_every_way(model, texts, plans) for model in (load_model(folder, dtype)[0], decoder)]
+        assert held(decoder) == [] and decoder.family.get_head(decoder.model).weight.is_meta
+    assert seen[0] == seen[1]
+
+
+def look_every_way(model, texts, plans):
+    """What each search measures of each plan, what is observed of it, and what the stream holds at cuts."""
+    sequences = tokenize(TOKENIZER, texts, 20)
+    searches = [search(model, TOKENIZER, texts, max_tokens=20, tokens=60) for search in SEARCHES]
+    measured = [search(layers) for search in searches for layers in plans]
+    observed = [observe_tokens(model, sequences, layers=layers, batch_size=3).digest for layers in plans]
+    cuts = (Cut((0,), 0), Cut((2, 3), 1), Cut((5,), 2))
+    stream = stream_cuts(model, TOKENIZER, texts, cuts, max_tokens=20, batch_size=3)
+    streamed = [
+        (cut, t.entering.tolist(), t.leaving.tolist(), None if t.mlp is None else t.mlp.tolist()) for cut, t in stream
+    ]
+    return measured, observed, streamed
+
+
+@every_family
+def test_a_planned_models_states_are_those_of_the_model_built_whole(family):
+    """To the bit: the layer of a plan is given what the model that has it would give it."""
+    model = make_tiny_model(family)
+    sequences = tokenize(TOKENIZER, make_texts(7), 20)
+    layers = replace(keep_one(1, 3, 2))
+    walked = observe_tokens(model, sequences, layers=layers, batch_size=3)
+    assert walked.digest == observe_tokens(build_candidate(model, layers), sequences, batch_size=3).digest
+
+
+def test_folds_and_searches_hold_the_layers_of_one_group_or_the_head_and_no_more(tmp_path, monkeypatch):
+    most = []
+    texts, group = make_texts(7), replace(LayerRecipe((1, 2), (0.5, 0.5)))
+    with open_decoder(open_checkpoint(save_model(make_tiny_model("llama"), tmp_path / "base")), "float32") as (d, _):
+        run, head = type(d.layers[0]).forward, d.family.get_head(d.model)
+
+        def witness(layer, *args, **kwargs):
+            most.append(held(d) + ["head"] * (not head.weight.is_meta))
+            return run(layer, *args, **kwargs)
+
+        monkeypatch.setattr(type(d.layers[0]), "forward", witness)
+        head.register_forward_pre_hook(lambda module, args: most.append([*held(d), "head"]))
+        list(stream_cuts(d, TOKENIZER, texts, (Cut((1, 2), 1), Cut((4,), 2)), max_tokens=20, batch_size=4))
+        assert most == [[i] for i in range(5) for _ in range(2)]
+        for search in SEARCHES:
+            search = search(d, TOKENIZER, texts, max_tokens=20, tokens=60)
+            search(search.base_layers)
+            most.clear()
+            search(group)
+            read = [] if isinstance(search, OutputSimilarity) else [["head"]]
+            assert most == [[1, 2], [3], [4], [5], *read]  # layer 0 was run before
+        most.clear()
+        observe_tokens(d, tokenize(TOKENIZER, texts, 20), layers=group)
+        assert most == [[0], [1, 2], [3], [4], [5]]
 
 
 @pytest.mark.parametrize(

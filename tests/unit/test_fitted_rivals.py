@@ -1,5 +1,7 @@
 """ReplaceMe, Prune&Comp and LinearPatch against cases solved by hand and what their sources state."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from mka.methods import get_method, method_settings, resolve_method
 from mka.methods.linearpatch import PatchSums, rotate_channels
 from mka.methods.prune_and_comp import compare_magnitudes, fold_scales
 from mka.model.checkpoint import open_checkpoint
+from mka.model.decoder import Decoder
 from mka.model.families import get_family
 from mka.pipeline.merge import write_merged
 from mka.pipeline.plan import fit_folds
@@ -67,7 +70,8 @@ def delete_and_fold(name, folder, layers, texts, out, **settings):
         planner = resolve_method(MethodChoice(name=name, settings=settings))
         # The tokenizer that transformers makes of these words depends on the family.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("mka.model.loading.load_model", lambda path, *_: (load(path), TOKENIZER))
+            opened = nullcontext((Decoder(load(folder)), TOKENIZER))
+            patch.setattr("mka.model.loading.open_decoder", lambda *_: opened)
             folds = fit_folds(planner, plan, checkpoint, calibrate(texts), LOOKING, source)
         write_merged(bind_folds(plan, folds), checkpoint, out, folds)
     return folds, load(out)
@@ -153,7 +157,7 @@ def test_replaceme_brings_the_stream_closer_to_the_base(family, ridge, tmp_path)
         return
     # It is the least squares solution, by another solver; per channel behind a post-norm.
     target = y - (x - m)
-    if get_family(family, "test").post_norms:
+    if get_family(family, "test").mlp.post_norm:
         best = sum(((m[:, c] * (m[:, c] @ target[:, c]) / (m[:, c] @ m[:, c])) - target[:, c]) ** 2 for c in range(32))
         assert after_loss == pytest.approx(best.sum(), rel=1e-4)
     else:

@@ -101,7 +101,7 @@ def logits(model):
 )
 def test_a_folded_map_is_the_map_inserted_behind_the_mlp(family, options, dtype, tolerance):
     model = make_tiny_model(family, **options).to(dtype)
-    writer = get_family(family, "test").residual_writer("mlp.down_proj")
+    writer = get_family(family, "test").mlp.residual_writer
     # Behind a post-norm the map is diagonal.
     fitted = np.eye(32) + 0.3 * np.random.default_rng(1).normal(size=(32, 32))
     fitted = np.diag(fitted) if family == "gemma3_text" else fitted
@@ -238,7 +238,7 @@ def test_streams_are_the_models_own_hidden_states_without_padding(family):
     cuts = (Cut((0,), 0), Cut((2, 3), 1), Cut((5,), 2))
     found = {cut: [] for cut in cuts}
     counted = []
-    for cut, tokens in stream_cuts(model, TOKENIZER, texts, cuts, max_tokens=16, batch_size=3, on_batch=counted.append):
+    for cut, tokens in stream_cuts(model, TOKENIZER, texts, cuts, max_tokens=16, batch_size=3, on_layer=counted.append):
         found[cut].append(tokens)
     # Nothing is left behind on the model.
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -257,7 +257,7 @@ def test_streams_are_the_models_own_hidden_states_without_padding(family):
             hidden.append([h[0] for h in (*states[:-1], raw.pop())])
     for handle in handles:
         handle.remove()
-    assert sum(counted) == sum(map(len, ids)) and len(counted) == 3
+    assert counted == [sum(map(len, ids))] * LAYERS
 
     def whole(index):
         return torch.cat([h[index] for h in hidden]).double().numpy()

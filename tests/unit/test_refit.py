@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from alignments import concatenate, diverge, draw_windows, keep_one, make_sharp_model, replace, run_walk, without
+from candidates import build_candidate
 from conftest import FAMILY_NAMES
 from evidence import neutralise
 from torch.testing import assert_close
@@ -12,7 +13,6 @@ from torch.testing import assert_close
 from mka.alignment.lockstep import Alignment
 from mka.alignment.refit import CLIP, Refit, token_weights
 from mka.errors import NumericsError, PlanError
-from mka.evidence.candidate import build_candidate
 from mka.model.families import get_family
 from mka.model.parts import read_features, read_norm
 from mka.plan.plan import take_layers

@@ -6,12 +6,12 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 import torch
+from candidates import build_candidate
 from conftest import LAYERS, make_tiny_model
 from evidence import gather, neutralise, score_and_plan
 from numpy.testing import assert_allclose
 
 from mka.errors import NumericsError, PlanError
-from mka.evidence.candidate import build_candidate
 from mka.evidence.needs import LOSS, Evidence
 from mka.evidence.states import HiddenStates, LayerScores
 from mka.methods import get_method, method_settings

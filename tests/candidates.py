@@ -1,29 +1,18 @@
-"""A planned model in memory, sharing every unchanged tensor with its base."""
+"""A planned model built whole by transformers, beside which the walks of the library are measured."""
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+import re
 
-from mka.model.families import LAYER_KEY, get_family, layer_kinds
-from mka.plan.plan import LayerRecipe
-from mka.transforms.merge import combine_layers, cut_config
+from accelerate import init_empty_weights
 
-# Positions whose logits are in memory at a time.
-ROWS = 256
+from mka.model.families import get_family, layer_kinds
+from mka.transforms.merge import cut_config, make_tensor
+
+LAYER_KEY = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
 
 
-def build_candidate(model: Any, layers: Sequence[LayerRecipe]) -> Any:
-    """Build the planned model beside its base.
-
-    Copied layers share their tensors with ``model``; only merged layers take memory. The arithmetic is
-    `mka.transforms.merge.combine_layers`, the same that writes checkpoints.
-
-    Args:
-        model: the base, a transformers causal language model.
-        layers: output layers of a plan.
-    """
-    from accelerate import init_empty_weights
-
+def build_candidate(model, layers):
+    """Build the planned model beside its base; copied layers share their tensors with it."""
     family = get_family(model.config.model_type, "model")
     config = copy.deepcopy(model.config)
     for key, value in cut_config({}, layer_kinds(model.config, family), family, layers).items():
@@ -36,7 +25,7 @@ def build_candidate(model: Any, layers: Sequence[LayerRecipe]) -> Any:
     for position, layer in enumerate(layers):
         for suffix in suffixes:
             if f"model.layers.{layer.sources[0]}.{suffix}" in state:
-                mapped[f"model.layers.{position}.{suffix}"] = combine_layers(
+                mapped[f"model.layers.{position}.{suffix}"] = make_tensor(
                     layer, suffix, family, lambda i, s: state[f"model.layers.{i}.{s}"]
                 )
     candidate.load_state_dict(mapped, strict=True, assign=True)
