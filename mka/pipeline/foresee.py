@@ -50,7 +50,10 @@ def foresee(job: Job, output: Path) -> dict[str, Any]:
         "alignment": _foresee_alignment(job),
         "evaluated": job.measured,
         "memory_bytes": _memory_nbytes(job, lengths),
-        "disk_bytes": merged + (candidate_nbytes(job) if recipe.quantize.scheme != "off" else 0) + COMPANIONS_NBYTES,
+        # Verification unpacks a quantized model once more.
+        "disk_bytes": merged
+        + (candidate_nbytes(job) + merged if recipe.quantize.scheme != "off" else 0)
+        + COMPANIONS_NBYTES,
         "files": [str(output / name) for name in _file_names(job)],
     }
 
