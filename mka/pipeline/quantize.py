@@ -8,7 +8,7 @@ from typing import Any
 from mka.errors import RecipeError
 from mka.model.checkpoint import Checkpoint, open_checkpoint
 from mka.model.verification import verify_checkpoint
-from mka.pipeline.foresee import candidate_nbytes, largest_layer
+from mka.pipeline.foresee import candidate_nbytes, largest_layer, merged_nbytes
 from mka.pipeline.job import Job
 from mka.pipeline.merge import describe_model
 from mka.pipeline.stage import MODEL_FOLDER, Cost, Found, Stage, find_model
@@ -91,6 +91,7 @@ QUANTIZE = Stage(
     reads=_read,
     settings=_settings,
     make=_make,
-    foresee=lambda job: Cost(memory=largest_layer(job), disk=candidate_nbytes(job)),
+    # Verification unpacks the model once more.
+    foresee=lambda job: Cost(memory=largest_layer(job), disk=candidate_nbytes(job) + merged_nbytes(job)),
     describe=lambda job: f"quantize to {job.recipe.quantize.scheme}",
 )

@@ -125,7 +125,9 @@ def quantize_checkpoint(
     planned = {spec.name: (spec, info) for spec, info in plan_rounded(source, settings)}
     specs = [spec for spec, _ in planned.values()]
     shards = [sorted(shard, key=_place) for shard in split_shards(specs, max_shard_bytes)]
-    with publish(output, needed_bytes=sum(spec.nbytes for spec in specs) + 64_000_000) as partial:
+    # Verification unpacks the model beside the folder.
+    needed = sum(spec.nbytes for spec in specs) + (source.nbytes if verify else 0) + 64_000_000
+    with publish(output, needed_bytes=needed) as partial:
         with source.reader() as read:
             stream = _stream(
                 [planned[spec.name] for shard in shards for spec in shard], source, read, settings, on_tensor

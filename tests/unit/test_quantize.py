@@ -200,6 +200,18 @@ def test_the_rest_of_the_config_and_the_tokenizer_are_the_sources(tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
 
 
+def test_shards_hold_the_same_tensors_as_one_file(tmp_path):
+    folder = save_model(tiny(), tmp_path / "base")
+    quantize(folder, tmp_path / "one")
+    facts = quantize(folder, tmp_path / "out", max_shard_bytes=20_000, verify=inspect_checkpoint)
+    require_sound(facts, "out")
+    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) > 2 and all(shard.stat().st_size < 25_000 for shard in shards)
+    wanted = load_file(tmp_path / "one/model.safetensors")
+    found = {name: value for shard in shards for name, value in load_file(shard).items()}
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 @pytest.mark.parametrize("scheme", BITS)
 def test_progress_counts_the_bytes_that_were_foreseen(scheme, tmp_path):
     ticks = []
