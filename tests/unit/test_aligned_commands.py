@@ -160,6 +160,7 @@ def test_what_cannot_be_aligned_is_refused_before_any_model_is_loaded(
     write_table(tmp_path / "short.jsonl", one=[" ".join(["w5"] * 20)])
     write_table(tmp_path / "guilty.jsonl", one=one, two=[quoted.upper().replace("W", "w")])
     monkeypatch.setattr(mka.model.loading, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(mka.model.loading, "open_decoder", lambda *_: pytest.fail("the model was opened"))
     assert expected in refuse(capsys, *arguments, *changes, "--output", "out")
     assert not (tmp_path / "out").exists()
 

@@ -79,6 +79,7 @@ def unloadable(monkeypatch):
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(mka.model.loading, "load_model", load)
+    monkeypatch.setattr(mka.model.loading, "open_decoder", load)
 
 
 def edit_config(folder, **changes):
