@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mka.errors import CheckpointError
 from mka.model.checkpoint import Checkpoint
@@ -117,14 +118,12 @@ class StreamedDecoder(Decoder):
         Raises:
             CheckpointError: if a weight is missing, left over or of another shape than the config says.
         """
-        from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.read, self.dtype = read, getattr(torch, dtype)
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, **options)
-        # Buffers, which no checkpoint holds, have their values.
-        with init_empty_weights(include_buffers=False):
+        with _without_values():
             model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, **options)
         model.tie_weights()
         model.eval()
@@ -198,6 +197,23 @@ class StreamedDecoder(Decoder):
             spare = self._spare[shape]
             value = spare.pop() if spare else torch.empty(shape, dtype=self.dtype, device=self.device)
             put_tensor(module, name, value.copy_(self.read(tensor, into=self._raw)))
+
+
+@contextmanager
+def _without_values() -> Iterator[None]:
+    """Parameters made within the block have a shape only; buffers, which no checkpoint holds, have their values.
+
+    By torch's own hook: accelerate's `init_empty_weights` does the same, and would be a sixth package for a GPU machine.
+    """
+
+    def make_empty(module: torch.nn.Module, name: str, value: torch.nn.Parameter | None) -> torch.nn.Parameter | None:
+        return None if value is None else torch.nn.Parameter(value.to("meta"), requires_grad=False)
+
+    hook = register_module_parameter_registration_hook(make_empty)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _empty(module: Any) -> list[torch.Tensor]:

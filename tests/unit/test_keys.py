@@ -54,7 +54,7 @@ OTHER: dict[str, Any] = {
     "calibration.batch_size": 99,
     "calibration.search_tokens": 99,
     "calibration.rev": "v1",
-    "method.name": "shortgpt",
+    "method.name": {"method": {"name": "shortgpt", "settings": {}}},
     "method.settings": {"method": {"settings": {"coordinates": 3}}},
     "target.layers": 5,
     "target.layer_ratio": {"target": {"layers": None, "layer_ratio": 0.5}},
