@@ -203,7 +203,7 @@ class StreamedDecoder(Decoder):
 def _without_values() -> Iterator[None]:
     """Parameters made within the block have a shape only; buffers, which no checkpoint holds, have their values.
 
-    By torch's own hook: accelerate's `init_empty_weights` does the same, and would be a sixth package for a GPU machine.
+    By torch's own hook: accelerate's `init_empty_weights` does the same, and would be a package more on a GPU machine.
     """
 
     def make_empty(module: torch.nn.Module, name: str, value: torch.nn.Parameter | None) -> torch.nn.Parameter | None:
