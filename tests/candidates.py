@@ -6,7 +6,8 @@ import re
 from accelerate import init_empty_weights
 
 from mka.model.families import get_family, layer_kinds
-from mka.transforms.merge import cut_config, make_tensor
+from mka.transforms.merge import cut_config
+from mka.transforms.verbs import make_tensor
 
 LAYER_KEY = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
 

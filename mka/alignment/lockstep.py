@@ -28,7 +28,7 @@ from mka.model.families import Family
 from mka.model.parts import ATTENTION, MLP, check_parts, run_part
 from mka.model.readout import read_out, sum_divergence
 from mka.plan.plan import LayerRecipe
-from mka.transforms.merge import combine_layers
+from mka.transforms.verbs import combine_layers
 
 VERSION = 3
 BATCH_TOKENS = 4096

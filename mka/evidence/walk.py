@@ -11,7 +11,7 @@ import torch
 from mka.model.decoder import Decoder, put_tensor
 from mka.plan.plan import LayerRecipe
 from mka.texts.tokens import batch_by_length
-from mka.transforms.merge import make_tensor
+from mka.transforms.verbs import make_tensor
 
 
 @dataclass
@@ -81,7 +81,7 @@ def walk_layers(
 def hold_layer(decoder: Decoder, layer: LayerRecipe) -> Iterator[torch.nn.Module]:
     """Have an output layer in memory within the block: a layer of the base, or one made of several.
 
-    The arithmetic is `mka.transforms.merge.make_tensor`, the same that writes checkpoints.
+    The arithmetic is `mka.transforms.verbs.make_tensor`, the same that writes checkpoints.
     """
     with decoder.hold(*layer.used):
         yield decoder.layers[layer.head] if layer.is_copy else _make_layer(decoder, layer)

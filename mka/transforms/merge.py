@@ -23,6 +23,7 @@ from mka.store.publishing import publish
 from mka.store.sums import write_sums
 from mka.transforms import Transform
 from mka.transforms.fold import Folds, apply_fold, check_folds, find_fold
+from mka.transforms.verbs import make_tensor, refuse_selecting
 
 if TYPE_CHECKING:
     import torch
@@ -71,78 +72,7 @@ def check_alignable(plan: MergePlan, aligned: bool) -> None:
     if aligned and plan.folds is not None:
         raise PlanError(f"method {plan.method!r} fits on its own; allowed: alignment of plans without folds")
     for layer in plan.layers if not aligned else ():
-        _refuse_selecting(layer)
-
-
-def _refuse_selecting(layer: LayerRecipe) -> None:
-    if layer.selects:
-        raise PlanError(
-            f"layers {list(layer.sources)}: which heads and neurons stay is decided by an alignment; "
-            f"merge this plan with alignment enabled"
-        )
-
-
-ReadSource = Callable[[int, str], "torch.Tensor"]
-
-
-def make_tensor(layer: LayerRecipe, suffix: str, family: Family, read: ReadSource) -> "torch.Tensor":
-    """Make one tensor of an output layer as its verb says.
-
-    Args:
-        layer: of a plan.
-        suffix: tensor name within a layer, e.g. ``"mlp.up_proj.weight"``.
-        family: of the model.
-        read: ``read(source layer, suffix) -> tensor``.
-
-    Returns:
-        The tensor in its own dtype; untouched bytes where one layer is the source.
-
-    Raises:
-        PlanError: if heads or neurons of several layers compete, which only an alignment can decide.
-    """
-    if layer.verb == "combine":
-        return combine_layers(layer, suffix, family, read)
-    _refuse_selecting(layer)
-    return read(layer.mlp[0] if family.mlp.owns(suffix) else layer.attention[0], suffix)
-
-
-def combine_layers(layer: LayerRecipe, suffix: str, family: Family, read: ReadSource) -> "torch.Tensor":
-    """Compute one tensor of a layer that is a sum of layers.
-
-    Args:
-        layer: source layers and weights.
-        suffix: tensor name within a layer, e.g. ``"mlp.up_proj.weight"``.
-        family: tells which norm gains are folded into which linear layers.
-        read: ``read(source layer, suffix) -> tensor``.
-
-    Returns:
-        The tensor in its own dtype: untouched bytes for a copy, else a float32 weighted sum cast back.
-    """
-    import torch
-
-    active = [(i, w) for i, w in zip(layer.sources, layer.weights) if w != 0.0]
-    if len(active) == 1 and active[0][1] == 1.0:
-        return read(active[0][0], suffix)
-    module, _, kind = suffix.rpartition(".")
-    read_by = family.folds if kind == "weight" else {}
-    if module in read_by:
-        # Its gains are in what reads it.
-        return torch.full_like(read(active[0][0], suffix), 1.0 - family.gain_offset)
-    norm = next((norm for norm, readers in read_by.items() if module in readers), None)
-
-    def fold_gain(value: "torch.Tensor", index: int) -> "torch.Tensor":
-        value = value.to(torch.float32, copy=True)
-        if norm is not None:
-            gain = read(index, f"{norm}.weight").to(torch.float32) + family.gain_offset
-            value.mul_(gain)  # (out, in) * (in,)
-        return value
-
-    (first, weight), *others = active
-    total = read(first, suffix)
-    dtype, total = total.dtype, fold_gain(total, first).mul_(weight)
-    for index, weight in others:
-        total.add_(fold_gain(read(index, suffix), index), alpha=weight)
-    return total.to(dtype)
+        refuse_selecting(layer)
 
 
 def plan_tensors(layers: Sequence[LayerRecipe], source: Checkpoint) -> list[tuple[TensorInfo, LayerRecipe | None, str]]:

@@ -15,7 +15,8 @@ from mka.model.checkpoint import open_checkpoint
 from mka.model.families import get_family
 from mka.model.verification import inspect_checkpoint, require_sound
 from mka.plan.plan import LayerRecipe, MergePlan, identity_layers, keep_layers
-from mka.transforms.merge import combine_layers, merge_checkpoint
+from mka.transforms.merge import merge_checkpoint
+from mka.transforms.verbs import combine_layers
 
 IDS = (torch.arange(1, 25) * 31 % 97).reshape(2, 12)
 
