@@ -11,12 +11,14 @@ import argparse
 import os
 import resource
 import shutil
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.rounds import describe_ratio, time_rounds
 from benchmarks.shapes import SHAPES, make_checkpoint
 from mka.alignment.lockstep import Alignment
 from mka.evaluation.speed import compare_speed
@@ -41,6 +44,7 @@ from mka.texts.tokens import batch_by_length
 from mka.transforms.merge import merge_checkpoint
 
 TEXTS, TOKENS = 256, 64
+ROUNDS = 5
 
 
 class Table:
@@ -76,6 +80,13 @@ def per_second(count: float, unit: str) -> Callable[[float], str]:
     return lambda seconds: f"{count / seconds:,.1f} {unit}/s"
 
 
+def wait_for(call: Callable[[], Any]) -> None:
+    """Call, and wait for all that the device was given to do."""
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def draw_ids(rows: int, columns: int, vocabulary: int) -> torch.Tensor:
     """Random token ids, (rows, columns)."""
     return torch.randint(vocabulary, (rows, columns), generator=torch.Generator().manual_seed(0))
@@ -109,13 +120,18 @@ def observe_and_compare(checkpoint: Checkpoint, read: Any, dtype: str, table: Ta
     with table.time("load with transformers", per_second(gigabytes, "GB")):
         model = load(checkpoint.path, dtype)
     loaded = table.last
-    run_plainly(model, sequences)
-    with table.time("plain forward, no head", per_second(count, "tokens")):
-        run_plainly(model, sequences)
-    plain = table.last
-    with table.time("observe, model in memory", per_second(count, "tokens"), beside=plain):
-        observe_tokens(model, sequences)
-    del model
+    # In turns and warmed up: a kernel's first call loads it, which at these times would be most of a row.
+    calls = {
+        "plain forward, no head": partial(run_plainly, model, sequences),
+        "observe, model in memory": partial(observe_tokens, model, sequences),
+    }
+    seconds = time_rounds({name: partial(wait_for, call) for name, call in calls.items()}, ROUNDS)
+    plain = statistics.median(seconds["plain forward, no head"])
+    for name, taken in seconds.items():
+        ratio = describe_ratio(taken, seconds["plain forward, no head"]) if name.startswith("observe") else ""
+        median = statistics.median(taken)
+        table.rows.append((f"{name} (n = {ROUNDS})", median, per_second(count, "tokens")(median), ratio))
+    del model, calls
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     with table.time("observe from disk (beside load and forward)", per_second(gigabytes, "GB"), beside=loaded + plain):
