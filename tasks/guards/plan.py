@@ -8,7 +8,7 @@ from mka.errors import PlanError
 from mka.pipeline.job import Job
 from mka.pipeline.stage import PLAN_FILE
 from mka.plan.plan import LayerRecipe, MergePlan
-from tasks.guards.columns import _complete
+from tasks.guards.columns import expect_complete
 from tasks.guards.guard import import_great_expectations
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def plan_suite(layers_out: int) -> list[Any]:
     summed = Column("verb") == "combine"
     return [
         gxe.ExpectTableRowCountToEqual(value=layers_out, description="As many layers remain as the target says."),
-        *[_complete(column) for column in ("skipped", "kinds", "halves")],
+        *[expect_complete(column) for column in ("skipped", "kinds", "halves")],
         gxe.ExpectColumnValuesToBeUnique(column="first"),
         gxe.ExpectColumnValuesToBeBetween(
             column="skipped", min_value=0, max_value=0, description="Only adjacent layers are merged."

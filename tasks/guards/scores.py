@@ -10,7 +10,7 @@ from mka.errors import NumericsError
 from mka.evidence.states import LayerScores
 from mka.pipeline.job import Job
 from mka.pipeline.stage import SCORES_FILE
-from tasks.guards.columns import LARGEST, _complete
+from tasks.guards.columns import LARGEST, expect_complete
 from tasks.guards.guard import import_great_expectations
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def scores_suite(kind: str, layers: int, unit_diagonal: bool = True) -> list[Any
     if kind == "layer-importance":
         return [
             gxe.ExpectTableRowCountToEqual(value=layers),
-            _complete("value"),
+            expect_complete("value"),
             gxe.ExpectColumnValuesToBeBetween(
                 column="value", min_value=-LARGEST, max_value=LARGEST, description="The number is finite."
             ),
@@ -39,7 +39,7 @@ def scores_suite(kind: str, layers: int, unit_diagonal: bool = True) -> list[Any
     )
     return [
         gxe.ExpectTableRowCountToEqual(value=layers * layers),
-        _complete("value"),
+        expect_complete("value"),
         gxe.ExpectColumnValuesToBeBetween(column="value", min_value=0, max_value=1),
         gxe.ExpectColumnValuesToBeBetween(
             column="asymmetry", min_value=0, max_value=1e-9, description="The value of a and b is that of b and a."

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from mka.errors import CalibrationError
 from mka.texts.rows import EXCERPT_CHARACTERS, text_digest
-from tasks.guards.columns import _complete, _nullable
+from tasks.guards.columns import expect_complete, make_nullable
 from tasks.guards.guard import import_great_expectations
 
 if TYPE_CHECKING:
@@ -37,17 +37,17 @@ def evaluation_texts_suite(tasks: Sequence[str], minimum_rows: int = 1) -> list[
     gxe = import_great_expectations().expectations
     return [
         gxe.ExpectTableRowCountToBeBetween(min_value=minimum_rows),
-        _complete("task"),
+        expect_complete("task"),
         gxe.ExpectColumnValuesToBeInSet(column="task", value_set=sorted(tasks)),
         gxe.ExpectColumnDistinctValuesToContainSet(
             column="task", value_set=sorted(tasks), description="Every task of the recipe has rows."
         ),
-        _complete("id"),
-        _complete("field"),
+        expect_complete("id"),
+        expect_complete("field"),
         gxe.ExpectCompoundColumnsToBeUnique(column_list=["task", "id", "field"]),
-        _complete("text"),
+        expect_complete("text"),
         gxe.ExpectColumnValueLengthsToBeBetween(column="text", min_value=1),
-        _complete("text_sha256"),
+        expect_complete("text_sha256"),
         gxe.ExpectColumnValuesToMatchRegex(column="text_sha256", regex=SHA256),
     ]
 
@@ -56,8 +56,8 @@ def _texts(minimum_rows: int, minimum_characters: int, maximum_characters: int) 
     gxe = import_great_expectations().expectations
     return [
         gxe.ExpectTableRowCountToBeBetween(min_value=minimum_rows),
-        _complete("text"),
-        _complete("source"),
+        expect_complete("text"),
+        expect_complete("source"),
         gxe.ExpectColumnValuesToBeBetween(
             column="characters", min_value=minimum_characters, max_value=maximum_characters
         ),
@@ -93,7 +93,7 @@ def calibration_table(
         else None
         for text, digest in zip(table["text"], table["text_sha256"], strict=True)
     ]
-    return table.assign(found_in_evaluation=_nullable(found))
+    return table.assign(found_in_evaluation=make_nullable(found))
 
 
 def heldout_table(
@@ -111,10 +111,10 @@ def heldout_table(
     return pd.DataFrame(
         {
             "row": range(len(texts)),
-            "source": _nullable(sources),
-            "text": _nullable(texts),
+            "source": make_nullable(sources),
+            "text": make_nullable(texts),
             "characters": [0 if text is None else len(text) for text in texts],
-            "text_sha256": _nullable([None if text is None else digest_fn(text) for text in texts]),
+            "text_sha256": make_nullable([None if text is None else digest_fn(text) for text in texts]),
         }
     )
 
@@ -128,4 +128,4 @@ def evaluation_table(rows: Iterable[Mapping[str, Any]]) -> "pd.DataFrame":
 
     rows = list(rows)
     columns = [column for column in EVALUATION_COLUMNS if not rows or any(column in row for row in rows)]
-    return pd.DataFrame({column: _nullable([row.get(column) for row in rows]) for column in columns})
+    return pd.DataFrame({column: make_nullable([row.get(column) for row in rows]) for column in columns})
