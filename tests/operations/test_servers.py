@@ -67,7 +67,7 @@ def test_the_pull_step_enters_the_checkout_of_whoever_runs_it(stack, client, tmp
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(clone)], check=True)
     # Uncommitted work counts: this is about where the file lies, not which commit it is of.
-    (clone / "tasks" / "workplace.py").write_text((ROOT / "tasks" / "workplace.py").read_text())
+    (clone / "tasks/machine/workplace.py").write_text((ROOT / "tasks/machine/workplace.py").read_text())
     steps = client.read_deployment_by_name("recompress/default").pull_steps
     code = (
         "import asyncio, json, os, sys\n"
