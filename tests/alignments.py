@@ -51,7 +51,7 @@ def run_walk(model, windows, layers, *, heldout=0, penalty=1.0):
 
 def assemble(model, layers, made):
     """A transformers model of the output layers: tensors of the walk where it made some, the base's elsewhere."""
-    heads = keep_layers([layer.head for layer in layers])
+    heads = keep_layers([layer.leader for layer in layers])
     built = copy.deepcopy(build_candidate(model, heads))
     for layer, aligned in zip(built.model.layers, made):
         if aligned.tensors:

@@ -8,7 +8,7 @@ from mka.errors import CalibrationError
 from mka.evidence.needs import DIVERGENCE, LOSS, OUTPUT_SIMILARITY, REOBSERVE, RUNNING, TRIALS
 from mka.evidence.states import HiddenStates
 from mka.model.checkpoint import Checkpoint
-from mka.plan.plan import LayerRecipe
+from mka.plan.plan import MergedLayer
 from mka.recipe import CalibrationSettings, ModelSource
 from mka.terminal import show_progress
 
@@ -19,7 +19,7 @@ def observe_texts(
     texts: Sequence[str],
     settings: CalibrationSettings,
     description: str,
-    layers: Sequence[LayerRecipe] | None = None,
+    layers: Sequence[MergedLayer] | None = None,
 ) -> HiddenStates:
     """Observe a model's layers on texts, or the output layers planned of it, under a progress bar.
 

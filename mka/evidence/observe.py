@@ -9,7 +9,7 @@ import torch
 from mka.evidence.states import HiddenStates
 from mka.evidence.walk import Batch, enter_texts, walk_layers
 from mka.model.decoder import as_decoder
-from mka.plan.plan import LayerRecipe, identity_layers
+from mka.plan.plan import MergedLayer, identity_layers
 from mka.texts.tokens import tokenize
 
 
@@ -38,7 +38,7 @@ def observe_tokens(
     model: Any,
     sequences: Sequence[Sequence[int]],
     *,
-    layers: Sequence[LayerRecipe] | None = None,
+    layers: Sequence[MergedLayer] | None = None,
     pooling: Literal["last", "mean"] = "last",
     batch_size: int = 16,
     on_layer: Callable[[int], Any] | None = None,

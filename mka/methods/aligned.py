@@ -20,7 +20,7 @@ from mka.evidence.states import LayerScores
 from mka.methods import Method
 from mka.plan.deleting import deletable_layers
 from mka.plan.grouping import merge_adjacent, partition_layers
-from mka.plan.plan import LayerRecipe, MergePlan, Step, take_layers
+from mka.plan.plan import MergedLayer, MergePlan, Step, take_layers
 from mka.plan.target import Aim
 from mka.sections import Section
 from mka.similarity.npib import SimilaritySettings, score_similarity
@@ -65,7 +65,7 @@ def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Set
     else:
         recipes, costs = _try_groups(evidence, scores.values, aim, settings)
         spans = partition_layers(costs, evidence.layers, aim.layers_out)
-    layers = tuple(recipes[span] if span in recipes else LayerRecipe((span[0],), (1.0,)) for span in spans)
+    layers = tuple(recipes[span] if span in recipes else MergedLayer((span[0],), (1.0,)) for span in spans)
     first_is_best = -1.0 if settings.selection == "similarity" else 1.0
     merged = sorted((span for span in spans if span in recipes), key=lambda span: first_is_best * costs[span])
     steps = tuple(
@@ -88,18 +88,18 @@ def _group_by_similarity(
     return [(layer.sources[0], layer.sources[-1]) for layer in layers]
 
 
-def _make(span: tuple[int, int], survivors: tuple[int, ...], settings: Settings) -> LayerRecipe:
+def _make(span: tuple[int, int], survivors: tuple[int, ...], settings: Settings) -> MergedLayer:
     """Return what a group becomes; survivors are the layers whose attention and whose MLP it cannot do without."""
     sources = tuple(range(span[0], span[1] + 1))
     attention, mlp = survivors
     if settings.operator == "average":
-        return LayerRecipe(sources, (1.0 / len(sources),) * len(sources))
+        return MergedLayer(sources, (1.0 / len(sources),) * len(sources))
     return take_layers(sources, (attention,), (mlp,) if settings.operator == "keep" else sources)
 
 
 def _try_groups(
     evidence: Evidence, similarity: np.ndarray, aim: Aim, settings: Settings
-) -> tuple[dict[tuple[int, int], LayerRecipe], dict[tuple[int, int], float]]:
+) -> tuple[dict[tuple[int, int], MergedLayer], dict[tuple[int, int], float]]:
     trials = evidence.trials
     assert trials is not None
     deletable_layers(evidence.layers, aim.layers_out, protect_first=aim.protect_first, protect_last=aim.protect_last)

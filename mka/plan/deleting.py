@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from mka.plan.plan import LayerRecipe, Step, keep_layers
+from mka.plan.plan import MergedLayer, Step, keep_layers
 from mka.plan.target import refuse_unreachable
 
 
 def delete_block(
     distances: np.ndarray, layers_out: int, *, protect_first: int, protect_last: int
-) -> tuple[tuple[LayerRecipe, ...], tuple[Step, ...]]:
+) -> tuple[tuple[MergedLayer, ...], tuple[Step, ...]]:
     """Delete the block of least distance that protection allows, as a whole; ties go to the deeper block.
 
     Args:
@@ -50,7 +50,7 @@ def deletable_layers(count: int, layers_out: int, *, protect_first: int, protect
 
 def delete_least_important(
     importance: np.ndarray, layers_out: int, *, protect_first: int, protect_last: int
-) -> tuple[tuple[LayerRecipe, ...], tuple[Step, ...]]:
+) -> tuple[tuple[MergedLayer, ...], tuple[Step, ...]]:
     """Delete the layers of least importance; ties go to the deeper layer.
 
     Args:

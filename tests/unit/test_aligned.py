@@ -14,7 +14,7 @@ from mka.evidence.states import LayerScores
 from mka.methods import get_method, method_settings
 from mka.methods.aligned import _propose
 from mka.plan.grouping import partition_layers
-from mka.plan.plan import LayerRecipe, identity_layers
+from mka.plan.plan import MergedLayer, identity_layers
 from mka.plan.target import Aim
 
 # partition_layers
@@ -118,7 +118,7 @@ def test_the_cheapest_partition_is_planned_and_the_attention_missed_most_survive
     trials = tables(_1_2=0.25, _3_5=0.5)
     plan = choose(trials, 3, selection="divergence")
     assert groups(plan) == [(0,), (1, 2), (3, 4, 5)]
-    assert plan.layers[0] == LayerRecipe((0,), (1.0,))
+    assert plan.layers[0] == MergedLayer((0,), (1.0,))
     # Layer 2 is missed more than layer 1, layer 4 more than 3 and 5; the neurons of all compete.
     assert [layer.attention for layer in plan.layers[1:]] == [(2,), (4,)]
     assert [layer.mlp for layer in plan.layers[1:]] == [(1, 2), (3, 4, 5)]

@@ -90,7 +90,7 @@ def test_compress_refits_what_it_merges_and_says_on_what(capsys, arguments, tmp_
     first = next(i for i, layer in enumerate(plan.layers) if not layer.is_copy)
     name = "mlp.down_proj.weight"
     for position, layer in enumerate(plan.layers):
-        same = torch.equal(after[f"model.layers.{position}.{name}"], before[f"model.layers.{layer.head}.{name}"])
+        same = torch.equal(after[f"model.layers.{position}.{name}"], before[f"model.layers.{layer.leader}.{name}"])
         assert same == (position < first)
     used = load_recipe(output / "evidence" / "recipe.yaml")
     assert used.alignment.enabled and used.alignment.tokens == 512 and used.alignment.rev is None

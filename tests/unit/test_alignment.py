@@ -28,7 +28,7 @@ from mka.model.checkpoint import open_checkpoint
 from mka.model.decoder import Decoder
 from mka.model.families import get_family
 from mka.model.parts import run_part
-from mka.plan.plan import LayerRecipe, MergePlan, identity_layers, keep_layers, take_layers
+from mka.plan.plan import MergedLayer, MergePlan, identity_layers, keep_layers, take_layers
 from mka.transforms.merge import merge_checkpoint
 
 every_family = pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -36,7 +36,7 @@ WINDOWS = draw_windows(24)
 
 
 def average(*sources):
-    return LayerRecipe(sources, (1 / len(sources),) * len(sources))
+    return MergedLayer(sources, (1 / len(sources),) * len(sources))
 
 
 def layer_outputs(model, ids):
@@ -139,7 +139,7 @@ def test_batches_and_windows_held_out_change_nothing_that_is_fitted(monkeypatch)
         (without(5), [0, 1, 2, 3, 5]),
         (without(0, 1), [2, 3, 4, 5]),
         (keep_layers([3]), [5]),
-        ((LayerRecipe((0,), (1.0,)), take_layers((1, 2), (1,), (1, 2)), average(4, 5)), [0, 3, 6]),
+        ((MergedLayer((0,), (1.0,)), take_layers((1, 2), (1,), (1, 2)), average(4, 5)), [0, 3, 6]),
     ],
 )
 def test_layers_answer_for_the_gap_behind_them(layers, ends):

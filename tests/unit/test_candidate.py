@@ -7,11 +7,11 @@ from conftest import LAYERS, make_texts, make_tiny_model, make_tokenizer
 
 from mka.errors import CalibrationError, NumericsError
 from mka.evidence.oracles import Divergence, Loss, OutputSimilarity
-from mka.plan.plan import LayerRecipe, identity_layers, keep_layers
+from mka.plan.plan import MergedLayer, identity_layers, keep_layers
 
 TOKENIZER = make_tokenizer()
 TEXTS = make_texts(7, seed=3)
-MERGED = (*identity_layers(2), LayerRecipe((2, 3, 4), (-1.0, 1.0, 1.0)), *keep_layers([5]))
+MERGED = (*identity_layers(2), MergedLayer((2, 3, 4), (-1.0, 1.0, 1.0)), *keep_layers([5]))
 # In the order of a search that deletes from the deepest layer up, then on from one of its results, then elsewhere.
 ROUND = [
     *(keep_layers([i for i in range(LAYERS) if i != gone]) for gone in (5, 4, 3, 2, 1)),

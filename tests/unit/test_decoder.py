@@ -22,7 +22,7 @@ from mka.evidence.residuals import stream_cuts
 from mka.model.checkpoint import open_checkpoint
 from mka.model.decoder import Decoder
 from mka.model.loading import load_model, open_decoder
-from mka.plan.plan import LayerRecipe, take_layers
+from mka.plan.plan import MergedLayer, take_layers
 from mka.texts.tokens import tokenize
 
 every_family = pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -53,7 +53,7 @@ def test_alignment_from_disk_is_that_of_the_loaded_model_to_the_bit(tmp_path, fa
     model, windows = make_sharp_model(family), draw_windows(10)
     plans = [without(2, 3), replace(concatenate(1, 3, SAME_KIND.get(family, (1,))))]
     if family != "gemma2":
-        plans.append(replace(LayerRecipe((1, 2), (0.6, 0.4))))
+        plans.append(replace(MergedLayer((1, 2), (0.6, 0.4))))
     checkpoint = open_checkpoint(save_model(model, tmp_path / "base"))
     with open_decoder(checkpoint, "float32") as (decoder, _):
         for layers in plans:
@@ -122,7 +122,7 @@ def test_a_walk_holds_the_layers_of_one_group_and_no_more(tmp_path, monkeypatch)
 def test_folds_and_searches_from_disk_see_what_they_see_in_memory_to_the_bit(tmp_path, family, dtype):
     folder, texts = save_model(make_tiny_model(family), tmp_path / "base"), make_texts(7)
     alike = (2, 3, 4) if family == "gemma2" else (1, 2)
-    average = LayerRecipe(alike, (0.6, 0.0, 0.4) if family == "gemma2" else (0.6, 0.4))
+    average = MergedLayer(alike, (0.6, 0.0, 0.4) if family == "gemma2" else (0.6, 0.4))
     plans = [without(4), replace(average), replace(keep_one(1, 2, 1))]
     with open_decoder(open_checkpoint(folder), dtype) as (decoder, _):
         seen = [look_every_way(model, texts, plans) for model in (load_model(folder, dtype)[0], decoder)]
@@ -156,7 +156,7 @@ def test_a_planned_models_states_are_those_of_the_model_built_whole(family):
 
 def test_folds_and_searches_hold_the_layers_of_one_group_or_the_head_and_no_more(tmp_path, monkeypatch):
     most = []
-    texts, group = make_texts(7), replace(LayerRecipe((1, 2), (0.5, 0.5)))
+    texts, group = make_texts(7), replace(MergedLayer((1, 2), (0.5, 0.5)))
     with open_decoder(open_checkpoint(save_model(make_tiny_model("llama"), tmp_path / "base")), "float32") as (d, _):
         run, head = type(d.layers[0]).forward, d.family.get_head(d.model)
 

@@ -15,7 +15,7 @@ from mka.evidence.cuts import Cut, find_cuts
 from mka.evidence.residuals import stream_cuts
 from mka.model.checkpoint import open_checkpoint
 from mka.model.families import get_family
-from mka.plan.plan import LayerRecipe, MergePlan, identity_layers, keep_layers
+from mka.plan.plan import MergedLayer, MergePlan, identity_layers, keep_layers
 from mka.store.sums import file_sha256
 from mka.transforms.fold import (
     apply_fold,
@@ -229,7 +229,7 @@ def test_cuts_are_the_maximal_runs_of_deleted_layers():
     assert find_cuts(plan_of(keep_layers([1, 2, 5, 6]), 9)) == (Cut((0,), 0), Cut((3, 4), 2), Cut((7, 8), 4))
     assert find_cuts(plan_of(identity_layers(4), 4)) == ()
     with pytest.raises(PlanError, match=r"plan merges layers \[1, 2\]"):
-        find_cuts(plan_of((*identity_layers(1), LayerRecipe((1, 2), (0.5, 0.5))), 3))
+        find_cuts(plan_of((*identity_layers(1), MergedLayer((1, 2), (0.5, 0.5))), 3))
 
 
 @every_family

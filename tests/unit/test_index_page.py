@@ -15,7 +15,7 @@ from mka.report.index import (
     LEFT,
     RIGHT,
     WIDTH,
-    Move,
+    AliasMove,
     Recompression,
     Recovery,
     format_bounds,
@@ -173,7 +173,7 @@ def test_markup_in_any_text_is_text():
         recoveries=(Recovery(ATTACK, 0.5, 0.4),),
         report=Path("/work") / ATTACK.replace("/", "_"),
     )
-    page = show([row], [Move(ATTACK, ATTACK, ATTACK, ATTACK, ATTACK, NOON, ATTACK, ATTACK)])
+    page = show([row], [AliasMove(ATTACK, ATTACK, ATTACK, ATTACK, ATTACK, NOON, ATTACK, ATTACK)])
     assert not page.all("script") and not page.all("img") and "{{ 7 * 7 }}" in page.text
     assert not [key for _, attributes in page.tags for key in attributes if key.startswith("on")]
     # Once as name, base, version, method, recipe, verdict, run in the row; everywhere else besides.
@@ -245,9 +245,9 @@ def test_bounds_say_which_side_they_are_on():
 
 def test_moves_are_told_per_model_newest_first():
     moves = [
-        Move("tiny", "champion", "promote", None, "1", NOON, "ann", "first"),
-        Move("tiny", "champion", "rollback", "2", "1", NOON + timedelta(hours=2), "bob", "slower"),
-        Move("other", "champion", "register", "1", "2", None, "–", "no time"),
+        AliasMove("tiny", "champion", "promote", None, "1", NOON, "ann", "first"),
+        AliasMove("tiny", "champion", "rollback", "2", "1", NOON + timedelta(hours=2), "bob", "slower"),
+        AliasMove("other", "champion", "register", "1", "2", None, "–", "no time"),
     ]
     page = show([ROW], moves)
     told = page.text.split("How aliases moved")[1]

@@ -7,11 +7,11 @@ import pytest
 
 from mka.errors import PlanError
 from mka.methods import get_method
-from mka.plan.plan import FORMAT, LayerRecipe, MergePlan, Step, identity_layers, keep_layers
+from mka.plan.plan import FORMAT, MergedLayer, MergePlan, Step, identity_layers, keep_layers
 
 
 def make_plan(*layers, layers_in=6, **fields):
-    return MergePlan("test", "a test", layers_in, tuple(LayerRecipe(*layer) for layer in layers), **fields)
+    return MergePlan("test", "a test", layers_in, tuple(MergedLayer(*layer) for layer in layers), **fields)
 
 
 def example():
@@ -31,7 +31,7 @@ def test_what_a_plan_says_about_itself():
     assert plan.layers_out == 3
     assert plan.layer_ratio == 0.5
     assert plan.removed == (2, 4)
-    assert plan.merged == (LayerRecipe((1, 2, 3), (0.3, 0.0, 0.7)),)
+    assert plan.merged == (MergedLayer((1, 2, 3), (0.3, 0.0, 0.7)),)
     assert not plan.is_identity
     assert [layer.is_copy for layer in plan.layers] == [True, False, True]
 
@@ -40,7 +40,7 @@ def test_identity_and_deletion():
     whole = MergePlan("test", "", 4, identity_layers(4))
     assert whole.is_identity and whole.removed == () and whole.merged == () and whole.layer_ratio == 0.0
     some = MergePlan("test", "", 4, keep_layers([3, 0]))
-    assert some.layers == (LayerRecipe((0,), (1.0,)), LayerRecipe((3,), (1.0,)))
+    assert some.layers == (MergedLayer((0,), (1.0,)), MergedLayer((3,), (1.0,)))
     assert some.removed == (1, 2)
 
 

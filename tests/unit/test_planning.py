@@ -9,7 +9,7 @@ from mka.evidence.states import LayerScores
 from mka.methods import get_method, method_settings
 from mka.plan.deleting import delete_least_important
 from mka.plan.grouping import join_layers, merge_adjacent
-from mka.plan.plan import LayerRecipe, Step
+from mka.plan.plan import MergedLayer, Step
 from mka.plan.target import Aim, resolve_target
 
 
@@ -156,13 +156,13 @@ def test_choose_weight_is_told_the_layers_so_far_the_place_and_the_score():
 
     layers, _ = merge(adjacent(0.2, 0.9, 0.4), 2, weight=choose)
     assert calls == [([(0,), (1,), (2,), (3,)], 1, 0.9), ([(0,), (1, 2), (3,)], 1, 0.4)]
-    assert layers[1] == LayerRecipe((1, 2, 3), (1.0, 0.0, 0.0))
+    assert layers[1] == MergedLayer((1, 2, 3), (1.0, 0.0, 0.0))
 
 
 def test_join_is_a_convex_combination_of_groups():
-    left, right = LayerRecipe((1, 2), (0.5, 0.5)), LayerRecipe((3, 4), (0.25, 0.75))
-    assert join_layers(left, right, 0.0) == LayerRecipe((1, 2, 3, 4), (0.0, 0.0, 0.25, 0.75))
-    assert join_layers(left, right, 1.0) == LayerRecipe((1, 2, 3, 4), (0.5, 0.5, 0.0, 0.0))
+    left, right = MergedLayer((1, 2), (0.5, 0.5)), MergedLayer((3, 4), (0.25, 0.75))
+    assert join_layers(left, right, 0.0) == MergedLayer((1, 2, 3, 4), (0.0, 0.0, 0.25, 0.75))
+    assert join_layers(left, right, 1.0) == MergedLayer((1, 2, 3, 4), (0.5, 0.5, 0.0, 0.0))
     np.testing.assert_allclose(join_layers(left, right, 0.2).weights, [0.1, 0.1, 0.2, 0.6])
 
 
@@ -236,7 +236,7 @@ def plan_with_mka(similarity, layers_out, *, divergence=None, **settings):
 
 def test_similarity_is_the_share_of_the_earlier_layer():
     plan = plan_with_mka(adjacent(0.2, 0.75, 0.1), 3)
-    assert plan.layers[1] == LayerRecipe((1, 2), (0.75, 0.25))
+    assert plan.layers[1] == MergedLayer((1, 2), (0.75, 0.25))
     plan = plan_with_mka(adjacent(0.75, 0.6, 0.1), 2, weights="similarity")
     assert plan.layers[0].sources == (0, 1, 2)
     np.testing.assert_allclose(plan.layers[0].weights, [0.6 * 0.75, 0.6 * 0.25, 0.4])
@@ -261,7 +261,7 @@ def test_line_search_takes_the_weight_of_least_divergence(best, found):
         return abs(layers[1].weights[0] - best)
 
     plan = plan_with_mka(adjacent(0.1, 0.9, 0.2), 3, divergence=divergence, weights="line-search")
-    assert plan.layers[1] == LayerRecipe((1, 2), (found, 1 - found))
+    assert plan.layers[1] == MergedLayer((1, 2), (found, 1 - found))
     assert plan.steps[0].weight == found
     # Both deletions were tried, in the model as it then was.
     assert {layers[1].weights[0] for layers in tried} == {0.0, 0.25, 0.5, 0.75, 1.0}

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from mka.errors import CheckpointError, RecipeError
 from mka.model.checkpoint import open_checkpoint
 from mka.model.verification import inspect_checkpoint, require_sound
-from mka.plan.plan import LayerRecipe, MergePlan, identity_layers
+from mka.plan.plan import MergedLayer, MergePlan, identity_layers
 from mka.recipe import QuantizeSettings
 from mka.transforms import get_quantizer
 from mka.transforms.merge import merge_checkpoint
@@ -224,7 +224,7 @@ def test_progress_counts_the_bytes_that_were_foreseen(scheme, tmp_path):
 
 def test_a_merged_model_can_be_quantized(tmp_path):
     source = open_checkpoint(save_model(make_tiny_model("qwen2"), tmp_path / "base"))
-    layers = (*identity_layers(5)[:4], LayerRecipe((4, 5), (0.5, 0.5)))
+    layers = (*identity_layers(5)[:4], MergedLayer((4, 5), (0.5, 0.5)))
     merge_checkpoint(MergePlan("test", "", 6, layers), source, tmp_path / "merged")
     require_sound(quantize(tmp_path / "merged", tmp_path / "out", verify=inspect_checkpoint), "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

@@ -13,7 +13,7 @@ from PIL import Image
 from mka.errors import OutputError, PlanError
 from mka.evaluation.scores import EvalReport, Score
 from mka.evidence.states import LayerScores
-from mka.plan.plan import LayerRecipe, MergePlan, Step, identity_layers, keep_layers, take_layers
+from mka.plan.plan import MergedLayer, MergePlan, Step, identity_layers, keep_layers, take_layers
 from mka.plan.wording import describe_layer, describe_steps, label_sources
 from mka.report.caveats import list_caveats
 from mka.report.data import ReportData
@@ -42,7 +42,7 @@ def merge_plan() -> MergePlan:
     layers, source = [], 0
     while source < 30:
         weights = groups.get(source, (1.0,))
-        layers.append(LayerRecipe(tuple(range(source, source + len(weights))), weights))
+        layers.append(MergedLayer(tuple(range(source, source + len(weights))), weights))
         source += len(weights)
     return MergePlan("mka", "merged", 30, tuple(layers), (Step((25, 26), (27,), 0.912, 0.75),))
 
@@ -283,7 +283,7 @@ def test_plan_picture_names_every_layer_and_weight() -> None:
 
 def halves_plan() -> MergePlan:
     """6 -> 3: a group of three with one attention and all neurons, and a mean of two."""
-    layers = (LayerRecipe((0,), (1.0,)), take_layers((1, 2, 3), (2,), (1, 2, 3)), LayerRecipe((4, 5), (0.5, 0.5)))
+    layers = (MergedLayer((0,), (1.0,)), take_layers((1, 2, 3), (2,), (1, 2, 3)), MergedLayer((4, 5), (0.5, 0.5)))
     steps = (Step((1,), (2, 3), 0.0123, 0.0), Step((4,), (5,), 0.2, 0.5))
     return MergePlan("aligned", "aligned", 6, layers, steps, {"selection": "both"})
 
@@ -342,10 +342,10 @@ def test_an_alignment_is_told_with_its_choice_its_cost_and_its_errors(tmp_path: 
     [
         (deletion_plan(80), 0.32 * 27 + 1.5, 3),
         (merge_plan(), 0.32 * 30 + 1.5, 1),
-        (MergePlan("mka", "t", 2, (LayerRecipe((0, 1), (0.5, 0.5)),)), 7.6, 1),
+        (MergePlan("mka", "t", 2, (MergedLayer((0, 1), (0.5, 0.5)),)), 7.6, 1),
         (MergePlan("mka", "t", 1, identity_layers(1)), 7.6, 1),
         # One group spans both wanted cuts: it is never torn apart.
-        (MergePlan("mka", "t", 70, (LayerRecipe(tuple(range(70)), (1 / 70,) * 70),)), 0.32 * 70 + 1.5, 1),
+        (MergePlan("mka", "t", 70, (MergedLayer(tuple(range(70)), (1 / 70,) * 70),)), 0.32 * 70 + 1.5, 1),
     ],
 )
 def test_plan_picture_wraps_long_models(plan: MergePlan, width: float, rows: int) -> None:

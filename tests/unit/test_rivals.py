@@ -17,7 +17,7 @@ from mka.evidence.states import HiddenStates, LayerScores
 from mka.methods import get_method, method_settings
 from mka.methods.laco import collapse_layers
 from mka.methods.uidl import angular_distance
-from mka.plan.plan import LayerRecipe, Step, identity_layers, keep_layers
+from mka.plan.plan import MergedLayer, Step, identity_layers, keep_layers
 from mka.plan.target import Aim
 
 
@@ -156,8 +156,8 @@ def test_a_collapse_adds_the_differences_to_the_first_layer(others):
 def test_a_collapse_of_collapsed_layers_is_the_formula_on_what_they_are():
     theta = np.random.default_rng(0).normal(size=(6, 4))
     inner = collapse_layers(identity_layers(6)[2:5])
-    outer = collapse_layers([LayerRecipe((1,), (1.0,)), inner, LayerRecipe((5,), (1.0,))])
-    assert outer == LayerRecipe((1, 2, 3, 4, 5), (-1.0, -1.0, 1.0, 1.0, 1.0))
+    outer = collapse_layers([MergedLayer((1,), (1.0,)), inner, MergedLayer((5,), (1.0,))])
+    assert outer == MergedLayer((1, 2, 3, 4, 5), (-1.0, -1.0, 1.0, 1.0, 1.0))
     merged = theta[2] + (theta[3] - theta[2]) + (theta[4] - theta[2])
     expected = theta[1] + (merged - theta[1]) + (theta[5] - theta[1])
     assert_allclose(sum(w * theta[i] for i, w in zip(outer.sources, outer.weights)), expected, atol=1e-15)
@@ -200,7 +200,7 @@ def test_laco_walks_from_the_deepest_window_by_the_interval():
     assert len(similarity.asked) == 3
     # The interval may be shorter than the window: a collapsed layer then collapses again.
     plan, _ = plan_laco(6, Aim(3), lambda layers: 0.9, merge_layers=3, interval=1)
-    assert plan.layers == (*identity_layers(2), LayerRecipe((2, 3, 4, 5), (0.0, -1.0, 1.0, 1.0)))
+    assert plan.layers == (*identity_layers(2), MergedLayer((2, 3, 4, 5), (0.0, -1.0, 1.0, 1.0)))
 
 
 def test_laco_moves_one_layer_up_after_a_refusal():

@@ -8,7 +8,7 @@ from alignments import assemble, concatenate, diverge, draw_windows, keep_one, m
 from evidence import neutralise
 
 from mka.alignment.trials import AlignedTrials
-from mka.plan.plan import LayerRecipe, take_layers
+from mka.plan.plan import MergedLayer, take_layers
 
 FAMILIES = ("llama", "qwen2", "gemma2", "gemma3_text", "smollm3")
 HELDOUT = 3
@@ -47,7 +47,7 @@ def test_a_group_is_replaced_by_the_layer_a_walk_makes_and_the_rest_of_the_base_
 
 
 def test_an_average_is_tried_too():
-    model, group = make_sharp_model("llama"), LayerRecipe((2, 3), (0.5, 0.5))
+    model, group = make_sharp_model("llama"), MergedLayer((2, 3), (0.5, 0.5))
     layers = replace(group)
     _, made = run_walk(model, WINDOWS, layers, heldout=HELDOUT)
     expected = diverge(model, assemble(model, layers, made[:3]), WINDOWS[-HELDOUT:])
