@@ -12,8 +12,9 @@ from mka.alignment.trials import AlignedTrials
 from mka.evidence.needs import DIVERGENCE, HIDDEN_STATES, LOSS, OUTPUT_SIMILARITY, REOBSERVE, TRIALS, Evidence
 from mka.evidence.observe import observe
 from mka.evidence.oracles import Divergence, Loss, OutputSimilarity
-from mka.methods import get_method, method_names, method_settings
+from mka.methods import method_names, resolve_method
 from mka.model.families import get_family, layer_kinds
+from mka.recipe import MethodChoice
 from mka.texts.windows import pack_windows
 
 TOKENIZER = make_tokenizer()
@@ -77,10 +78,10 @@ def aligned_tensors(model, plan, texts):
 
 
 def score_and_plan(model, name, settings, aim, texts):
-    method, options = get_method(name), method_settings(name, settings)
-    evidence = gather(model, method.needs(options), texts, options)
-    scores = method.score(evidence, options) if method.score else None
-    return scores, method.plan(evidence, scores, aim, options)
+    planner = resolve_method(MethodChoice(name=name, settings=settings))
+    evidence = gather(model, planner.needs, texts, planner.settings)
+    scores = planner.method.score(evidence, planner.settings) if planner.method.score else None
+    return scores, planner.plan(evidence, scores, aim)
 
 
 def neutralise(model, layer):

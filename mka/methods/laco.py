@@ -30,7 +30,7 @@ from pydantic import Field
 from mka.evidence.needs import OUTPUT_SIMILARITY, Evidence
 from mka.evidence.states import LayerScores
 from mka.methods import Method
-from mka.plan.plan import MergedLayer, MergePlan, Step, identity_layers
+from mka.plan.plan import Decision, MergedLayer, Step, identity_layers
 from mka.plan.target import Aim, refuse_unreachable
 from mka.sections import Section
 
@@ -56,7 +56,7 @@ def collapse_layers(group: Sequence[MergedLayer]) -> MergedLayer:
     return MergedLayer(tuple(i for layer in group for i in layer.sources), weights)
 
 
-def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> MergePlan:
+def decide(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> Decision:
     """Walk with an ever lower threshold until the target is met. A step's score is the cosine after it."""
     free = evidence.kinds[aim.protect_first : max(aim.protect_first, evidence.layers - aim.protect_last)]
     fewest = evidence.layers - len(free) + len(list(groupby(free)))
@@ -72,7 +72,7 @@ def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Set
         else:
             layers, steps = walk(layers, steps, -math.inf, 2)
         threshold *= settings.relax
-    return MergePlan("laco", METHOD.label, evidence.layers, layers, steps, settings.model_dump(mode="json"))
+    return Decision(layers, steps)
 
 
 class _Walk:
@@ -129,6 +129,6 @@ METHOD = Method(
     label="LaCo, layers collapsed by summed differences after folding norm gains",
     source="arXiv 2402.11187",
     settings=Settings,
-    plan=plan,
+    decide=decide,
     needs=lambda settings: frozenset({OUTPUT_SIMILARITY}),
 )

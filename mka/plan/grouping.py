@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mka.errors import PlanError
-from mka.plan.plan import MergedLayer, Step, identity_layers
+from mka.plan.plan import Decision, MergedLayer, Step, identity_layers
 from mka.plan.target import refuse_unreachable
 
 
@@ -20,7 +20,7 @@ def merge_adjacent(
     choose_weight: Callable[[Sequence[MergedLayer], int, float], float],
     rescore: Callable[[Sequence[MergedLayer]], np.ndarray] | None = None,
     on_merge: Callable[[], Any] | None = None,
-) -> tuple[tuple[MergedLayer, ...], tuple[Step, ...]]:
+) -> Decision:
     """Merge the most similar adjacent groups, one pair at a time, until ``layers_out`` remain.
 
     A group is represented by its last layer: what a merged layer has to reproduce is the hidden state after the
@@ -67,7 +67,7 @@ def merge_adjacent(
         layers[best : best + 2] = [join_layers(left, right, weight)]
         if on_merge:
             on_merge()
-    return tuple(layers), tuple(steps)
+    return Decision(tuple(layers), tuple(steps))
 
 
 def join_layers(left: MergedLayer, right: MergedLayer, weight: float) -> MergedLayer:

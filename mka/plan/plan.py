@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from mka.errors import PlanError
 
@@ -92,6 +92,13 @@ class Step:
     right: tuple[int, ...]
     score: float
     weight: float
+
+
+class Decision(NamedTuple):
+    """What a method decides: one `MergedLayer` per output layer, in order, and the steps that led there, in order."""
+
+    layers: tuple[MergedLayer, ...]
+    steps: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from mka.errors import PlanError
 from mka.evidence.needs import HIDDEN_STATES, TRIALS, Evidence
 from mka.evidence.states import LayerScores
-from mka.methods import get_method, method_settings
+from mka.methods import get_method, method_settings, resolve_method
 from mka.methods.aligned import _propose
 from mka.plan.grouping import partition_layers
 from mka.plan.plan import MergedLayer, identity_layers
 from mka.plan.target import Aim
+from mka.recipe import MethodChoice
 
 # partition_layers
 
@@ -103,11 +104,11 @@ def tables(**special):
 
 
 def choose(trials, layers_out, *, similarity=None, kinds=None, first=0, last=0, on_progress=None, **given):
-    method = get_method("aligned")
+    planner = resolve_method(MethodChoice(name="aligned", settings=given))
     values = np.eye(LAYERS) if similarity is None else similarity
     scores = LayerScores("pairwise-similarity", values, "", "aligned", {})
     evidence = Evidence(LAYERS, kinds or [None] * LAYERS, trials=trials, on_progress=on_progress)
-    return method.plan(evidence, scores, Aim(layers_out, first, last), method_settings("aligned", given))
+    return planner.plan(evidence, scores, Aim(layers_out, first, last))
 
 
 def groups(plan):

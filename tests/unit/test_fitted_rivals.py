@@ -92,17 +92,17 @@ def test_the_block_of_least_cosine_distance_goes_and_the_first_layer_stays(name)
     for text in range(2):
         turned = np.cumsum([0.0, *angles[:, text]])
         pooled[:, text] = 3 * np.stack([np.cos(turned), np.sin(turned)], axis=1)
-    method, settings = get_method(name), method_settings(name, {})
+    planner = resolve_method(MethodChoice(name=name))
     evidence = Evidence(4, "aaaa", HiddenStates(pooled.astype(np.float32), np.zeros(4), np.full(2, 3)))
-    scores = method.score(evidence, settings)
+    scores = planner.method.score(evidence, planner.settings)
     assert scores.values[1, 1] == pytest.approx((1 - (np.cos(1.0) + 1) / 2) / 2, abs=1e-6)
     assert scores.values[1, 2] == pytest.approx((1 - (np.cos(1.7) + np.cos(0.62)) / 2) / 2, abs=1e-6)
-    one = method.plan(evidence, scores, Aim(3), settings)
+    one = planner.plan(evidence, scores, Aim(3))
     # Layer 0 turns least of all and stays. Mean cosines: 0.770 of layer 1, 0.789 of 2; mean angles: 0.5 and 0.66.
     assert one.removed == (2,) and one.steps == (Step((2,), (), pytest.approx(0.10536, abs=1e-4), 0.0),)
-    assert method.plan(evidence, scores, Aim(1), settings).removed == (1, 2, 3)
+    assert planner.plan(evidence, scores, Aim(1)).removed == (1, 2, 3)
     with pytest.raises(PlanError, match="first 1 and last 2 protected"):
-        method.plan(evidence, scores, Aim(2, 0, 2), settings)
+        planner.plan(evidence, scores, Aim(2, 0, 2))
 
 
 def test_cosine_distance_is_its_definition():

@@ -6,11 +6,12 @@ import pytest
 from mka.errors import PlanError, RecipeError
 from mka.evidence.needs import Evidence
 from mka.evidence.states import LayerScores
-from mka.methods import get_method, method_settings
+from mka.methods import resolve_method
 from mka.plan.deleting import delete_least_important
 from mka.plan.grouping import join_layers, merge_adjacent
 from mka.plan.plan import MergedLayer, Step
 from mka.plan.target import Aim, resolve_target
+from mka.recipe import MethodChoice
 
 
 def adjacent(*values, far=0.0):
@@ -167,7 +168,7 @@ def test_join_is_a_convex_combination_of_groups():
 
 
 def test_deletion_takes_the_least_important_and_ties_the_deeper():
-    layers, steps = delete_least_important(np.array([0.0, 0.3, 0.1, 0.1, 0.2, 0.0]), 4, protect_first=1, protect_last=1)
+    layers, steps = delete_least_important(np.array([0.0, 0.3, 0.1, 0.1, 0.2, 0.0]), Aim(4, 1, 1))
     assert groups(layers) == [(0,), (1,), (4,), (5,)]
     assert steps == (Step((3,), (), 0.1, 0.0), Step((2,), (), 0.1, 0.0))
 
@@ -175,7 +176,7 @@ def test_deletion_takes_the_least_important_and_ties_the_deeper():
 @pytest.mark.parametrize(("first", "last", "reached"), [(2, 2, 4), (3, 3, 6), (5, 5, 6)])
 def test_deletion_refuses_what_protection_forbids(first, last, reached):
     with pytest.raises(PlanError, match=f"target of 3 layers cannot be reached: .* at {reached} layers"):
-        delete_least_important(np.arange(6.0), 3, protect_first=first, protect_last=last)
+        delete_least_important(np.arange(6.0), Aim(3, first, last))
 
 
 # Ten layers of 60 bytes in a checkpoint of 1,000 bytes: 6 % each.
@@ -231,7 +232,7 @@ def test_no_target_at_all_is_refused():
 def plan_with_mka(similarity, layers_out, *, divergence=None, **settings):
     scores = LayerScores("pairwise-similarity", similarity, "", "mka", {})
     evidence = Evidence(len(similarity), ["same"] * len(similarity), divergence=divergence)
-    return get_method("mka").plan(evidence, scores, Aim(layers_out), method_settings("mka", settings))
+    return resolve_method(MethodChoice(name="mka", settings=settings)).plan(evidence, scores, Aim(layers_out))
 
 
 def test_similarity_is_the_share_of_the_earlier_layer():
@@ -284,4 +285,4 @@ def test_line_search_sees_earlier_merges():
 def test_scores_of_another_model_are_refused():
     scores = LayerScores("pairwise-similarity", adjacent(0.5), "", "mka", {})
     with pytest.raises(PlanError, match="scores are of 2 layers, the model has 3"):
-        get_method("mka").plan(Evidence(3, "aaa"), scores, Aim(2), method_settings("mka", {}))
+        resolve_method(MethodChoice(name="mka")).plan(Evidence(3, "aaa"), scores, Aim(2))

@@ -14,17 +14,18 @@ from numpy.testing import assert_allclose
 from mka.errors import NumericsError, PlanError
 from mka.evidence.needs import LOSS, Evidence
 from mka.evidence.states import HiddenStates, LayerScores
-from mka.methods import get_method, method_settings
+from mka.methods import resolve_method
 from mka.methods.laco import collapse_layers
 from mka.methods.uidl import angular_distance
 from mka.plan.plan import MergedLayer, Step, identity_layers, keep_layers
 from mka.plan.target import Aim
+from mka.recipe import MethodChoice
 
 
 def plan_with(name, count, aim, *, scores=None, kinds=None, **evidence):
     settings = evidence.pop("settings", {})
     given = Evidence(count, kinds or ["same"] * count, **evidence)
-    return get_method(name).plan(given, scores, aim, method_settings(name, settings))
+    return resolve_method(MethodChoice(name=name, settings=settings)).plan(given, scores, aim)
 
 
 def groups(layers):
@@ -72,10 +73,10 @@ def turning_states(angles, *, texts=3, seed=0):
 
 
 def plan_uidl(states, aim):
-    method, settings = get_method("uidl"), method_settings("uidl", {})
+    planner = resolve_method(MethodChoice(name="uidl"))
     evidence = Evidence(states.layers, "a" * states.layers, states)
-    scores = method.score(evidence, settings)
-    return scores, method.plan(Evidence(states.layers, "a" * states.layers), scores, aim, settings)
+    scores = planner.method.score(evidence, planner.settings)
+    return scores, planner.plan(Evidence(states.layers, "a" * states.layers), scores, aim)
 
 
 def test_angular_distance_is_the_arccosine_over_pi():
