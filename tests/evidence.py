@@ -4,21 +4,20 @@ import dataclasses
 
 import pytest
 import torch
-from candidates import build_candidate
 from conftest import FAMILY_NAMES, make_tokenizer
 
 from mka.alignment.lockstep import Alignment
-from mka.alignment.trials import AlignedTrials
-from mka.evidence.needs import DIVERGENCE, HIDDEN_STATES, LOSS, OUTPUT_SIMILARITY, REOBSERVE, TRIALS, Evidence
-from mka.evidence.observe import observe
-from mka.evidence.oracles import Divergence, Loss, OutputSimilarity
+from mka.evidence.gather import make_oracles
+from mka.evidence.needs import HIDDEN_STATES, Evidence
+from mka.evidence.observe import observe_tokens
 from mka.methods import method_names, resolve_method
 from mka.model.families import get_family, layer_kinds
-from mka.recipe import MethodChoice
+from mka.recipe import CalibrationSettings, MethodChoice
+from mka.texts.tokens import tokenize
 from mka.texts.windows import pack_windows
 
 TOKENIZER = make_tokenizer()
-ORACLES = {DIVERGENCE: Divergence, LOSS: Loss, OUTPUT_SIMILARITY: OutputSimilarity}
+LOOKING = CalibrationSettings(samples=40, max_tokens=24, search_tokens=200)
 IDS = (torch.arange(1, 25) * 31 % 97).reshape(2, 12)
 # Settings under which a method takes another road; a method not named here has one.
 SMALL = {"tokens": 256, "heldout_tokens": 64, "context": 16}
@@ -47,6 +46,11 @@ def logits(model):
         return model(IDS, use_cache=False).logits
 
 
+def observe(model, tokenizer, texts, *, max_tokens, **options):
+    """Hidden states of all layers on texts cut to so many tokens."""
+    return observe_tokens(model, tokenize(tokenizer, texts, max_tokens), **options)
+
+
 def look(model, texts, **options):
     return observe(model, TOKENIZER, texts, max_tokens=24, **options)
 
@@ -57,16 +61,7 @@ def gather(model, needs, texts, settings=None):
     evidence = Evidence(model.config.num_hidden_layers, kinds)
     if HIDDEN_STATES in needs:
         evidence = dataclasses.replace(evidence, states=look(model, texts))
-    if REOBSERVE in needs:
-        evidence = dataclasses.replace(evidence, reobserve=lambda layers: look(build_candidate(model, layers), texts))
-    for need in needs & ORACLES.keys():
-        oracle = ORACLES[need](model, TOKENIZER, texts, max_tokens=24, tokens=200)
-        evidence = dataclasses.replace(evidence, **{need: oracle})
-    if TRIALS in needs:
-        fitted, heldout = settings.tokens // settings.context, settings.heldout_tokens // settings.context
-        windows = pack_windows(TOKENIZER, texts, settings.context, fitted + heldout)
-        evidence = dataclasses.replace(evidence, trials=AlignedTrials(model, torch.tensor(windows), heldout))
-    return evidence
+    return dataclasses.replace(evidence, **make_oracles(needs, settings, model, TOKENIZER, texts, LOOKING))
 
 
 def aligned_tensors(model, plan, texts):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from candidates import build_candidate
 from conftest import LAYERS, make_texts, make_tiny_model, save_model
+from evidence import observe
 from safetensors.torch import load_file
 
 from mka.errors import PlanError
-from mka.evidence.observe import observe
 from mka.evidence.oracles import Divergence
 from mka.model.checkpoint import open_checkpoint
 from mka.model.families import get_family

@@ -10,13 +10,14 @@ import torch
 from alignments import SAME_KIND, concatenate, draw_windows, keep_one, make_sharp_model, replace, without
 from candidates import build_candidate
 from conftest import FAMILY_NAMES, make_texts, make_tiny_model, make_tokenizer, save_model
+from evidence import observe
 from safetensors.torch import load_file, save_file
 
 from mka.alignment.lockstep import Alignment
 from mka.alignment.trials import AlignedTrials
 from mka.errors import CheckpointError
 from mka.evidence.cuts import Cut
-from mka.evidence.observe import observe, observe_tokens
+from mka.evidence.observe import observe_tokens
 from mka.evidence.oracles import Divergence, Loss, OutputSimilarity
 from mka.evidence.residuals import stream_cuts
 from mka.model.checkpoint import open_checkpoint
