@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from candidates import build_candidate
-from conftest import LAYERS, make_texts, make_tiny_model, save_model
-from evidence import observe
 from safetensors.torch import load_file
+from support.candidates import build_candidate
+from support.evidence import observe
+from support.models import LAYERS, make_texts, make_tiny_model, save_model
 
 from mka.errors import PlanError
 from mka.evidence.oracles import Divergence

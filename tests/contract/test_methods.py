@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILY_NAMES, LAYERS, save_model
-from evidence import ROADS, aligned_tensors, every_family, every_method, score_and_plan
 from numpy.testing import assert_allclose
 from safetensors.torch import load_file
+from support.evidence import ROADS, aligned_tensors, every_family, every_method, score_and_plan
+from support.models import FAMILY_NAMES, LAYERS, save_model
 
 from mka.errors import PlanError, RecipeError
 from mka.evidence.needs import DIVERGENCE, HIDDEN_STATES, LOSS, OUTPUT_SIMILARITY, REOBSERVE, TRIALS

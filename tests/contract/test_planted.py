@@ -5,9 +5,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from candidates import build_candidate
-from conftest import LAYERS, make_texts, make_tiny_model
-from evidence import (
+from numpy.testing import assert_allclose
+from support.candidates import build_candidate
+from support.evidence import (
     TOKENIZER,
     every_family,
     gather,
@@ -16,7 +16,7 @@ from evidence import (
     neutralise,
     score_and_plan,
 )
-from numpy.testing import assert_allclose
+from support.models import LAYERS, make_texts, make_tiny_model
 
 from mka.errors import NumericsError
 from mka.evidence.needs import HIDDEN_STATES, Evidence

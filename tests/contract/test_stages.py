@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import LAYERS, make_tiny_model, save_model
-from evidence import TOKENIZER, every_family, every_method, look, score_and_plan
 from safetensors.torch import load_file, save_file
+from support.evidence import TOKENIZER, every_family, every_method, look, score_and_plan
+from support.models import LAYERS, make_tiny_model, save_model
 
 from mka.alignment.aligner import Aligner
 from mka.alignment.lockstep import Alignment

@@ -15,7 +15,7 @@ os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
 import pytest
 import torch
 import yaml
-from conftest import make_texts, make_tiny_model, save_model
+from support.models import make_texts, make_tiny_model, save_model
 
 
 @pytest.fixture(scope="session")
