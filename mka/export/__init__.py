@@ -14,6 +14,11 @@ _EXPORTS = {
 Export = Callable[[Path, Path], None]
 
 
+def export_names() -> list[str]:
+    """Names of all forms."""
+    return list(_EXPORTS)
+
+
 def get_export(name: str) -> Export:
     """Return what writes a model folder in a form: called with the folder and an empty folder to fill.
 
