@@ -54,7 +54,7 @@ check: setup ## Style, formatting, docstrings, types, import contracts, lock aga
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
-	@$(BIN)/python -m pytest --quiet --noconftest tests/unit/test_project.py
+	@$(BIN)/python -m pytest --quiet --noconftest tests/unit/project/test_project.py
 
 up: setup ## Start a local Prefect server, MLflow server and worker; prints their addresses
 	@$(BIN)/python -m flows.servers up

@@ -1,7 +1,6 @@
 """The terminal: bars with a rate only where somebody watches, quiet libraries, aligned tables."""
 
 import contextlib
-import importlib
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -100,39 +99,88 @@ def show_progress(
         yield bar.update
 
 
-# Modules of compressed-tensors that draw bars and offer no switch for them.
-_BARS = ("quantization.lifecycle.apply", "offload.dispatch", "compressors.model_compressors.model_compressor")
+# Names of libraries that are replaced where they offer no switch, by what is then kept off the terminal. The only such
+# table: a library that renames one of them fails a test.
+REPLACED = {
+    "bars of quantized folders": (
+        "compressed_tensors.quantization.lifecycle.apply.tqdm",
+        "compressed_tensors.offload.dispatch.tqdm",
+        "compressed_tensors.compressors.model_compressors.model_compressor.tqdm",
+    ),
+    "bars of tasks": ("lm_eval.api.task.tqdm", "lm_eval.api.model.tqdm", "lm_eval.models.huggingface.tqdm"),
+    # lm-eval's account of git and the machine costs seconds and prints; ours is in the report's conditions.
+    "account of tasks": ("lm_eval.evaluator.get_git_commit_hash", "lm_eval.evaluator.add_env_info"),
+}
 
 
-@contextlib.contextmanager
+@contextmanager
+def _replacing(what: str, by: Callable[..., Any]) -> Iterator[None]:
+    from unittest import mock
+
+    with contextlib.ExitStack() as stack:
+        for name in REPLACED[what]:
+            stack.enter_context(mock.patch(name, by))
+        yield
+
+
+@contextmanager
+def _errors_only(*names: str) -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+@contextmanager
 def quiet_libraries(quantized: bool = False) -> Iterator[None]:
     """Keep the model libraries' own bars, reports and advice off the terminal; what matters is raised or measured.
 
     Args:
         quantized: whether a quantized folder will be loaded.
     """
-    from unittest import mock
-
     from transformers.utils import logging as hf_logging
 
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    names = ("accelerate", "compressed_tensors", "lm_eval", "datasets", "huggingface_hub")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    drawn = _replacing("bars of quantized folders", lambda items, **_: items)
     try:
-        with contextlib.ExitStack() as stack:
-            # Stock loading of quantized folders draws these bars and offers no switch.
-            for name in _BARS if quantized else ():
-                module = importlib.import_module(f"compressed_tensors.{name}")
-                stack.enter_context(mock.patch.object(module, "tqdm", lambda items, **_: items))
+        with (
+            _errors_only("accelerate", "compressed_tensors", "lm_eval", "datasets", "huggingface_hub"),
+            drawn if quantized else contextlib.nullcontext(),
+        ):
             yield
     finally:
         hf_logging.set_verbosity(verbosity)
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+@contextmanager
+def quiet_lm_eval(progress: bool) -> Iterator[None]:
+    """Draw one bar for all requests, if any, instead of one per step and task, and warn of no item."""
+    import datasets
+    from tqdm import tqdm
+
+    def bar(*args: Any, desc: str = "", **options: Any) -> Any:
+        shown = progress and desc.startswith("Running")
+        style = {"desc": f"{'tasks':<22}", "unit": " req", "mininterval": 0.5 if sys.stderr.isatty() else 10}
+        return tqdm(*args, **{**options, **style, "disable": not shown})
+
+    bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        with (
+            _errors_only("lm_eval"),
+            _replacing("account of tasks", lambda *_: None),
+            _replacing("bars of tasks", bar),
+        ):
+            yield
+    finally:
+        if bars:
+            datasets.enable_progress_bars()

@@ -8,7 +8,7 @@ import torch
 
 from mka.alignment.lockstep import Alignment
 from mka.alignment.table import find_heldout
-from mka.plan.plan import LayerRecipe
+from mka.plan.plan import MergedLayer
 from mka.recipe import AlignmentFit
 from mka.terminal import show_progress
 from mka.texts.windows import deal_windows, make_copies
@@ -35,7 +35,7 @@ class Aligner:
         self.copies = make_copies(every, round(settings.copies * len(every)))
 
     def align(
-        self, layers: Sequence[LayerRecipe], write: Callable[[Iterator[Mapping[str, torch.Tensor]]], Written]
+        self, layers: Sequence[MergedLayer], write: Callable[[Iterator[Mapping[str, torch.Tensor]]], Written]
     ) -> tuple[Written, dict[str, Any]]:
         """Refit the output layers while they are written.
 
@@ -55,7 +55,7 @@ class Aligner:
         return written, facts
 
     @torch.inference_mode()
-    def _refit(self, layers: Sequence[LayerRecipe], facts: dict[str, Any]) -> Iterator[Mapping[str, torch.Tensor]]:
+    def _refit(self, layers: Sequence[MergedLayer], facts: dict[str, Any]) -> Iterator[Mapping[str, torch.Tensor]]:
         """Yield the refitted tensors of each output layer; with the last, note the facts of the fit.
 
         The penalty is chosen when the first is asked for, after whoever writes them has refused what cannot be written.
@@ -84,7 +84,7 @@ class Aligner:
                     }
                 yield made.tensors
 
-    def _choose_penalty(self, layers: Sequence[LayerRecipe]) -> tuple[float, dict[str, Any]]:
+    def _choose_penalty(self, layers: Sequence[MergedLayer]) -> tuple[float, dict[str, Any]]:
         given = self.settings.penalty
         if given != "auto":
             return float(given), {}

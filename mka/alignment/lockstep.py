@@ -27,7 +27,7 @@ from mka.model.decoder import as_decoder
 from mka.model.families import Family
 from mka.model.parts import ATTENTION, MLP, check_parts, run_part
 from mka.model.readout import read_out, sum_divergence
-from mka.plan.plan import LayerRecipe
+from mka.plan.plan import MergedLayer
 from mka.transforms.verbs import combine_layers
 
 VERSION = 3
@@ -62,7 +62,7 @@ class Teacher:
     after: torch.Tensor
 
 
-def find_ends(layers: Sequence[LayerRecipe], count: int) -> list[int]:
+def find_ends(layers: Sequence[MergedLayer], count: int) -> list[int]:
     """Return the source layer whose output each output layer has to reproduce.
 
     It is the one before the next output layer's first source, so that deleted layers, named by no output layer, are
@@ -107,7 +107,7 @@ class Alignment:
 
     def walk(
         self,
-        layers: Sequence[LayerRecipe],
+        layers: Sequence[MergedLayer],
         *,
         penalty: float = 1.0,
         on_layer: Callable[[int], Any] | None = None,
@@ -129,7 +129,7 @@ class Alignment:
     @torch.inference_mode()
     def walk_students(
         self,
-        layers: Sequence[LayerRecipe],
+        layers: Sequence[MergedLayer],
         penalties: Sequence[float],
         *,
         on_layer: Callable[[int], Any] | None = None,
@@ -188,7 +188,7 @@ class Alignment:
         return Teacher(before, between, states)
 
     def fit_layer(
-        self, layer: LayerRecipe, student: torch.Tensor, group: Teacher, penalty: float
+        self, layer: MergedLayer, student: torch.Tensor, group: Teacher, penalty: float
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, Any]]:
         """Make one output layer; return the student's states after it, its tensors, and facts."""
         made, chosen = self._build(layer)
@@ -207,7 +207,7 @@ class Alignment:
         tensors = {name: value.detach() for name, value in made.state_dict().items()}
         return student, tensors, facts | {"error": _relative_error(student, group.after)}
 
-    def _build(self, layer: LayerRecipe) -> tuple[torch.nn.Module, tuple[tuple[int, ...], tuple[int, ...]]]:
+    def _build(self, layer: MergedLayer) -> tuple[torch.nn.Module, tuple[tuple[int, ...], tuple[int, ...]]]:
         """Return a new layer as the plan has it before any refit, and the source layers of its two halves."""
         modules = self.decoder.layers
         if layer.verb == "take":

@@ -7,7 +7,7 @@ import torch
 from mka.alignment.lockstep import Alignment
 from mka.model.parts import Part, run_part
 from mka.model.readout import read_out, sum_divergence
-from mka.plan.plan import LayerRecipe
+from mka.plan.plan import MergedLayer
 
 # Windows of tokens said twice.
 COPIES = 2
@@ -79,7 +79,7 @@ class AlignedTrials:
         return self.known[layer, part.kind]
 
     @torch.inference_mode()
-    def measure_group(self, layer: LayerRecipe) -> float:
+    def measure_group(self, layer: MergedLayer) -> float:
         """Return the divergence of the base with one group of layers replaced by one aligned layer."""
         if layer not in self.known:
             first, last = layer.sources[0], layer.sources[-1]

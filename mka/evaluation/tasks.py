@@ -2,14 +2,10 @@
 
 import hashlib
 import importlib.util
-import logging
 import math
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 
@@ -17,6 +13,7 @@ from mka.errors import NumericsError, RecipeError, nearest
 from mka.evaluation.metrics import Subject
 from mka.evaluation.scores import Score
 from mka.evaluation.task_tables import MMLU, MMLU_FOLDER, TASKS, one_line, override_tables
+from mka.terminal import quiet_lm_eval
 
 LONGEST_PROMPT = 2048
 
@@ -95,7 +92,7 @@ def run_tasks(
     from lm_eval import simple_evaluate
 
     members = {name: list_mmlu() if name == MMLU else [name] for name in tasks}
-    with _quiet_lm_eval(progress):
+    with quiet_lm_eval(progress):
         manager, built = _build_tasks([m for names in members.values() for m in names], tasks_folder, shots)
         samples: dict[str, list[int]] = {}
         for name, limit in tasks.items():
@@ -231,36 +228,3 @@ def _score(
         extra["per_subject"] = {m.removeprefix(f"{MMLU}_"): len(results["samples"][m]) for m in members}
         extra["limit_rule"] = "total, spread over subjects by size, at least one item each"
     return Score(name, metric, value, math.sqrt(value * (1 - value) / (n - 1)), n, True, items, extra)
-
-
-@contextmanager
-def _quiet_lm_eval(progress: bool) -> Iterator[None]:
-    """One bar for all requests instead of one per step and task, and no warning per item."""
-    import datasets
-    import lm_eval.api.model
-    import lm_eval.api.task
-    import lm_eval.evaluator
-    import lm_eval.models.huggingface
-    from tqdm import tqdm
-
-    def bar(*args: Any, desc: str = "", **options: Any) -> Any:
-        shown = progress and desc.startswith("Running")
-        style = {"desc": f"{'tasks':<22}", "unit": " req", "mininterval": 0.5 if sys.stderr.isatty() else 10}
-        return tqdm(*args, **{**options, **style, "disable": not shown})
-
-    logger, bars = logging.getLogger("lm_eval"), datasets.is_progress_bar_enabled()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    try:
-        with ExitStack() as stack:
-            # Its own account of git and the machine costs seconds and prints; ours is in the report's conditions.
-            for name in ("get_git_commit_hash", "add_env_info"):
-                stack.enter_context(mock.patch.object(lm_eval.evaluator, name, lambda *_: None))
-            for module in (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface):
-                stack.enter_context(mock.patch.object(module, "tqdm", bar))
-            yield
-    finally:
-        logger.setLevel(level)
-        if bars:
-            datasets.enable_progress_bars()

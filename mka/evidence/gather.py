@@ -8,7 +8,7 @@ from mka.errors import CalibrationError
 from mka.evidence.needs import DIVERGENCE, LOSS, OUTPUT_SIMILARITY, REOBSERVE, RUNNING, TRIALS
 from mka.evidence.states import HiddenStates
 from mka.model.checkpoint import Checkpoint
-from mka.plan.plan import LayerRecipe
+from mka.plan.plan import MergedLayer
 from mka.recipe import CalibrationSettings, ModelSource
 from mka.terminal import show_progress
 
@@ -19,7 +19,7 @@ def observe_texts(
     texts: Sequence[str],
     settings: CalibrationSettings,
     description: str,
-    layers: Sequence[LayerRecipe] | None = None,
+    layers: Sequence[MergedLayer] | None = None,
 ) -> HiddenStates:
     """Observe a model's layers on texts, or the output layers planned of it, under a progress bar.
 
@@ -48,44 +48,60 @@ def open_oracles(
 ) -> Iterator[dict[str, Any]]:
     """Yield the parts of `Evidence` that run planned models, by their names; opens the model only for such parts.
 
-    They read its layers when they walk them, and serve within the block only.
-
-    Args:
-        needs: parts of `Evidence` a method wants.
-        options: its settings.
-        checkpoint: the base.
-        texts: calibration texts.
-        settings: how they are cut.
-        source: precision of the forward passes.
+    They read its layers when they walk them, and serve within the block only. For the arguments see `make_oracles`.
 
     Raises:
         CalibrationError: if there is too little text.
         CheckpointError: if the model does not load whole.
     """
-    wanted = needs & RUNNING
-    if not wanted:
+    if not needs & RUNNING:
         yield {}
         return
-    from mka.evidence.oracles import Divergence, Loss, OutputSimilarity
     from mka.model.loading import open_decoder
 
-    oracles = {DIVERGENCE: Divergence, LOSS: Loss, OUTPUT_SIMILARITY: OutputSimilarity}
     with open_decoder(checkpoint, source.dtype, source.trust_remote_code) as (decoder, tokenizer):
-        opened: dict[str, Any] = {
-            need: oracle(decoder, tokenizer, texts, max_tokens=settings.max_tokens, tokens=settings.search_tokens)
-            for need, oracle in oracles.items()
-            if need in wanted
-        }
-        if TRIALS in wanted:
-            opened[TRIALS] = _open_trials(decoder, tokenizer, texts, options)
-        if REOBSERVE in wanted:
-            opened[REOBSERVE] = lambda layers: observe_texts(
-                decoder, tokenizer, texts, settings, f"observe {len(layers)} layers", layers
-            )
-        yield opened
+        yield make_oracles(needs, options, decoder, tokenizer, texts, settings)
 
 
-def _open_trials(model: Any, tokenizer: Any, texts: Sequence[str], options: Any) -> Any:
+def make_oracles(
+    needs: frozenset[str],
+    options: Any,
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    settings: CalibrationSettings,
+) -> dict[str, Any]:
+    """Return the parts of `Evidence` that run models planned of this one, by their names.
+
+    Args:
+        needs: parts of `Evidence` a method wants.
+        options: its settings.
+        model: the base, of transformers or a `mka.model.decoder.Decoder`.
+        tokenizer: the base's.
+        texts: calibration texts.
+        settings: how they are cut.
+
+    Raises:
+        CalibrationError: if there is too little text.
+    """
+    from mka.evidence.oracles import Divergence, Loss, OutputSimilarity
+
+    oracles = {DIVERGENCE: Divergence, LOSS: Loss, OUTPUT_SIMILARITY: OutputSimilarity}
+    made: dict[str, Any] = {
+        need: oracle(model, tokenizer, texts, max_tokens=settings.max_tokens, tokens=settings.search_tokens)
+        for need, oracle in oracles.items()
+        if need in needs
+    }
+    if TRIALS in needs:
+        made[TRIALS] = _make_trials(model, tokenizer, texts, options)
+    if REOBSERVE in needs:
+        made[REOBSERVE] = lambda layers: observe_texts(
+            model, tokenizer, texts, settings, f"observe {len(layers)} layers", layers
+        )
+    return made
+
+
+def _make_trials(model: Any, tokenizer: Any, texts: Sequence[str], options: Any) -> Any:
     import torch
 
     from mka.alignment.trials import COPIES, AlignedTrials

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mka.evidence.states import HiddenStates
-from mka.plan.plan import LayerRecipe
+from mka.plan.plan import MergedLayer
 
 HIDDEN_STATES = "hidden_states"
 REOBSERVE = "reobserve"
@@ -28,7 +28,7 @@ class Trials(Protocol):
         """Without the MLP of one layer."""
         ...
 
-    def measure_group(self, layer: LayerRecipe) -> float:
+    def measure_group(self, layer: MergedLayer) -> float:
         """With one group of layers replaced by one aligned layer."""
         ...
 
@@ -53,9 +53,9 @@ class Evidence:
     layers: int
     kinds: Sequence[Any]
     states: HiddenStates | None = None
-    reobserve: Callable[[Sequence[LayerRecipe]], HiddenStates] | None = None
-    divergence: Callable[[Sequence[LayerRecipe]], float] | None = None
-    loss: Callable[[Sequence[LayerRecipe]], float] | None = None
-    output_similarity: Callable[[Sequence[LayerRecipe]], float] | None = None
+    reobserve: Callable[[Sequence[MergedLayer]], HiddenStates] | None = None
+    divergence: Callable[[Sequence[MergedLayer]], float] | None = None
+    loss: Callable[[Sequence[MergedLayer]], float] | None = None
+    output_similarity: Callable[[Sequence[MergedLayer]], float] | None = None
     trials: Trials | None = None
     on_progress: Callable[[int], Any] | None = None

@@ -9,28 +9,7 @@ import torch
 from mka.evidence.states import HiddenStates
 from mka.evidence.walk import Batch, enter_texts, walk_layers
 from mka.model.decoder import as_decoder
-from mka.plan.plan import LayerRecipe, identity_layers
-from mka.texts.tokens import tokenize
-
-
-def observe(
-    model: Any,
-    tokenizer: Any,
-    texts: Sequence[str],
-    *,
-    max_tokens: int,
-    pooling: Literal["last", "mean"] = "last",
-    batch_size: int = 16,
-    on_layer: Callable[[int], Any] | None = None,
-) -> HiddenStates:
-    """Observe all layers on texts cut to ``max_tokens`` tokens; see `observe_tokens` for the rest.
-
-    Raises:
-        CalibrationError: if a text has no tokens.
-        NumericsError: if hidden states are not finite.
-    """
-    sequences = tokenize(tokenizer, texts, max_tokens)
-    return observe_tokens(model, sequences, pooling=pooling, batch_size=batch_size, on_layer=on_layer)
+from mka.plan.plan import MergedLayer, identity_layers
 
 
 @torch.inference_mode()
@@ -38,7 +17,7 @@ def observe_tokens(
     model: Any,
     sequences: Sequence[Sequence[int]],
     *,
-    layers: Sequence[LayerRecipe] | None = None,
+    layers: Sequence[MergedLayer] | None = None,
     pooling: Literal["last", "mean"] = "last",
     batch_size: int = 16,
     on_layer: Callable[[int], Any] | None = None,

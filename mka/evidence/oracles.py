@@ -9,7 +9,7 @@ from mka.errors import CalibrationError, NumericsError
 from mka.evidence.walk import Batch, walk_layers
 from mka.model.decoder import as_decoder
 from mka.model.readout import read_out, sum_divergence
-from mka.plan.plan import LayerRecipe, identity_layers
+from mka.plan.plan import MergedLayer, identity_layers
 from mka.texts.tokens import pad, tokenize
 
 # Positions whose logits are in memory at a time.
@@ -40,17 +40,17 @@ class Oracle:
         self.tokens = taken
         self.ids, self.mask = pad(sequences, self.decoder.device)
         start, self._contexts = self.decoder.enter(self.ids, self.mask)
-        self._layers: tuple[LayerRecipe, ...] = ()
+        self._layers: tuple[MergedLayer, ...] = ()
         self._inputs = [start]
-        self._measured: dict[tuple[LayerRecipe, ...], float] = {}
+        self._measured: dict[tuple[MergedLayer, ...], float] = {}
 
     @property
-    def base_layers(self) -> tuple[LayerRecipe, ...]:
+    def base_layers(self) -> tuple[MergedLayer, ...]:
         """Output layers that make the base."""
         return identity_layers(len(self.decoder.layers))
 
     @torch.inference_mode()
-    def run(self, layers: Sequence[LayerRecipe]) -> torch.Tensor:
+    def run(self, layers: Sequence[MergedLayer]) -> torch.Tensor:
         """Return the final-normed hidden states, (S, T, D), of the model these output layers make."""
         layers = tuple(layers)
         shared, limit = 0, min(len(layers), len(self._inputs)) - 1
@@ -64,14 +64,14 @@ class Oracle:
             raise NumericsError("the candidate's hidden states are NaN or infinite; the merge destroyed the model")
         return hidden
 
-    def __call__(self, layers: Sequence[LayerRecipe]) -> float:
+    def __call__(self, layers: Sequence[MergedLayer]) -> float:
         """Measure the model these output layers make; refusals are those of `measure`."""
         layers = tuple(layers)
         if layers not in self._measured:
             self._measured[layers] = self.measure(layers)
         return self._measured[layers]
 
-    def measure(self, layers: Sequence[LayerRecipe]) -> float:
+    def measure(self, layers: Sequence[MergedLayer]) -> float:
         """Run and measure the model these output layers make."""
         raise NotImplementedError
 
@@ -90,7 +90,7 @@ class Divergence(Oracle):
     _base: torch.Tensor | None = None
 
     @torch.inference_mode()
-    def measure(self, layers: Sequence[LayerRecipe]) -> float:
+    def measure(self, layers: Sequence[MergedLayer]) -> float:
         """Return nats per token for the model these output layers make.
 
         Raises:
@@ -112,7 +112,7 @@ class Loss(Oracle):
     """Mean negative log-likelihood of calibration tokens under planned models, each given those before it."""
 
     @torch.inference_mode()
-    def measure(self, layers: Sequence[LayerRecipe]) -> float:
+    def measure(self, layers: Sequence[MergedLayer]) -> float:
         """Return nats per predicted token (the first token of a text is given) for the model these layers make.
 
         Raises:
@@ -139,7 +139,7 @@ class OutputSimilarity(Oracle):
     _base: torch.Tensor | None = None
 
     @torch.inference_mode()
-    def measure(self, layers: Sequence[LayerRecipe]) -> float:
+    def measure(self, layers: Sequence[MergedLayer]) -> float:
         """Return the mean cosine, -1 to 1, for the model these output layers make.
 
         Raises:
@@ -149,6 +149,6 @@ class OutputSimilarity(Oracle):
             self._base = self._last(self.base_layers)
         return float(torch.nn.functional.cosine_similarity(self._base, self._last(layers), dim=-1).mean())
 
-    def _last(self, layers: Sequence[LayerRecipe]) -> torch.Tensor:
+    def _last(self, layers: Sequence[MergedLayer]) -> torch.Tensor:
         rows = torch.arange(len(self.mask), device=self.mask.device)
         return self.run(layers)[rows, self.mask.sum(dim=1) - 1].double()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mka.model.decoder import Decoder, put_tensor
-from mka.plan.plan import LayerRecipe
+from mka.plan.plan import MergedLayer
 from mka.texts.tokens import batch_by_length
 from mka.transforms.verbs import make_tensor
 
@@ -48,7 +48,7 @@ def enter_texts(decoder: Decoder, sequences: Sequence[Sequence[int]], batch_size
 @torch.inference_mode()
 def walk_layers(
     decoder: Decoder,
-    layers: Sequence[LayerRecipe],
+    layers: Sequence[MergedLayer],
     batches: Sequence[Batch],
     on_layer: Callable[[int], Any] | None = None,
 ) -> Iterator[tuple[int, Batch, torch.Tensor]]:
@@ -70,7 +70,7 @@ def walk_layers(
         with hold_layer(decoder, layer) as module:
             for batch in batches:
                 before = batch.states
-                output = module(before, **batch.contexts[layer.head])
+                output = module(before, **batch.contexts[layer.leader])
                 batch.states = output[0] if isinstance(output, tuple) else output
                 yield position, batch, before
         if on_layer:
@@ -78,18 +78,18 @@ def walk_layers(
 
 
 @contextmanager
-def hold_layer(decoder: Decoder, layer: LayerRecipe) -> Iterator[torch.nn.Module]:
+def hold_layer(decoder: Decoder, layer: MergedLayer) -> Iterator[torch.nn.Module]:
     """Have an output layer in memory within the block: a layer of the base, or one made of several.
 
     The arithmetic is `mka.transforms.verbs.make_tensor`, the same that writes checkpoints.
     """
     with decoder.hold(*layer.used):
-        yield decoder.layers[layer.head] if layer.is_copy else _make_layer(decoder, layer)
+        yield decoder.layers[layer.leader] if layer.is_copy else _make_layer(decoder, layer)
 
 
-def _make_layer(decoder: Decoder, layer: LayerRecipe) -> torch.nn.Module:
+def _make_layer(decoder: Decoder, layer: MergedLayer) -> torch.nn.Module:
     """Make a layer of the kind of the one that leads it; the layers used must be held, and tensors may be theirs."""
-    leader = decoder.layers[layer.head]
+    leader = decoder.layers[layer.leader]
     # What the memo holds is not copied: every parameter is replaced below.
     made = copy.deepcopy(leader, {id(value): value for value in leader.parameters()})
     state = {index: dict(decoder.layers[index].named_parameters()) for index in layer.used}

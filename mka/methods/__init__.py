@@ -11,7 +11,7 @@ from mka.errors import RecipeError, nearest
 from mka.evidence.cuts import CutEvidence
 from mka.evidence.needs import HIDDEN_STATES, Evidence
 from mka.evidence.states import LayerScores
-from mka.plan.plan import MergePlan
+from mka.plan.plan import Decision, MergePlan
 from mka.plan.target import Aim
 from mka.recipe import MethodChoice
 from mka.sections import Section, explain_validation
@@ -46,11 +46,11 @@ class Method:
         needs: which parts of `Evidence` it wants under given settings.
         score: what it thinks of the layers; None if it does not look.
         plan_settings: settings that scores do not depend on.
-        plan: evidence, scores, aim and settings to a plan.
+        decide: evidence, scores, aim and settings to output layers and the steps that led there.
         fit: residual streams at the plan's cuts, the plan and settings to folds; None if it fits nothing.
         competing: most layers whose heads or neurons compete for one output layer under given settings; above 1, only
             an alignment can write its plans.
-        units: how many units at most, and of what, ``plan`` reports for L layers, an aim and settings.
+        units: how many units at most, and of what, ``decide`` reports for L layers, an aim and settings.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Method:
     label: str
     source: str
     settings: type[Section]
-    plan: Callable[[Evidence, LayerScores | None, Aim, Any], MergePlan]
+    decide: Callable[[Evidence, LayerScores | None, Aim, Any], Decision]
     needs: Callable[[Any], frozenset[str]] = field(default=lambda settings: frozenset())
     score: Callable[[Evidence, Any], LayerScores] | None = None
     plan_settings: frozenset[str] = frozenset()
@@ -134,6 +134,24 @@ class Planner:
         """Return the settings as JSON types; with ``scoring`` those only that scores depend on."""
         idle = self.method.plan_settings if scoring else frozenset()
         return {key: value for key, value in self.settings.model_dump(mode="json").items() if key not in idle}
+
+    def plan(
+        self, evidence: Evidence, scores: LayerScores | None, aim: Aim, base: Mapping[str, Any] | None = None
+    ) -> MergePlan:
+        """Let the method decide, and put down what was decided, by whom, with which settings and of which base.
+
+        Args:
+            evidence: what the method asked for.
+            scores: what it thought of the layers.
+            aim: the target in layers.
+            base: facts of the base checkpoint.
+
+        Raises:
+            PlanError: if protection, layer kinds or scores do not let it reach the aim.
+        """
+        layers, steps = self.method.decide(evidence, scores, aim, self.settings)
+        label, settings = self.method.label, self.dump_settings()
+        return MergePlan(self.name, label, evidence.layers, layers, steps, settings, base or {})
 
 
 def resolve_method(choice: MethodChoice, where: str = "method") -> Planner:

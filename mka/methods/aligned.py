@@ -20,7 +20,7 @@ from mka.evidence.states import LayerScores
 from mka.methods import Method
 from mka.plan.deleting import deletable_layers
 from mka.plan.grouping import merge_adjacent, partition_layers
-from mka.plan.plan import LayerRecipe, MergePlan, Step, take_layers
+from mka.plan.plan import Decision, MergedLayer, Step, take_layers
 from mka.plan.target import Aim
 from mka.sections import Section
 from mka.similarity.npib import SimilaritySettings, score_similarity
@@ -53,25 +53,25 @@ def score(evidence: Evidence, settings: Settings) -> LayerScores:
     return replace(scores, settings={})
 
 
-def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> MergePlan:
+def decide(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> Decision:
     """Partition the layers into groups and say what each becomes."""
     assert scores is not None
     if scores.layers != evidence.layers:
         raise PlanError(f"scores are of {scores.layers} layers, the model has {evidence.layers}")
     if settings.selection == "similarity":
         spans = _group_by_similarity(evidence, scores.values, aim, settings)
-        recipes = {span: _make(span, (span[0], span[0]), settings) for span in spans if span[0] < span[1]}
-        costs = {span: float(scores.values[span]) for span in recipes}
+        made = {span: _make(span, (span[0], span[0]), settings) for span in spans if span[0] < span[1]}
+        costs = {span: float(scores.values[span]) for span in made}
     else:
-        recipes, costs = _try_groups(evidence, scores.values, aim, settings)
+        made, costs = _try_groups(evidence, scores.values, aim, settings)
         spans = partition_layers(costs, evidence.layers, aim.layers_out)
-    layers = tuple(recipes[span] if span in recipes else LayerRecipe((span[0],), (1.0,)) for span in spans)
+    layers = tuple(made[span] if span in made else MergedLayer((span[0],), (1.0,)) for span in spans)
     first_is_best = -1.0 if settings.selection == "similarity" else 1.0
-    merged = sorted((span for span in spans if span in recipes), key=lambda span: first_is_best * costs[span])
+    merged = sorted((span for span in spans if span in made), key=lambda span: first_is_best * costs[span])
     steps = tuple(
-        Step((a,), tuple(range(a + 1, b + 1)), costs[a, b], sum(recipes[a, b].weights[:1], 0.0)) for a, b in merged
+        Step((a,), tuple(range(a + 1, b + 1)), costs[a, b], sum(made[a, b].weights[:1], 0.0)) for a, b in merged
     )
-    return MergePlan("aligned", METHOD.label, evidence.layers, layers, steps, settings.model_dump(mode="json"))
+    return Decision(layers, steps)
 
 
 def _group_by_similarity(
@@ -88,21 +88,21 @@ def _group_by_similarity(
     return [(layer.sources[0], layer.sources[-1]) for layer in layers]
 
 
-def _make(span: tuple[int, int], survivors: tuple[int, ...], settings: Settings) -> LayerRecipe:
+def _make(span: tuple[int, int], survivors: tuple[int, ...], settings: Settings) -> MergedLayer:
     """Return what a group becomes; survivors are the layers whose attention and whose MLP it cannot do without."""
     sources = tuple(range(span[0], span[1] + 1))
     attention, mlp = survivors
     if settings.operator == "average":
-        return LayerRecipe(sources, (1.0 / len(sources),) * len(sources))
+        return MergedLayer(sources, (1.0 / len(sources),) * len(sources))
     return take_layers(sources, (attention,), (mlp,) if settings.operator == "keep" else sources)
 
 
 def _try_groups(
     evidence: Evidence, similarity: np.ndarray, aim: Aim, settings: Settings
-) -> tuple[dict[tuple[int, int], LayerRecipe], dict[tuple[int, int], float]]:
+) -> tuple[dict[tuple[int, int], MergedLayer], dict[tuple[int, int], float]]:
     trials = evidence.trials
     assert trials is not None
-    deletable_layers(evidence.layers, aim.layers_out, protect_first=aim.protect_first, protect_last=aim.protect_last)
+    deletable_layers(evidence.layers, aim)
     spans = _list_groups(evidence.layers, aim, settings)
     if settings.operator == "average":
         spans = [(a, b) for a, b in spans if len(set(evidence.kinds[a : b + 1])) == 1]
@@ -112,14 +112,14 @@ def _try_groups(
     partition_layers(dict.fromkeys(spans, 0.0), evidence.layers, aim.layers_out)
     # Choosing neurons would treble the cost of a trial; what one survivor loses says how alike the group is.
     tried = settings.model_copy(update={"operator": "keep"}) if settings.operator == "concat-select" else settings
-    recipes, costs = {}, {}
+    made, costs = {}, {}
     for a, b in spans:
         survivors = tuple(max(range(a, b + 1), key=miss) for miss in (trials.measure_attention, trials.measure_mlp))
-        recipes[a, b] = _make((a, b), survivors, settings)
+        made[a, b] = _make((a, b), survivors, settings)
         costs[a, b] = trials.measure_group(_make((a, b), survivors, tried))
         if evidence.on_progress:
             evidence.on_progress(1)
-    return recipes, costs
+    return made, costs
 
 
 def _list_groups(layers: int, aim: Aim, settings: Settings) -> list[tuple[int, int]]:
@@ -160,7 +160,7 @@ METHOD = Method(
     label="Aligned merging: groups proposed by NPIB and chosen by aligned divergence, refit in closed form",
     source="docs/method.md",
     settings=Settings,
-    plan=plan,
+    decide=decide,
     needs=needs,
     score=score,
     plan_settings=frozenset(Settings.model_fields),

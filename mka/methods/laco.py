@@ -30,11 +30,11 @@ from pydantic import Field
 from mka.evidence.needs import OUTPUT_SIMILARITY, Evidence
 from mka.evidence.states import LayerScores
 from mka.methods import Method
-from mka.plan.plan import LayerRecipe, MergePlan, Step, identity_layers
+from mka.plan.plan import Decision, MergedLayer, Step, identity_layers
 from mka.plan.target import Aim, refuse_unreachable
 from mka.sections import Section
 
-Layers = tuple[LayerRecipe, ...]
+Layers = tuple[MergedLayer, ...]
 Steps = tuple[Step, ...]
 LOWEST = 0.01  # a threshold below this is dropped
 
@@ -48,15 +48,15 @@ class Settings(Section):
     relax: float = Field(0.9, gt=0, lt=1, description="Factor on the threshold after a walk that ends above the target")
 
 
-def collapse_layers(group: Sequence[LayerRecipe]) -> LayerRecipe:
+def collapse_layers(group: Sequence[MergedLayer]) -> MergedLayer:
     """Collapse a run of output layers into its first: weights 1 - m for it and 1 for each of the m others."""
     first, *others = group
     # Adding zero turns -0.0 into 0.0, which reads better in a plan.
     weights = tuple((1.0 - len(others)) * w + 0.0 for w in first.weights) + tuple(w for o in others for w in o.weights)
-    return LayerRecipe(tuple(i for layer in group for i in layer.sources), weights)
+    return MergedLayer(tuple(i for layer in group for i in layer.sources), weights)
 
 
-def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> MergePlan:
+def decide(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> Decision:
     """Walk with an ever lower threshold until the target is met. A step's score is the cosine after it."""
     free = evidence.kinds[aim.protect_first : max(aim.protect_first, evidence.layers - aim.protect_last)]
     fewest = evidence.layers - len(free) + len(list(groupby(free)))
@@ -72,7 +72,7 @@ def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Set
         else:
             layers, steps = walk(layers, steps, -math.inf, 2)
         threshold *= settings.relax
-    return MergePlan("laco", METHOD.label, evidence.layers, layers, steps, settings.model_dump(mode="json"))
+    return Decision(layers, steps)
 
 
 class _Walk:
@@ -108,7 +108,7 @@ class _Walk:
         kind = self._kind(layers[position])
         return len(list(takewhile(lambda layer: self._kind(layer) == kind, after)))
 
-    def _kind(self, layer: LayerRecipe) -> Any:
+    def _kind(self, layer: MergedLayer) -> Any:
         return self.evidence.kinds[layer.sources[0]]
 
     def _measure(self, layers: Layers) -> float:
@@ -129,6 +129,6 @@ METHOD = Method(
     label="LaCo, layers collapsed by summed differences after folding norm gains",
     source="arXiv 2402.11187",
     settings=Settings,
-    plan=plan,
+    decide=decide,
     needs=lambda settings: frozenset({OUTPUT_SIMILARITY}),
 )

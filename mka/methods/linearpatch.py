@@ -21,18 +21,17 @@ Where this departs from the source:
   tokens. The first layer always stays, as it does there.
 """
 
+from functools import partial
+
 import numpy as np
 from pydantic import Field
 
 from mka.evidence.cuts import Cut, CutEvidence
-from mka.evidence.needs import HIDDEN_STATES, Evidence
-from mka.evidence.states import LayerScores
+from mka.evidence.needs import HIDDEN_STATES
 from mka.methods import Method
-from mka.plan.deleting import delete_block
 from mka.plan.plan import MergePlan
-from mka.plan.target import Aim
 from mka.sections import Section
-from mka.similarity.blocks import score_cosine
+from mka.similarity.blocks import delete_scored_block, score_cosine
 from mka.transforms.fold import Folds, fold_output_map
 
 
@@ -49,22 +48,6 @@ def rotate_channels(width: int) -> np.ndarray:
 
     power = width & -width
     return np.kron(hadamard(power) / np.sqrt(power), dct(np.eye(width // power), norm="ortho", axis=0))
-
-
-def score(evidence: Evidence, settings: Settings) -> LayerScores:
-    """Half the mean cosine distance across every block of layers, (L, L)."""
-    assert evidence.states is not None
-    return score_cosine(evidence.states, "linearpatch", settings.model_dump(mode="json"), evidence.on_progress)
-
-
-def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> MergePlan:
-    """Delete the block of least cosine distance that protection allows."""
-    assert scores is not None
-    layers, steps = delete_block(
-        scores.values, aim.layers_out, protect_first=max(1, aim.protect_first), protect_last=aim.protect_last
-    )
-    chosen = settings.model_dump(mode="json")
-    return MergePlan("linearpatch", METHOD.label, evidence.layers, layers, steps, chosen)
 
 
 class PatchSums:
@@ -117,9 +100,9 @@ METHOD = Method(
     label="LinearPatch, patch folded by least squares",
     source="arXiv 2505.24680",
     settings=Settings,
-    plan=plan,
+    decide=partial(delete_scored_block, kept=1),
     needs=lambda settings: frozenset({HIDDEN_STATES}),
-    score=score,
+    score=partial(score_cosine, method="linearpatch"),
     plan_settings=frozenset({"ridge"}),
     fit=fit,
 )

@@ -14,7 +14,7 @@ from mka.evidence.needs import DIVERGENCE, HIDDEN_STATES, REOBSERVE, Evidence
 from mka.evidence.states import LayerScores
 from mka.methods import Method
 from mka.plan.grouping import join_layers, merge_adjacent
-from mka.plan.plan import MergePlan
+from mka.plan.plan import Decision
 from mka.plan.target import Aim
 from mka.similarity.npib import SimilaritySettings, score_similarity
 
@@ -52,7 +52,7 @@ def score(evidence: Evidence, settings: Settings) -> LayerScores:
     return score_similarity(evidence.states, settings, "mka", evidence.on_progress)
 
 
-def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> MergePlan:
+def decide(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> Decision:
     """Merge the most similar adjacent pairs of the same kind."""
     assert scores is not None
     if scores.layers != evidence.layers:
@@ -70,7 +70,7 @@ def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Set
         assert evidence.reobserve is not None
         return score_similarity(evidence.reobserve(layers), settings, "mka").values
 
-    layers, steps = merge_adjacent(
+    return merge_adjacent(
         scores.values,
         aim.layers_out,
         kinds=evidence.kinds,
@@ -80,7 +80,6 @@ def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Set
         rescore=rescore if settings.selection == "iterative" else None,
         on_merge=(lambda: evidence.on_progress(1)) if evidence.on_progress else None,  # type: ignore[misc]
     )
-    return MergePlan("mka", METHOD.label, evidence.layers, layers, steps, settings.model_dump(mode="json"))
 
 
 def _search_weight(evidence: Evidence, layers: Any, position: int, grid: tuple[float, ...]) -> float:
@@ -112,7 +111,7 @@ METHOD = Method(
     label="MKA, layers merged by weighted average after folding norm gains",
     source="arXiv 2406.16330; docs/method.md",
     settings=Settings,
-    plan=plan,
+    decide=decide,
     needs=needs,
     score=score,
     plan_settings=frozenset({"selection", "weights", "weight", "grid"}),

@@ -15,37 +15,21 @@ One-shot: layers are chosen and scales measured on the base. The source's iterat
 after every compensated deletion, is not here.
 """
 
+from functools import partial
+
 import numpy as np
 
 from mka.evidence.cuts import Cut, CutEvidence
-from mka.evidence.needs import HIDDEN_STATES, Evidence
-from mka.evidence.states import LayerScores
+from mka.evidence.needs import HIDDEN_STATES
 from mka.methods import Method
-from mka.plan.deleting import delete_least_important
 from mka.plan.plan import MergePlan
-from mka.plan.target import Aim
 from mka.sections import Section
+from mka.similarity.blocks import delete_scored_layers, score_influence
 from mka.transforms.fold import Folds, fold_scales
 
 
 class Settings(Section):
     """Prune&Comp has no settings."""
-
-
-def score(evidence: Evidence, settings: Settings) -> LayerScores:
-    """Block Influence of every layer, (L,): 1 - mean cosine between a layer's input and its output."""
-    assert evidence.states is not None
-    meaning = "Block Influence, 1 - mean cosine of a layer's input and output (0: changes nothing, 2: reverses)"
-    return LayerScores("layer-importance", evidence.states.block_influence, meaning, "prune_and_comp", {})
-
-
-def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> MergePlan:
-    """Delete the layers of least Block Influence."""
-    assert scores is not None
-    layers, steps = delete_least_important(
-        scores.values, aim.layers_out, protect_first=aim.protect_first, protect_last=aim.protect_last
-    )
-    return MergePlan("prune_and_comp", METHOD.label, evidence.layers, layers, steps)
 
 
 def compare_magnitudes(entering: np.ndarray, leaving: np.ndarray) -> float:
@@ -71,8 +55,8 @@ METHOD = Method(
     label="Prune&Comp, layers deleted by Block Influence, magnitudes compensated at every cut",
     source="arXiv 2507.18212",
     settings=Settings,
-    plan=plan,
+    decide=delete_scored_layers,
     needs=lambda settings: frozenset({HIDDEN_STATES}),
-    score=score,
+    score=partial(score_influence, method="prune_and_comp"),
     fit=fit,
 )

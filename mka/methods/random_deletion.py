@@ -7,7 +7,7 @@ from mka.evidence.needs import Evidence
 from mka.evidence.states import LayerScores
 from mka.methods import Method
 from mka.plan.deleting import delete_least_important
-from mka.plan.plan import MergePlan
+from mka.plan.plan import Decision
 from mka.plan.target import Aim
 from mka.sections import Section
 
@@ -18,16 +18,13 @@ class Settings(Section):
     seed: int = Field(0, ge=0, description="Draws the order in which layers are deleted")
 
 
-def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> MergePlan:
+def decide(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> Decision:
     """Delete the first unprotected layers of one random order; under one seed, deletions are nested.
 
     Every set of unprotected layers is equally likely. A step's score is the layer's place in the order of all layers.
     """
     place = np.random.default_rng(settings.seed).permutation(evidence.layers).astype(np.float64)
-    layers, steps = delete_least_important(
-        place, aim.layers_out, protect_first=aim.protect_first, protect_last=aim.protect_last
-    )
-    return MergePlan("random_deletion", METHOD.label, evidence.layers, layers, steps, settings.model_dump(mode="json"))
+    return delete_least_important(place, aim)
 
 
 METHOD = Method(
@@ -36,5 +33,5 @@ METHOD = Method(
     label="Baseline: layers deleted at random",
     source="uniform draw without replacement",
     settings=Settings,
-    plan=plan,
+    decide=decide,
 )

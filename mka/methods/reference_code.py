@@ -8,7 +8,7 @@ without its last N layers, whatever the similarities were. It is kept as a basel
 from mka.evidence.needs import Evidence
 from mka.evidence.states import LayerScores
 from mka.methods import Method
-from mka.plan.plan import MergePlan, Step, keep_layers
+from mka.plan.plan import Decision, Step, keep_layers
 from mka.plan.target import Aim
 from mka.sections import Section
 
@@ -17,11 +17,11 @@ class Settings(Section):
     """Tail deletion has no settings."""
 
 
-def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> MergePlan:
+def decide(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> Decision:
     """Keep the first ``aim.layers_out`` layers; protection does not apply, as it does not in that code."""
     deleted = range(evidence.layers - 1, aim.layers_out - 1, -1)
     steps = tuple(Step((i,), (), 0.0, 0.0) for i in deleted)
-    return MergePlan("reference_code", METHOD.label, evidence.layers, keep_layers(range(aim.layers_out)), steps)
+    return Decision(keep_layers(range(aim.layers_out)), steps)
 
 
 METHOD = Method(
@@ -30,5 +30,5 @@ METHOD = Method(
     label="Baseline: tail deletion, what the MKA authors' released code does (it merges nothing)",
     source="behaviour of the released pipeline.py",
     settings=Settings,
-    plan=plan,
+    decide=decide,
 )

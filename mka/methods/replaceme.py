@@ -19,18 +19,17 @@ Where this departs from the source:
 Distances are of each text's last token, as in the source (with ``pooling: mean``, of the mean vectors).
 """
 
+from functools import partial
+
 import numpy as np
 from pydantic import Field
 
 from mka.evidence.cuts import Cut, CutEvidence
-from mka.evidence.needs import HIDDEN_STATES, Evidence
-from mka.evidence.states import LayerScores
+from mka.evidence.needs import HIDDEN_STATES
 from mka.methods import Method
-from mka.plan.deleting import delete_block
 from mka.plan.plan import MergePlan
-from mka.plan.target import Aim
 from mka.sections import Section
-from mka.similarity.blocks import score_cosine
+from mka.similarity.blocks import delete_scored_block, score_cosine
 from mka.transforms.fold import Folds, fold_output_map
 
 
@@ -38,22 +37,6 @@ class Settings(Section):
     """Settings of ReplaceMe."""
 
     ridge: float = Field(1e-5, ge=0, description="Pull of the map towards identity, relative; 0: plain least squares")
-
-
-def score(evidence: Evidence, settings: Settings) -> LayerScores:
-    """Half the mean cosine distance across every block of layers, (L, L)."""
-    assert evidence.states is not None
-    return score_cosine(evidence.states, "replaceme", settings.model_dump(mode="json"), evidence.on_progress)
-
-
-def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> MergePlan:
-    """Delete the block of least cosine distance that protection allows."""
-    assert scores is not None
-    layers, steps = delete_block(
-        scores.values, aim.layers_out, protect_first=max(1, aim.protect_first), protect_last=aim.protect_last
-    )
-    chosen = settings.model_dump(mode="json")
-    return MergePlan("replaceme", METHOD.label, evidence.layers, layers, steps, chosen)
 
 
 def fit(evidence: CutEvidence, plan: MergePlan, settings: Settings) -> Folds:
@@ -78,9 +61,9 @@ METHOD = Method(
     label="ReplaceMe, one block of layers deleted, its linear stand-in folded into the layer before it",
     source="arXiv 2505.02819",
     settings=Settings,
-    plan=plan,
+    decide=partial(delete_scored_block, kept=1),
     needs=lambda settings: frozenset({HIDDEN_STATES}),
-    score=score,
+    score=partial(score_cosine, method="replaceme"),
     plan_settings=frozenset({"ridge"}),
     fit=fit,
 )

@@ -11,7 +11,7 @@ from mka.evidence.needs import LOSS, Evidence
 from mka.evidence.states import LayerScores
 from mka.methods import Method
 from mka.plan.deleting import deletable_layers
-from mka.plan.plan import MergePlan, Step, identity_layers
+from mka.plan.plan import Decision, Step, identity_layers
 from mka.plan.target import Aim
 from mka.sections import Section
 
@@ -20,13 +20,11 @@ class Settings(Section):
     """SLEB has no settings."""
 
 
-def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> MergePlan:
+def decide(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> Decision:
     """Delete greedily by calibration loss; ties go to the deeper layer. A step's score is the loss after it."""
     assert evidence.loss is not None
     layers = list(identity_layers(evidence.layers))
-    free = deletable_layers(
-        evidence.layers, aim.layers_out, protect_first=aim.protect_first, protect_last=aim.protect_last
-    )
+    free = deletable_layers(evidence.layers, aim)
     steps: list[Step] = []
     while len(layers) > aim.layers_out:
         # Deepest first: each trial then begins like the one before, which `loss` makes use of; and ties go deeper.
@@ -36,7 +34,7 @@ def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Set
         steps.append(Step(layers.pop(best).sources, (), losses[best], 0.0))
         if evidence.on_progress:
             evidence.on_progress(1)
-    return MergePlan("sleb", METHOD.label, evidence.layers, tuple(layers), tuple(steps))
+    return Decision(tuple(layers), tuple(steps))
 
 
 METHOD = Method(
@@ -45,6 +43,6 @@ METHOD = Method(
     label="SLEB, layers deleted greedily by calibration loss",
     source="arXiv 2402.09025",
     settings=Settings,
-    plan=plan,
+    decide=decide,
     needs=lambda settings: frozenset({LOSS}),
 )

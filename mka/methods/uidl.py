@@ -16,11 +16,8 @@ import numpy as np
 from mka.evidence.needs import HIDDEN_STATES, Evidence
 from mka.evidence.states import LayerScores
 from mka.methods import Method
-from mka.plan.deleting import delete_block
-from mka.plan.plan import MergePlan
-from mka.plan.target import Aim
 from mka.sections import Section
-from mka.similarity.blocks import measure_blocks
+from mka.similarity.blocks import delete_scored_block, measure_blocks
 
 
 class Settings(Section):
@@ -43,22 +40,13 @@ def score(evidence: Evidence, settings: Settings) -> LayerScores:
     return LayerScores("block-distance", values, meaning, "uidl", {})
 
 
-def plan(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> MergePlan:
-    """Delete the block of least angular distance that protection allows; ties go to the deeper block."""
-    assert scores is not None
-    layers, steps = delete_block(
-        scores.values, aim.layers_out, protect_first=aim.protect_first, protect_last=aim.protect_last
-    )
-    return MergePlan("uidl", METHOD.label, evidence.layers, layers, steps)
-
-
 METHOD = Method(
     name="uidl",
     summary="Delete the contiguous block of layers across which hidden states turn least",
     label="UIDL, one block of layers deleted by angular distance",
     source="arXiv 2403.17887",
     settings=Settings,
-    plan=plan,
+    decide=delete_scored_block,
     needs=lambda settings: frozenset({HIDDEN_STATES}),
     score=score,
 )

@@ -66,10 +66,9 @@ def plan_layers(
         PlanError: if protection and layer kinds leave nothing to merge.
     """
     evidence = Evidence(checkpoint.layers, checkpoint.kinds, **oracles)
-    with show_progress("plan merges", *planner.method.units(checkpoint.layers, aim, planner.settings)) as advance:
-        plan = planner.method.plan(replace(evidence, on_progress=advance), scores, aim, planner.settings)
     base = {"model": source.label, "digest": checkpoint.digest, "model_type": checkpoint.family.model_type}
-    return replace(plan, base=base)
+    with show_progress("plan merges", *planner.method.units(checkpoint.layers, aim, planner.settings)) as advance:
+        return planner.plan(replace(evidence, on_progress=advance), scores, aim, base)
 
 
 def fit_folds(

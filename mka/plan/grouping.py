@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mka.errors import PlanError
-from mka.plan.plan import LayerRecipe, Step, identity_layers
+from mka.plan.plan import Decision, MergedLayer, Step, identity_layers
 from mka.plan.target import refuse_unreachable
 
 
@@ -17,10 +17,10 @@ def merge_adjacent(
     kinds: Sequence[Any],
     protect_first: int,
     protect_last: int,
-    choose_weight: Callable[[Sequence[LayerRecipe], int, float], float],
-    rescore: Callable[[Sequence[LayerRecipe]], np.ndarray] | None = None,
+    choose_weight: Callable[[Sequence[MergedLayer], int, float], float],
+    rescore: Callable[[Sequence[MergedLayer]], np.ndarray] | None = None,
     on_merge: Callable[[], Any] | None = None,
-) -> tuple[tuple[LayerRecipe, ...], tuple[Step, ...]]:
+) -> Decision:
     """Merge the most similar adjacent groups, one pair at a time, until ``layers_out`` remain.
 
     A group is represented by its last layer: what a merged layer has to reproduce is the hidden state after the
@@ -67,13 +67,13 @@ def merge_adjacent(
         layers[best : best + 2] = [join_layers(left, right, weight)]
         if on_merge:
             on_merge()
-    return tuple(layers), tuple(steps)
+    return Decision(tuple(layers), tuple(steps))
 
 
-def join_layers(left: LayerRecipe, right: LayerRecipe, weight: float) -> LayerRecipe:
+def join_layers(left: MergedLayer, right: MergedLayer, weight: float) -> MergedLayer:
     """Merge two groups: ``weight`` of the left, the rest of the right."""
     weights = tuple(weight * w for w in left.weights) + tuple((1.0 - weight) * w for w in right.weights)
-    return LayerRecipe(left.sources + right.sources, weights)
+    return MergedLayer(left.sources + right.sources, weights)
 
 
 def partition_layers(costs: Mapping[tuple[int, int], float], count: int, layers_out: int) -> list[tuple[int, int]]:

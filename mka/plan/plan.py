@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from mka.errors import PlanError
 
@@ -12,7 +12,7 @@ FORMAT = "mka-plan/1"
 
 
 @dataclass(frozen=True)
-class LayerRecipe:
+class MergedLayer:
     """One output layer, made of a group of source layers by one of two verbs.
 
     ``combine``: ``sum_i weights[i] * source layer sources[i]``; weights apply to tensors whose norm gains were folded
@@ -45,7 +45,7 @@ class LayerRecipe:
         return tuple(s for s, w in zip(self.sources, self.weights) if w != 0.0)
 
     @property
-    def head(self) -> int:
+    def leader(self) -> int:
         """Source layer that decides the output layer's kind: the first its attention comes from."""
         return self.attention[0] if self.attention else self.sources[0]
 
@@ -55,7 +55,7 @@ class LayerRecipe:
         return len(self.attention) > 1 or len(self.mlp) > 1
 
     def check(self, position: int) -> None:
-        """Refuse a recipe that is not well formed.
+        """Refuse a layer that is not well formed.
 
         Raises:
             PlanError: if weights do not sum to 1, or a sublayer comes from outside the group.
@@ -94,6 +94,13 @@ class Step:
     weight: float
 
 
+class Decision(NamedTuple):
+    """What a method decides: one `MergedLayer` per output layer, in order, and the steps that led there, in order."""
+
+    layers: tuple[MergedLayer, ...]
+    steps: tuple[Step, ...] = ()
+
+
 @dataclass(frozen=True)
 class MergePlan:
     """How ``layers_in`` source layers become ``len(layers)`` output layers.
@@ -102,7 +109,7 @@ class MergePlan:
         method: name of the compressor that made it.
         label: one line for people, e.g. what a baseline really is.
         layers_in: number of layers of the base model, L.
-        layers: one `LayerRecipe` per output layer, in order.
+        layers: one `MergedLayer` per output layer, in order.
         steps: the decisions in the order they were taken.
         settings: the method's resolved settings.
         base: facts of the base checkpoint (model, digest).
@@ -112,7 +119,7 @@ class MergePlan:
     method: str
     label: str
     layers_in: int
-    layers: tuple[LayerRecipe, ...]
+    layers: tuple[MergedLayer, ...]
     steps: tuple[Step, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     base: Mapping[str, Any] = field(default_factory=dict)
@@ -156,7 +163,7 @@ class MergePlan:
         return tuple(i for i in range(self.layers_in) if i not in kept)
 
     @property
-    def merged(self) -> tuple[LayerRecipe, ...]:
+    def merged(self) -> tuple[MergedLayer, ...]:
         """Output layers made of more than one source layer."""
         return tuple(layer for layer in self.layers if len(layer.sources) > 1)
 
@@ -190,7 +197,7 @@ class MergePlan:
                 label=body["label"],
                 layers_in=body["layers_in"],
                 layers=tuple(
-                    LayerRecipe(*(tuple(x.get(key, ())) for key in ("sources", "weights", "attention", "mlp")))
+                    MergedLayer(*(tuple(x.get(key, ())) for key in ("sources", "weights", "attention", "mlp")))
                     for x in body["layers"]
                 ),
                 steps=tuple(Step(tuple(s["left"]), tuple(s["right"]), s["score"], s["weight"]) for s in body["steps"]),
@@ -214,18 +221,18 @@ class MergePlan:
             raise PlanError(f"plan {path} cannot be read: {error}") from None
 
 
-def identity_layers(count: int) -> tuple[LayerRecipe, ...]:
+def identity_layers(count: int) -> tuple[MergedLayer, ...]:
     """Return ``count`` plain copies, the plan that changes nothing."""
-    return tuple(LayerRecipe((i,), (1.0,)) for i in range(count))
+    return tuple(MergedLayer((i,), (1.0,)) for i in range(count))
 
 
-def keep_layers(kept: Sequence[int]) -> tuple[LayerRecipe, ...]:
+def keep_layers(kept: Sequence[int]) -> tuple[MergedLayer, ...]:
     """Return plain copies of the layers named, the plan of a deletion."""
-    return tuple(LayerRecipe((i,), (1.0,)) for i in sorted(kept))
+    return tuple(MergedLayer((i,), (1.0,)) for i in sorted(kept))
 
 
-def take_layers(sources: Sequence[int], attention: Sequence[int], mlp: Sequence[int]) -> LayerRecipe:
-    """Return the recipe that takes these sublayers of a group; a group of one layer is a plain copy."""
+def take_layers(sources: Sequence[int], attention: Sequence[int], mlp: Sequence[int]) -> MergedLayer:
+    """Return the layer that takes these sublayers of a group; a group of one layer is a plain copy."""
     if len(sources) == 1:
-        return LayerRecipe((sources[0],), (1.0,))
-    return LayerRecipe(tuple(sources), attention=tuple(attention), mlp=tuple(mlp))
+        return MergedLayer((sources[0],), (1.0,))
+    return MergedLayer(tuple(sources), attention=tuple(attention), mlp=tuple(mlp))

@@ -1,6 +1,6 @@
 """A plan in words, for terminals, pages and cards."""
 
-from mka.plan.plan import LayerRecipe, MergePlan, Step
+from mka.plan.plan import MergedLayer, MergePlan, Step
 
 
 def name_layers(layers: tuple[int, ...]) -> str:
@@ -8,7 +8,7 @@ def name_layers(layers: tuple[int, ...]) -> str:
     return f"layer{'s' if len(layers) > 1 else ''} {'+'.join(map(str, layers))}"
 
 
-def describe_layer(output: int, layer: LayerRecipe) -> str:
+def describe_layer(output: int, layer: MergedLayer) -> str:
     """Say in words what one merged output layer is made of."""
     if layer.verb == "take":
         parts = list(_describe_halves(layer))
@@ -40,7 +40,7 @@ def describe_steps(plan: MergePlan) -> list[str]:
     return [say(step) for step in plan.steps]
 
 
-def label_sources(layer: LayerRecipe) -> list[tuple[int, float, str]]:
+def label_sources(layer: MergedLayer) -> list[tuple[int, float, str]]:
     """Return (source, share, label) of every source layer that something is left of.
 
     The share of a sum is its weight, the label that weight. Of a layer of halves the share is one half per sublayer,
@@ -58,7 +58,7 @@ def label_sources(layer: LayerRecipe) -> list[tuple[int, float, str]]:
     return labels
 
 
-def _describe_halves(layer: LayerRecipe) -> tuple[str, str]:
+def _describe_halves(layer: MergedLayer) -> tuple[str, str]:
     def say(what: str, units: str, chosen: tuple[int, ...]) -> str:
         if len(chosen) == 1:
             return f"{what} of source layer {chosen[0]}"

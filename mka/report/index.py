@@ -97,7 +97,7 @@ class Recompression:
 
 
 @dataclass(frozen=True)
-class Move:
+class AliasMove:
     """One move of an alias.
 
     Attributes:
@@ -124,7 +124,7 @@ def order_recoveries(found: Iterable[Recovery]) -> tuple[Recovery, ...]:
     return tuple(sorted(found, key=lambda recovery: (*_rank(recovery.name), recovery.name)))
 
 
-def write_index(rows: Iterable[Recompression], path: str | Path, moves: Iterable[Move] = ()) -> Path:
+def write_index(rows: Iterable[Recompression], path: str | Path, moves: Iterable[AliasMove] = ()) -> Path:
     """Write the page: one HTML file with its style and plots inside, which loads nothing from anywhere.
 
     Args:
@@ -140,7 +140,7 @@ def write_index(rows: Iterable[Recompression], path: str | Path, moves: Iterable
     return path
 
 
-def render_index(rows: Sequence[Recompression], moves: Sequence[Move], folder: Path) -> str:
+def render_index(rows: Sequence[Recompression], moves: Sequence[AliasMove], folder: Path) -> str:
     """Fill the template; every value is escaped.
 
     Args:

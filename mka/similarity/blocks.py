@@ -1,11 +1,17 @@
-"""Contiguous blocks of layers: how far hidden states move across each. Pure."""
+"""Layers and contiguous blocks of layers: how far hidden states move across each, and which go. Pure."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from mka.evidence.states import HiddenStates, LayerScores
+from mka.evidence.needs import Evidence
+from mka.evidence.states import LayerScores
+from mka.plan.deleting import delete_block, delete_least_important
+from mka.plan.plan import Decision
+from mka.plan.target import Aim
+from mka.sections import Section
 
 
 def measure_blocks(
@@ -40,10 +46,31 @@ def cosine_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return ((x - y) ** 2).sum(axis=1) / 4
 
 
-def score_cosine(
-    states: HiddenStates, method: str, settings: dict[str, Any], on_progress: Callable[[int], Any] | None = None
-) -> LayerScores:
+def score_influence(evidence: Evidence, settings: Section, *, method: str) -> LayerScores:
+    """Block Influence of every layer, (L,), as scores of a method: 1 - mean cosine between its input and its output."""
+    assert evidence.states is not None
+    meaning = "Block Influence, 1 - mean cosine of a layer's input and output (0: changes nothing, 2: reverses)"
+    values = evidence.states.block_influence
+    return LayerScores("layer-importance", values, meaning, method, settings.model_dump(mode="json"))
+
+
+def score_cosine(evidence: Evidence, settings: Section, *, method: str) -> LayerScores:
     """Half the mean cosine distance across every block of layers, (L, L), as scores of a method."""
-    values = measure_blocks(states.pooled, cosine_distance, on_progress)
+    assert evidence.states is not None
+    values = measure_blocks(evidence.states.pooled, cosine_distance, evidence.on_progress)
     meaning = "Half the cosine distance across a block of layers (0: same direction, 0.5: right angles, 1: opposite)"
-    return LayerScores("block-distance", values, meaning, method, settings)
+    return LayerScores("block-distance", values, meaning, method, settings.model_dump(mode="json"))
+
+
+def delete_scored_layers(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Section) -> Decision:
+    """Delete the layers that scores of their importance put last; for refusals see `delete_least_important`."""
+    assert scores is not None
+    return delete_least_important(scores.values, aim)
+
+
+def delete_scored_block(
+    evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Section, *, kept: int = 0
+) -> Decision:
+    """Delete the block of least distance, never of the first ``kept`` layers; for refusals see `delete_block`."""
+    assert scores is not None
+    return delete_block(scores.values, replace(aim, protect_first=max(kept, aim.protect_first)))

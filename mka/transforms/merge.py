@@ -18,7 +18,7 @@ from mka.model.families import Family
 from mka.model.parts import ATTENTION, MLP, check_parts
 from mka.model.shards import BLOCK_BYTES, MAX_SHARD_BYTES, Blocks, copy_companions, write_tensors
 from mka.model.tensors import TensorInfo, TensorReader, is_finite, torch_dtype
-from mka.plan.plan import LayerRecipe, MergePlan
+from mka.plan.plan import MergedLayer, MergePlan
 from mka.store.publishing import publish
 from mka.store.sums import write_sums
 from mka.transforms import Transform
@@ -75,10 +75,10 @@ def check_alignable(plan: MergePlan, aligned: bool) -> None:
         refuse_selecting(layer)
 
 
-def plan_tensors(layers: Sequence[LayerRecipe], source: Checkpoint) -> list[tuple[TensorInfo, LayerRecipe | None, str]]:
-    """List the output's tensors in the source's order: what each is, the recipe of its layer, its name or suffix."""
+def plan_tensors(layers: Sequence[MergedLayer], source: Checkpoint) -> list[tuple[TensorInfo, MergedLayer | None, str]]:
+    """List the output's tensors in the source's order: what each is, its output layer, its name or suffix."""
     suffixes = [source.layer_tensors(i) for i in range(source.layers)]
-    planned: list[tuple[TensorInfo, LayerRecipe | None, str]] = []
+    planned: list[tuple[TensorInfo, MergedLayer | None, str]] = []
     done = False
     for name, info in source.tensors.items():
         if source.family.split_tensor(name) is None:
@@ -99,7 +99,7 @@ def plan_tensors(layers: Sequence[LayerRecipe], source: Checkpoint) -> list[tupl
 
 
 def cut_config(
-    config: Mapping[str, Any], kinds: Sequence[tuple[Any, ...]], family: Family, layers: Sequence[LayerRecipe]
+    config: Mapping[str, Any], kinds: Sequence[tuple[Any, ...]], family: Family, layers: Sequence[MergedLayer]
 ) -> dict[str, Any]:
     """Return config.json for the output: layer count and every per-layer list follow the layers kept.
 
@@ -110,7 +110,7 @@ def cut_config(
     cut["num_hidden_layers"] = len(layers)
     for position, name in enumerate(family.per_layer_config):
         if kinds[0][position] is not None:
-            cut[name] = [kinds[layer.head][position] for layer in layers]
+            cut[name] = [kinds[layer.leader][position] for layer in layers]
     return cut
 
 
@@ -179,7 +179,7 @@ def _limit_threads(count: int | None) -> Iterator[None]:
 
 
 def _stream(
-    planned: Sequence[tuple[TensorInfo, LayerRecipe | None, str]],
+    planned: Sequence[tuple[TensorInfo, MergedLayer | None, str]],
     family: Family,
     read: TensorReader,
     folds: Folds | None,
@@ -213,7 +213,7 @@ def _fold_blocks(blocks: Blocks, info: TensorInfo, family: Family, folds: Folds)
 
 
 def _read_blocks(
-    info: TensorInfo, layer: LayerRecipe | None, suffix: str, family: Family, read: TensorReader
+    info: TensorInfo, layer: MergedLayer | None, suffix: str, family: Family, read: TensorReader
 ) -> Iterator["torch.Tensor"]:
     """Read, or compute, one tensor of the output in blocks of rows: neither it nor its sources are there whole.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mka.errors import PlanError
 from mka.model.families import Family
-from mka.plan.plan import LayerRecipe
+from mka.plan.plan import MergedLayer
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 ReadSource = Callable[[int, str], "torch.Tensor"]
 
 
-def refuse_selecting(layer: LayerRecipe) -> None:
+def refuse_selecting(layer: MergedLayer) -> None:
     """Refuse an output layer that only an alignment can make.
 
     Raises:
@@ -29,7 +29,7 @@ def refuse_selecting(layer: LayerRecipe) -> None:
         )
 
 
-def make_tensor(layer: LayerRecipe, suffix: str, family: Family, read: ReadSource) -> "torch.Tensor":
+def make_tensor(layer: MergedLayer, suffix: str, family: Family, read: ReadSource) -> "torch.Tensor":
     """Make one tensor of an output layer as its verb says.
 
     Args:
@@ -50,7 +50,7 @@ def make_tensor(layer: LayerRecipe, suffix: str, family: Family, read: ReadSourc
     return read(layer.mlp[0] if family.mlp.owns(suffix) else layer.attention[0], suffix)
 
 
-def combine_layers(layer: LayerRecipe, suffix: str, family: Family, read: ReadSource) -> "torch.Tensor":
+def combine_layers(layer: MergedLayer, suffix: str, family: Family, read: ReadSource) -> "torch.Tensor":
     """Compute one tensor of a layer that is a sum of layers.
 
     Args:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mka.errors import PlanError
 from mka.pipeline.job import Job
 from mka.pipeline.stage import PLAN_FILE
-from mka.plan.plan import LayerRecipe, MergePlan
+from mka.plan.plan import MergedLayer, MergePlan
 from tasks.guards.columns import expect_complete
 from tasks.guards.guard import import_great_expectations
 
@@ -79,7 +79,7 @@ def plan_table(plan: MergePlan, layer_kinds: Sequence[str] | None = None) -> "pd
     return pd.DataFrame(rows)
 
 
-def _halves(layer: LayerRecipe) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _halves(layer: MergedLayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (layer.attention, layer.mlp) if layer.verb == "take" else (layer.sources, layer.sources)
 
 

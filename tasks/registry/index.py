@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from mka.errors import RegistryError
-from mka.report.index import Move, Recompression, Recovery, order_recoveries, write_index
+from mka.report.index import AliasMove, Recompression, Recovery, order_recoveries, write_index
 from tasks.machine.workplace import Workplace
 from tasks.registry.promotion import MOVE
 from tasks.registry.tracking import COMPLETE, EXPERIMENT, connect_registry, registry_address
@@ -33,7 +33,7 @@ class History:
     """
 
     rows: tuple[Recompression, ...] = ()
-    moves: tuple[Move, ...] = ()
+    moves: tuple[AliasMove, ...] = ()
 
 
 def write_index_page(place: Workplace, tracking_uri: str | None = None) -> Path:
@@ -141,7 +141,7 @@ def _read_recoveries(metrics: Mapping[str, float]) -> tuple[Recovery, ...]:
     return order_recoveries(Recovery(n, p["recovery"], p.get("lower"), p.get("upper")) for n, p in known)
 
 
-def _read_moves(version: Any) -> list[Move]:
+def _read_moves(version: Any) -> list[AliasMove]:
     """Read the moves written on a version; one that cannot be read is shown as what it is, not left out."""
     moves = []
     for key, value in version.tags.items():
@@ -154,7 +154,7 @@ def _read_moves(version: Any) -> list[Move]:
             texts = {"action": "unreadable record", "why": value}
         known = {name: texts.get(name) or "–" for name in ("alias", "action", "who", "why")}
         before, after = texts.get("from"), texts.get("to")
-        moves.append(Move(version.name, before=before, after=after, when=_read_time(texts.get("when")), **known))
+        moves.append(AliasMove(version.name, before=before, after=after, when=_read_time(texts.get("when")), **known))
     return moves
 
 

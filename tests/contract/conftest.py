@@ -1,7 +1,7 @@
 """A tiny model of every family and some texts, made once per module."""
 
 import pytest
-from conftest import FAMILY_NAMES, make_texts, make_tiny_model
+from support.models import FAMILY_NAMES, make_texts, make_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -4,17 +4,17 @@ import json
 
 import pytest
 import torch
-from candidates import build_candidate
-from conftest import LAYERS, make_texts, make_tiny_model, save_model
 from safetensors.torch import load_file
+from support.candidates import build_candidate
+from support.evidence import observe
+from support.models import LAYERS, make_texts, make_tiny_model, save_model
 
 from mka.errors import PlanError
-from mka.evidence.observe import observe
 from mka.evidence.oracles import Divergence
 from mka.model.checkpoint import open_checkpoint
 from mka.model.families import get_family
 from mka.model.verification import inspect_checkpoint, require_sound
-from mka.plan.plan import LayerRecipe, MergePlan, identity_layers, keep_layers
+from mka.plan.plan import MergedLayer, MergePlan, identity_layers, keep_layers
 from mka.transforms.merge import merge_checkpoint
 from mka.transforms.verbs import combine_layers
 
@@ -55,7 +55,7 @@ def test_folding_all_gains_changes_no_logit(family_model):
     state = model.state_dict()
     folded = dict(state)
     for index in range(LAYERS):
-        both = LayerRecipe((0, 1), (0.25, 0.75))
+        both = MergedLayer((0, 1), (0.25, 0.75))
         for name in [n for n in state if n.startswith(f"model.layers.{index}.")]:
             suffix = name.removeprefix(f"model.layers.{index}.")
             folded[name] = combine_layers(
@@ -81,9 +81,9 @@ def test_identity_plan_leaves_every_tensor_byte_equal(family_model, tmp_path):
 def test_merged_folder_is_stock_and_equals_the_model_in_memory(family_model, tmp_path):
     folder = save_model(family_model, tmp_path / "base", max_shard_size="30KB")
     source = open_checkpoint(folder)
-    layers = (*identity_layers(1), LayerRecipe((1, 2), (0.6, 0.4)), *keep_layers([4, 5]))
+    layers = (*identity_layers(1), MergedLayer((1, 2), (0.6, 0.4)), *keep_layers([4, 5]))
     if family_model.config.model_type == "gemma2":
-        layers = (*identity_layers(2), LayerRecipe((2, 4), (0.6, 0.4)), *keep_layers([5]))
+        layers = (*identity_layers(2), MergedLayer((2, 4), (0.6, 0.4)), *keep_layers([5]))
     facts = merge_checkpoint(
         plan_of(layers), source, tmp_path / "out", verify=inspect_checkpoint, max_shard_bytes=40_000
     )
@@ -108,9 +108,9 @@ def test_merging_twins_equals_dropping_one(family_model):
     family = family_model.config.model_type
     left, right = (2, 4) if family == "gemma2" else (1, 2)
     model = twin_model(family, left, right)
-    merged = [LayerRecipe((left, right), (0.3, 0.7)) if i == left else LayerRecipe((i,), (1.0,)) for i in range(LAYERS)]
+    merged = [MergedLayer((left, right), (0.3, 0.7)) if i == left else MergedLayer((i,), (1.0,)) for i in range(LAYERS)]
     if family == "gemma2":
-        merged = [*identity_layers(2), LayerRecipe((2, 4), (0.3, 0.7)), *keep_layers([5])]
+        merged = [*identity_layers(2), MergedLayer((2, 4), (0.3, 0.7)), *keep_layers([5])]
         dropped = keep_layers([0, 1, 2, 5])
     else:
         del merged[right]
@@ -170,7 +170,7 @@ def test_observed_last_layer_is_raw_not_normed(family_model, tokenizer):
 
 def test_layers_of_different_kinds_are_refused(tmp_path):
     source = open_checkpoint(save_model(make_tiny_model("gemma3_text"), tmp_path / "base"))
-    layers = (*identity_layers(3), LayerRecipe((3, 4), (0.5, 0.5)), *keep_layers([5]))
+    layers = (*identity_layers(3), MergedLayer((3, 4), (0.5, 0.5)), *keep_layers([5]))
     with pytest.raises(PlanError, match="different kinds"):
         merge_checkpoint(plan_of(layers), source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -179,7 +179,7 @@ def test_layers_of_different_kinds_are_refused(tmp_path):
 def test_bfloat16_checkpoints_stay_bfloat16(tmp_path):
     model = make_tiny_model("llama", dtype=torch.bfloat16)
     source = open_checkpoint(save_model(model, tmp_path / "base"))
-    layers = (*identity_layers(2), LayerRecipe((2, 3), (0.5, 0.5)), *keep_layers([4, 5]))
+    layers = (*identity_layers(2), MergedLayer((2, 3), (0.5, 0.5)), *keep_layers([4, 5]))
     require_sound(merge_checkpoint(plan_of(layers), source, tmp_path / "out", verify=inspect_checkpoint), "out")
     after = load_file(tmp_path / "out/model.safetensors")
     assert {t.dtype for t in after.values()} == {torch.bfloat16}

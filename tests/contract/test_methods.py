@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILY_NAMES, LAYERS, save_model
-from evidence import ROADS, aligned_tensors, every_family, every_method, score_and_plan
 from numpy.testing import assert_allclose
 from safetensors.torch import load_file
+from support.evidence import ROADS, aligned_tensors, every_family, every_method, score_and_plan
+from support.models import FAMILY_NAMES, LAYERS, save_model
 
 from mka.errors import PlanError, RecipeError
 from mka.evidence.needs import DIVERGENCE, HIDDEN_STATES, LOSS, OUTPUT_SIMILARITY, REOBSERVE, TRIALS
@@ -14,7 +14,7 @@ from mka.methods import get_method, method_settings
 from mka.model.checkpoint import open_checkpoint
 from mka.model.families import get_family, layer_kinds
 from mka.model.verification import inspect_checkpoint, require_sound
-from mka.plan.plan import LayerRecipe, MergePlan, identity_layers, keep_layers
+from mka.plan.plan import MergedLayer, MergePlan, identity_layers, keep_layers
 from mka.plan.target import Aim
 from mka.transforms.merge import merge_checkpoint
 
@@ -158,7 +158,7 @@ def test_half_and_half_is_the_mean_of_the_folded_layers_and_is_on_disk(family, m
     """Weights assigned into ``state_dict()`` would have changed nothing."""
     model = models[family]
     source = open_checkpoint(save_model(model, tmp_path / "base"))
-    layers = (*identity_layers(1), LayerRecipe((1, 2), (0.5, 0.5)), *keep_layers([3, 4, 5]))
+    layers = (*identity_layers(1), MergedLayer((1, 2), (0.5, 0.5)), *keep_layers([3, 4, 5]))
     merge_checkpoint(MergePlan("test", "", LAYERS, layers), source, tmp_path / "out")
     before, after = load_file(tmp_path / "base/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     left, right = (fold(before, layer, gemma="gemma" in family) for layer in (1, 2))

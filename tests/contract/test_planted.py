@@ -5,9 +5,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from candidates import build_candidate
-from conftest import LAYERS, make_texts, make_tiny_model
-from evidence import (
+from numpy.testing import assert_allclose
+from support.candidates import build_candidate
+from support.evidence import (
     TOKENIZER,
     every_family,
     gather,
@@ -16,14 +16,14 @@ from evidence import (
     neutralise,
     score_and_plan,
 )
-from numpy.testing import assert_allclose
+from support.models import LAYERS, make_texts, make_tiny_model
 
 from mka.errors import NumericsError
 from mka.evidence.needs import HIDDEN_STATES, Evidence
 from mka.evidence.oracles import Divergence
 from mka.evidence.states import HiddenStates
 from mka.methods import get_method, method_settings
-from mka.plan.plan import LayerRecipe, identity_layers, keep_layers
+from mka.plan.plan import MergedLayer, identity_layers, keep_layers
 from mka.plan.target import Aim
 from mka.similarity.npib import embed_layers
 
@@ -69,13 +69,13 @@ def test_mka_merges_the_planted_pair_first_and_without_loss(settings, planted, p
     _, plan = score_and_plan(planted, "mka", settings, Aim(4, 1, 1), many_texts)
     first = plan.steps[0]
     assert (first.left, first.right, first.score) == ((NEUTRAL - 1,), (NEUTRAL,), 1.0)
-    pair = LayerRecipe((NEUTRAL - 1, NEUTRAL), (first.weight, 1 - first.weight))
+    pair = MergedLayer((NEUTRAL - 1, NEUTRAL), (first.weight, 1 - first.weight))
     merged = [*identity_layers(NEUTRAL - 1), pair, *keep_layers(range(NEUTRAL + 1, LAYERS))]
     assert_allclose(logits(build_candidate(planted, merged)), logits(planted), atol=1e-4)
     assert abs(planted_divergence(merged)) < 1e-6
     # The measure would have seen a loss: a mean of the pair, and the other deletion, are none without one.
     for weight in (0.5, 0.0):
-        pair = LayerRecipe((NEUTRAL - 1, NEUTRAL), (weight, 1 - weight))
+        pair = MergedLayer((NEUTRAL - 1, NEUTRAL), (weight, 1 - weight))
         assert planted_divergence([*merged[: NEUTRAL - 1], pair, *merged[NEUTRAL:]]) > 1e-3
 
 
@@ -89,7 +89,7 @@ def test_the_line_search_ends_no_worse_than_both_deletions(models, texts):
     at = {}
     for weight in grid:
         layers = list(identity_layers(LAYERS))
-        layers[step.left[0] : step.right[0] + 1] = [LayerRecipe(step.left + step.right, (weight, 1 - weight))]
+        layers[step.left[0] : step.right[0] + 1] = [MergedLayer(step.left + step.right, (weight, 1 - weight))]
         at[weight] = divergence(layers)
     # Deleting by name gives what weights 0 and 1 give.
     for weight, gone in ((1.0, step.right[0]), (0.0, step.left[0])):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import LAYERS, make_tiny_model, save_model
-from evidence import TOKENIZER, every_family, every_method, look, score_and_plan
 from safetensors.torch import load_file, save_file
+from support.evidence import TOKENIZER, every_family, every_method, look, score_and_plan
+from support.models import LAYERS, make_tiny_model, save_model
 
 from mka.alignment.aligner import Aligner
 from mka.alignment.lockstep import Alignment
@@ -21,7 +21,7 @@ from mka.pipeline.observe import observe_checkpoint
 from mka.pipeline.plan import fit_folds, open_planner_oracles, plan_layers
 from mka.pipeline.quantize import write_quantized
 from mka.pipeline.score import score_layers
-from mka.plan.plan import LayerRecipe, MergePlan, identity_layers, keep_layers, take_layers
+from mka.plan.plan import MergedLayer, MergePlan, identity_layers, keep_layers, take_layers
 from mka.plan.target import Aim
 from mka.recipe import AlignmentSettings, CalibrationSettings, MethodChoice, ModelSource, QuantizeSettings, Target
 from mka.terminal import showing
@@ -155,7 +155,7 @@ def test_weights_that_are_not_finite_are_not_written(value, tmp_path):
     with torch.no_grad():
         model.model.layers[4].mlp.up_proj.weight[3, 5] = value
     checkpoint = open_checkpoint(save_model(model, tmp_path / "m"))
-    plan = MergePlan("test", "", LAYERS, (*keep_layers([0, 1, 2]), LayerRecipe((3, 4), (0.5, 0.5))))
+    plan = MergePlan("test", "", LAYERS, (*keep_layers([0, 1, 2]), MergedLayer((3, 4), (0.5, 0.5))))
     with pytest.raises(NumericsError, match=r"model\.layers\.3\.mlp\.up_proj\.weight: NaN or infinite weights"):
         merge_checkpoint(plan, checkpoint, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["m"]

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import make_texts
 from safetensors.torch import load_file
+from support.models import make_texts
 
 pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
 METHOD = {"name": "aligned", "settings": {"tokens": 256, "heldout_tokens": 64, "context": 16}}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benches import make_bench_folder, write_absolute_recipe
+from support.bench import make_bench_folder, write_absolute_recipe
 
 from mka.bench.prepare import prepare
 from mka.bench.recipe import load_bench
@@ -20,7 +20,7 @@ from tasks.sweep.sent_bench import open_bench, send_bench
 
 pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
 DASK = {"engine": "dask", "workers": 2}
-WITNESS = Path(__file__).parents[1] / "witness.py"
+WITNESS = Path(__file__).parents[1] / "support/witness.py"
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def one_thread():
 
 @pytest.fixture
 def watch_workers(root, monkeypatch):
-    """Return a function that names the candidates whose workers die, and how often; see tests/witness.py."""
+    """Return a function that names the candidates whose workers die, and how often; see tests/support/witness.py."""
     import dask
     import distributed  # noqa: F401  its defaults have to be there, else dask.config.set takes them away again
 

@@ -15,7 +15,7 @@ import pytest
 
 from mka.errors import CalibrationError, GuardError, NumericsError, OutputError, PlanError
 from mka.evaluation.scores import EvalReport, Score
-from mka.plan.plan import LayerRecipe, MergePlan, take_layers
+from mka.plan.plan import MergedLayer, MergePlan, take_layers
 from mka.texts.rows import text_digest
 from tasks.guards import guard
 from tasks.guards.checkpoint import checkpoint_suite, checkpoint_table
@@ -54,7 +54,7 @@ def similarity():
 
 
 def plan():
-    layers = (LayerRecipe((0,), (1.0,)), LayerRecipe((1, 2), (0.5, 0.5)), LayerRecipe((3,), (1.0,)))
+    layers = (MergedLayer((0,), (1.0,)), MergedLayer((1, 2), (0.5, 0.5)), MergedLayer((3,), (1.0,)))
     return MergePlan("mka", "", LAYERS, layers)
 
 
@@ -224,7 +224,7 @@ def test_diagonal_is_free_where_the_definition_leaves_it_free(folder):
 
 
 def test_plan_of_halves_has_no_weights_to_sum_and_needs_one_kind_of_attention_only(folder):
-    layers = (LayerRecipe((0,), (1.0,)), take_layers((1, 2), (2,), (1, 2)))
+    layers = (MergedLayer((0,), (1.0,)), take_layers((1, 2), (2,), (1, 2)))
     kinds = ["full", "full", "sliding", "sliding"]
     table = plan_table(MergePlan("aligned", "", 4, layers), kinds)
     assert list(table["verb"]) == ["combine", "take"] and list(table["weight_sum"].isna()) == [False, True]
@@ -248,7 +248,7 @@ def test_plan_with_another_count_than_the_target(folder):
 
 
 def test_plan_that_merges_distant_layers_of_different_kinds(folder):
-    layers = (LayerRecipe((0,), (1.0,)), LayerRecipe((1, 3), (0.5, 0.5)))
+    layers = (MergedLayer((0,), (1.0,)), MergedLayer((1, 3), (0.5, 0.5)))
     table = plan_table(MergePlan("mka", "", 4, layers), ["full", "full", "sliding", "sliding"])
     message = refusal(folder, "plan", table.assign(weight_sum=[1.0, 1.1]), plan_suite(2))
     assert "failed 3 of 10" in message

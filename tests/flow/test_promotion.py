@@ -4,7 +4,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import make_tiny_model, save_model
+from support.models import make_tiny_model, save_model
 
 pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
 

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_texts
 from safetensors.torch import load_file
+from support.models import make_texts
 
 from mka.store.sums import file_sha256
 

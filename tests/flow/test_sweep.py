@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from benches import make_bench_folder, write_absolute_recipe
+from support.bench import make_bench_folder, write_absolute_recipe
 
 from mka.cli.main import main as run_command
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import make_tiny_model, save_model
+from support.models import make_tiny_model, save_model
 
 from mka.model.checkpoint import open_checkpoint
 

@@ -1,6 +1,5 @@
 """The servers of `make up`, a tiny model recompressed on them, and a browser that talks to this machine only."""
 
-import importlib
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from support.project import Project
 
 ROOT = Path(__file__).resolve().parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -113,7 +113,7 @@ def ask(address: str, body: dict[str, Any]) -> Any:
 def stack(tmp_path_factory):
     """The servers of `make up` on free ports, and one recompression of a tiny model by their worker."""
     folder = tmp_path_factory.mktemp("operations")
-    project = make_project(folder)
+    project = Project(folder)
     ports = {name: str(free_port()) for name in ("MKA_PREFECT_PORT", "MKA_MLFLOW_PORT")}
     environment = os.environ | ports | {"MKA_WORK": str(project.work), "PREFECT_HOME": str(folder / "prefect")}
     environment |= {"PREFECT_CLI_WRAP_LINES": "false", "NO_PROXY": ",".join(LOCAL)}
@@ -145,11 +145,6 @@ def run_module(environment: dict[str, str], *arguments: str) -> str:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
-
-
-def make_project(folder: Path) -> Any:
-    """The tiny project of the flow tests, by the name pytest itself gives their conftest: it is loaded once."""
-    return importlib.import_module("tests.flow.conftest").Project(folder)
 
 
 def read_aliases(mlflow: str) -> dict[str, dict[str, str]]:

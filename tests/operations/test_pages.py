@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mka.report.index import Move, Recompression, Recovery, write_index
+from mka.report.index import AliasMove, Recompression, Recovery, write_index
 
 pytestmark = [pytest.mark.browser, pytest.mark.operations]
 
@@ -73,7 +73,7 @@ def test_the_index_shows_row_alias_and_verdict_and_leads_to_report_and_run(stack
     page.get_by_text(stack.facts["run"]).first.wait_for()
 
 
-def made_up() -> tuple[list[Recompression], list[Move]]:
+def made_up() -> tuple[list[Recompression], list[AliasMove]]:
     """Recompressions of two models, of every verdict, as a year of use might leave them."""
     rows = []
     for i in range(24):
@@ -108,9 +108,11 @@ def made_up() -> tuple[list[Recompression], list[Move]]:
     why = "recovers more on boolq and is no slower; asked for by the people who serve it"
     when = datetime(2026, 7, 1, tzinfo=UTC)
     moves = [
-        Move("smollm2-135m-mka", "champion", "promote", "17", "21", when, "ann@build", why),
-        Move("smollm2-135m-mka", "champion", "rollback", "13", "17", when - timedelta(days=3), "bob@desk", "too slow"),
-        Move(
+        AliasMove("smollm2-135m-mka", "champion", "promote", "17", "21", when, "ann@build", why),
+        AliasMove(
+            "smollm2-135m-mka", "champion", "rollback", "13", "17", when - timedelta(days=3), "bob@desk", "too slow"
+        ),
+        AliasMove(
             "gemma3-270m-mka", "champion", "promote", None, "1", when - timedelta(days=90), "ann@build", "gate passed"
         ),
     ]

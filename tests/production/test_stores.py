@@ -1,6 +1,5 @@
 """A recompression against production stores: MLflow on PostgreSQL and S3, Prefect on PostgreSQL."""
 
-import importlib
 import itertools
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from support.project import Project
 
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "mka-models"
@@ -41,7 +41,7 @@ def project(stores, deployment, tmp_path_factory):
     """The tiny project after one run with a worker's environment: it knows the two servers and no store."""
     # The deployment is made first: its runs are scheduled while this one computes.
     folder = tmp_path_factory.mktemp("project")
-    made = importlib.import_module("tests.flow.conftest").Project(folder)
+    made = Project(folder)
     assert not [value for value in stores.worker.values() if "postgresql" in value or "s3:" in value]
     done = subprocess.run(
         [sys.executable, "-m", "flows.recompress", str(made.write_recipe())],

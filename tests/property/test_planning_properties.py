@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from mka.errors import PlanError, RecipeError
 from mka.evidence.needs import Evidence
 from mka.evidence.states import LayerScores
-from mka.methods import get_method, method_settings
+from mka.methods import resolve_method
 from mka.plan.deleting import delete_least_important
 from mka.plan.grouping import merge_adjacent
 from mka.plan.plan import MergePlan
 from mka.plan.target import Aim, resolve_target
+from mka.recipe import MethodChoice
 
 
 @st.composite
@@ -124,9 +125,9 @@ def test_deletion_keeps_the_most_important_free_layers(importance, first, last, 
     values = np.array(importance, dtype=float)
     if count - out > len(free):
         with pytest.raises(PlanError, match=f"at {count - len(free)} layers"):
-            delete_least_important(values, out, protect_first=first, protect_last=last)
+            delete_least_important(values, Aim(out, first, last))
         return
-    layers, steps = delete_least_important(values, out, protect_first=first, protect_last=last)
+    layers, steps = delete_least_important(values, Aim(out, first, last))
     kept = [layer.sources[0] for layer in layers]
     gone = [step.left[0] for step in steps]
     assert all(layer.is_copy for layer in layers) and len(kept) == out
@@ -151,8 +152,9 @@ def test_line_search_is_never_worse_than_either_deletion(values, grid, out):
 
     count = 5
     scores = LayerScores("pairwise-similarity", np.full((count, count), 0.5), "", "mka", {})
-    options = method_settings("mka", {"weights": "line-search", "grid": [*grid, 0.0, 1.0]})
-    plan = get_method("mka").plan(Evidence(count, "a" * count, divergence=divergence), scores, Aim(out), options)
+    searching = {"weights": "line-search", "grid": [*grid, 0.0, 1.0]}
+    planner = resolve_method(MethodChoice(name="mka", settings=searching))
+    plan = planner.plan(Evidence(count, "a" * count, divergence=divergence), scores, Aim(out))
     groups = [(i,) for i in range(count)]
     for step in plan.steps:
         place = groups.index(step.left)
