@@ -167,6 +167,13 @@ class Target(Section):
         return self
 
 
+class TransformChoice(Section):
+    """One thing that is done to the merged model's weights, and its own settings."""
+
+    name: str = Field(description="A transform of `mka.transforms`; an unknown one is refused with all there are")
+    settings: dict[str, Any] = Field(default_factory=dict, description="Its own settings")
+
+
 class QuantizeSettings(Section):
     """Weight-only rounding of the linear layers, in groups along the input dimension."""
 
@@ -313,6 +320,7 @@ class Recipe(Section):
     method: MethodChoice = MethodChoice()
     target: Target
     alignment: AlignmentSettings = AlignmentSettings()
+    transforms: tuple[TransformChoice, ...] = Field((), description="Done one after another to what was merged")
     quantize: QuantizeSettings = QuantizeSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: GateSettings = GateSettings()
