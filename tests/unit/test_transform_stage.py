@@ -65,7 +65,6 @@ def test_a_recipe_without_transforms_has_no_such_stage(root):
 
 
 def test_transforms_are_done_in_the_order_listed(root):
-    """Through float16 and bfloat16 a value loses bits twice; the other way round it would lose others."""
     (_, there), (_, back) = (walk(root, *map(cast_to, order)) for order in (HALVES, HALVES[::-1]))
     merged = read_tensors(there["merge"])
     for found, dtypes in ((there, HALVES), (back, HALVES[::-1])):
@@ -75,7 +74,7 @@ def test_transforms_are_done_in_the_order_listed(root):
         assert all(torch.equal(written[name], expected[name]) for name in merged)
         # What lay between is gone.
         assert sorted(path.name for path in found["transform"].folder.iterdir()) == ["model", "stage.json"]
-    assert there["merge"].reused or back["merge"].reused
+    assert back["merge"].reused
     assert there["transform"].key != back["transform"].key
 
 
