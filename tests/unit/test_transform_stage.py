@@ -128,8 +128,8 @@ def test_a_dry_run_the_card_and_the_guard_know_of_it(root, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("transforms", "said"),
     [
-        ([{"name": "casts"}], "transforms.0: unknown transform 'casts' (did you mean 'cast'?); transforms: cast"),
-        ([{"name": "merge"}], "transforms.0: unknown transform 'merge'; transforms: cast"),
+        ([{"name": "casts"}], "transforms.0: unknown transform 'casts' (did you mean 'cast'?); transforms: "),
+        ([{"name": "merge"}], "transforms.0: unknown transform 'merge'"),
         ([cast_to("float16"), {"name": "cast"}], "transforms.1: settings of transform 'cast': missing key 'dtype'"),
         ([{"name": "cast", "settings": {"dtipe": "float16"}}], "unknown key 'dtipe' (did you mean 'dtype'?)"),
         ([cast_to("int3")], "'dtype': Input should be 'bfloat16', 'float16' or 'float32', got 'int3'"),
