@@ -48,7 +48,7 @@ def read_inputs(recipe: Recipe, planner: Planner, *, evaluate: bool = True) -> I
     """
     measured = read_measured(recipe.evaluation, recipe.evaluation.text, recipe.evaluation.tasks_folder, evaluate)
     settings = recipe.calibration
-    calibrated = planner.needs or CALIBRATION in list_needs(recipe)
+    calibrated = planner.needs or recipe.reads_calibration or CALIBRATION in list_needs(recipe)
     calibration = load_calibration(settings.path, settings.samples) if calibrated else None
     used: list[str] = []
     if evaluate and (calibration is not None or recipe.alignment.enabled):

@@ -17,7 +17,7 @@ from mka.pipeline.job import prepare
 from mka.pipeline.pipeline import PIPELINE, foresee, run
 from mka.pipeline.recipes import validate_recipe
 from mka.pipeline.transform import apply_transform, write_transformed
-from mka.recipe import TransformChoice
+from mka.recipe import QuantizeSettings, TransformChoice
 from mka.terminal import showing
 from mka.transforms import Transform, resolve_transforms
 from tasks.guards.doors import BEHIND
@@ -157,6 +157,14 @@ def test_evidence_that_is_not_there_is_asked_for_in_one_line(tmp_path):
         apply_transform(looking, None, source, {"base": 1}, tmp_path / "out", asked="transforms")
     apply_transform(looking, None, source, {"base": 1, "grams": 2}, tmp_path / "out", asked="transforms")
     assert seen == [{"grams": 2}]
+
+
+def test_a_section_says_that_its_stage_reads_the_calibration_texts(root, monkeypatch):
+    assert prepare(make_recipe(root), root / "work").inputs.calibration is None
+    monkeypatch.setattr(QuantizeSettings, "reads_calibration", property(lambda section: section.group_size == 16))
+    assert prepare(make_recipe(root), root / "work").inputs.calibration is None
+    recipe = make_recipe(root, quantize={"group_size": 16})
+    assert prepare(recipe, root / "work").inputs.calibration is not None
 
 
 def test_outside_the_pipeline(tmp_path):
