@@ -98,6 +98,15 @@ class CalibrationSettings(CalibrationTexts):
     rev: str | None = Field("HEAD", description="Git revision DVC reads the table at; null reads the working copy")
 
 
+class StageSettings(Section):
+    """Settings of a stage that a recipe may ask for; a section of its own says here what the stage reads."""
+
+    @property
+    def reads_calibration(self) -> bool:
+        """Whether the stage looks at the calibration texts under these settings."""
+        return False
+
+
 class MethodChoice(Section):
     """Which compressor plans, and its own settings (`mka methods` lists them)."""
 
@@ -167,7 +176,14 @@ class Target(Section):
         return self
 
 
-class QuantizeSettings(Section):
+class TransformChoice(Section):
+    """One thing that is done to the merged model's weights, and its own settings."""
+
+    name: str = Field(description="A transform of `mka.transforms`; an unknown one is refused with all there are")
+    settings: dict[str, Any] = Field(default_factory=dict, description="Its own settings")
+
+
+class QuantizeSettings(StageSettings):
     """Weight-only rounding of the linear layers, in groups along the input dimension."""
 
     scheme: Annotated[Literal["off", "int8", "int4"], Option("--quantize")] = Field(
@@ -313,11 +329,17 @@ class Recipe(Section):
     method: MethodChoice = MethodChoice()
     target: Target
     alignment: AlignmentSettings = AlignmentSettings()
+    transforms: tuple[TransformChoice, ...] = Field((), description="Done one after another to what was merged")
     quantize: QuantizeSettings = QuantizeSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: GateSettings = GateSettings()
     registry: RegistrySettings = RegistrySettings()
     seed: Annotated[int, Option()] = Field(0, description="Draws the items of benchmarks and the resamples")
+
+    @property
+    def reads_calibration(self) -> bool:
+        """Whether a stage looks at the calibration texts, whatever the method and the transforms do."""
+        return any(section.reads_calibration for _, section in self if isinstance(section, StageSettings))
 
     @property
     def registered_name(self) -> str:

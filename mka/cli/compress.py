@@ -46,9 +46,9 @@ def compress(
 ) -> Outcome:
     """Do all of it: a smaller MODEL with its evidence.
 
-    Observe, score, plan, merge, quantize, evaluate base and candidate, decide the gate, write report and card. MODEL is
-    a folder, a hub id org/name[@revision], or package:NAME==VERSION; with --recipe it may be left out. What is given
-    here wins over the recipe.
+    Observe, score, plan, merge, transform, quantize, evaluate base and candidate, decide the gate, write report and
+    card. MODEL is a folder, a hub id org/name[@revision], or package:NAME==VERSION; with --recipe it may be left out.
+    What is given here wins over the recipe.
 
     DIR becomes a stock folder that transformers loads, with the card in README.md and plan, scores, measurements and
     report.html in DIR/evidence; it is published whole or not at all. Perplexity is measured on --text, or on
@@ -125,6 +125,7 @@ def show_foresight(job: "Job", facts: dict[str, Any]) -> str:
         ["size", f"{before['bytes'] / 1e6:,.1f} MB -> about {after['bytes'] / 1e6:,.1f} MB ({after['quantize']})"],
         ["method", f"{recipe.method.name} {recipe.method.settings or ''}".strip()],
         ["observed", f"{facts['calibration_tokens']:,} tokens of {facts['calibration_texts']} texts"],
+        *([["transformed", facts["transforms"]]] if facts["transforms"] else []),
         *([["aligned", describe_alignment_plan(facts["alignment"])]] if facts["alignment"] else []),
         ["evaluated", "base and candidate" if facts["evaluated"] else "nothing: no statement about quality"],
         ["peak memory", f"about {facts['memory_bytes'] / 1e9:,.1f} GB, beside Python and its libraries"],

@@ -36,6 +36,7 @@ def export(model: str, form: str, output: Path) -> Outcome:
     checkpoint, _ = open_model(model, {})
     with publish(output, needed_bytes=checkpoint.nbytes) as partial:
         write(checkpoint.path, partial)
-    facts = describe_checkpoint(checkpoint) | {"path": str(output)}
+    written = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    facts = describe_checkpoint(checkpoint) | {"path": str(output), "format": form, "written_bytes": written}
     said = f"{facts['layers']} layers, {facts['parameters'] / 1e6:,.1f} M parameters, {facts['bytes'] / 1e6:,.1f} MB"
-    return Outcome(facts | {"format": form}, f"{said}\n{output}")
+    return Outcome(facts, f"{said}\n{output} ({form}, {written / 1e6:,.1f} MB)")

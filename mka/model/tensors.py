@@ -8,7 +8,7 @@ import json
 import math
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,3 +145,11 @@ class TensorReader:
         if found != tensor.nbytes:
             raise CheckpointError(f"{self.folder / info.file}: ends within {name}; fetch the model again")
         return tensor
+
+    def blocks(self, name: str, nbytes: int) -> "Iterator[torch.Tensor]":
+        """Read a tensor some rows at a time, as many as ``nbytes`` hold but at least one."""
+        info = self.tensors[name]
+        count = info.shape[0] if info.shape else 1
+        step = max(1, nbytes * count // max(info.nbytes, 1))
+        for first in range(0, count, step):
+            yield self(name, slice(first, first + step))

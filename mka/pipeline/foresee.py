@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from mka.model.checkpoint import Checkpoint
 from mka.pipeline.job import Job
-from mka.transforms import get_quantizer
+from mka.transforms import get_quantizer, outline_treated
 
 # Tokenizer, configuration, card and report: what a folder holds beside its weights.
 COMPANIONS_NBYTES = 64_000_000
@@ -62,15 +63,30 @@ def estimate_logits(job: Job) -> int:
 
 
 def merged_nbytes(job: Job) -> int:
-    """Bytes of the merged model's tensors: of the mean layer, as many as remain."""
-    mean = sum(job.base.layer_nbytes) / job.base.layers
-    return round(job.base.nbytes - mean * (job.base.layers - job.aim.layers_out))
+    """Bytes of the merged model's tensors."""
+    return _cut_nbytes(job.base, job)
+
+
+def list_treated_nbytes(job: Job) -> list[int]:
+    """Bytes of the merged model's tensors after each of the recipe's transforms."""
+    return [_cut_nbytes(outline, job) for outline in outline_treated(job.base, job.treatments)[1:]]
+
+
+def treated_nbytes(job: Job) -> int:
+    """Bytes of the merged model's tensors after all of the recipe's transforms."""
+    return _cut_nbytes(outline_treated(job.base, job.treatments)[-1], job)
 
 
 def candidate_nbytes(job: Job) -> int:
-    """Bytes of the candidate's tensors: its linear weights rounded, if they will be."""
-    settings = job.recipe.quantize
+    """Bytes of the candidate's tensors: transformed, and its linear weights rounded, if they will be."""
+    settings, outline = job.recipe.quantize, outline_treated(job.base, job.treatments)[-1]
     if settings.scheme == "off":
-        return merged_nbytes(job)
-    saved = job.base.nbytes - get_quantizer(settings.scheme).foresee(job.base, settings)
-    return round(merged_nbytes(job) - saved * job.aim.layers_out / job.base.layers)
+        return _cut_nbytes(outline, job)
+    saved = outline.nbytes - get_quantizer(settings.scheme).foresee(outline, settings)
+    return round(_cut_nbytes(outline, job) - saved * job.aim.layers_out / job.base.layers)
+
+
+def _cut_nbytes(checkpoint: Checkpoint, job: Job) -> int:
+    """Bytes of a checkpoint with as many layers as remain, of the mean layer."""
+    mean = sum(checkpoint.layer_nbytes) / checkpoint.layers
+    return round(checkpoint.nbytes - mean * (checkpoint.layers - job.aim.layers_out))

@@ -15,7 +15,7 @@ from mka.store.sums import file_sha256
 from mka.texts.calibration import CalibrationSet, load_calibration
 from mka.texts.overlap import refuse_overlap
 from mka.texts.rows import digest_texts, read_heldout, read_texts
-from mka.transforms import CALIBRATION, quantizer_needs
+from mka.transforms import CALIBRATION, list_needs
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def read_inputs(recipe: Recipe, planner: Planner, *, evaluate: bool = True) -> I
     """
     measured = read_measured(recipe.evaluation, recipe.evaluation.text, recipe.evaluation.tasks_folder, evaluate)
     settings = recipe.calibration
-    calibrated = planner.needs or CALIBRATION in quantizer_needs(recipe.quantize.scheme)
+    calibrated = planner.needs or recipe.reads_calibration or CALIBRATION in list_needs(recipe)
     calibration = load_calibration(settings.path, settings.samples) if calibrated else None
     used: list[str] = []
     if evaluate and (calibration is not None or recipe.alignment.enabled):

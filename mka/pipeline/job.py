@@ -16,7 +16,7 @@ from mka.plan.target import Aim, resolve_target
 from mka.recipe import ModelSource, Recipe, Target
 from mka.sources.fetch import materialize, resolve_revision
 from mka.texts.positions import check_context
-from mka.transforms import get_quantizer
+from mka.transforms import Treatment, get_quantizer, outline_treated, resolve_transforms
 
 
 @dataclass
@@ -64,6 +64,7 @@ class Job:
         revision: what pins the base.
         aim: the target in layers.
         inputs: texts and tables.
+        treatments: what is done to the merged model, in order.
         command: what makes the same again, for the record.
         output: the folder a person will find the result in; None: where the store keeps it.
         registered: the address it is registered under, unless the gate refuses it.
@@ -77,6 +78,7 @@ class Job:
     revision: str
     aim: Aim
     inputs: Inputs = field(default_factory=Inputs)
+    treatments: tuple[Treatment, ...] = ()
     command: str = ""
     output: Path | None = None
     registered: str | None = None
@@ -132,21 +134,25 @@ def open_job(recipe: Recipe, planner: Planner, base: Checkpoint, revision: str, 
     aim = check_feasible(recipe, base)
     if inputs.heldout:
         check_context(recipe.evaluation.context, base.config.get("max_position_embeddings"))
-    return Job(recipe, planner, base, revision, aim, inputs, **more)
+    return Job(recipe, planner, base, revision, aim, inputs, resolve_transforms(recipe.transforms), **more)
 
 
 def check_feasible(recipe: Recipe, checkpoint: Checkpoint) -> Aim:
     """Refuse what cannot work with this checkpoint before anything expensive starts; returns the target in layers.
 
     Raises:
-        RecipeError: if the target, the group size or a task cannot be had.
+        RecipeError: if the target, a transform, the group size or a task cannot be had.
         CheckpointError: if the checkpoint is quantized already.
     """
     aim = resolve_aim(recipe.target, checkpoint)
     if checkpoint.is_quantized:
         raise CheckpointError(f"{checkpoint.path}: weights are already quantized; name the original model instead")
+    treatments = resolve_transforms(recipe.transforms)
+    *outlines, treated = outline_treated(checkpoint, treatments)
+    for treatment, outline in zip(treatments, outlines):
+        treatment.transform.check(outline, treatment.settings)
     if recipe.quantize.scheme != "off":
-        get_quantizer(recipe.quantize.scheme).check(checkpoint, recipe.quantize)
+        get_quantizer(recipe.quantize.scheme).check(treated, recipe.quantize)
     check_tasks(recipe.evaluation.tasks)
     return aim
 

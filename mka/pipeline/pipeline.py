@@ -15,9 +15,10 @@ from mka.pipeline.quantize import QUANTIZE
 from mka.pipeline.report import REPORT
 from mka.pipeline.score import SCORE
 from mka.pipeline.stage import RunStage
+from mka.pipeline.transform import TRANSFORM, describe_treatments
 from mka.store.products import Product
 
-PIPELINE = (OBSERVE, SCORE, PLAN, MERGE, QUANTIZE, EVALUATE_BASE, EVALUATE, SPEED, GATE, REPORT)
+PIPELINE = (OBSERVE, SCORE, PLAN, MERGE, TRANSFORM, QUANTIZE, EVALUATE_BASE, EVALUATE, SPEED, GATE, REPORT)
 
 
 def run(
@@ -66,6 +67,7 @@ def foresee(job: Job, output: Path) -> dict[str, Any]:
             "bytes": candidate_nbytes(job),
             "quantize": recipe.quantize.scheme,
         },
+        "transforms": describe_treatments(job),
         "method": recipe.method.model_dump(),
         "calibration_texts": len(job.inputs.calibration.texts) if job.inputs.calibration else 0,
         "calibration_tokens": sum(count_tokens(job)),

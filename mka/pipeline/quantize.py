@@ -5,16 +5,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mka.errors import RecipeError
 from mka.model.checkpoint import Checkpoint, open_checkpoint
 from mka.model.verification import verify_checkpoint
-from mka.pipeline.foresee import candidate_nbytes, largest_layer, merged_nbytes
+from mka.pipeline.foresee import candidate_nbytes, largest_layer, treated_nbytes
 from mka.pipeline.job import Job
 from mka.pipeline.merge import describe_model
 from mka.pipeline.stage import MODEL_FOLDER, Cost, Found, Stage, find_model
+from mka.pipeline.transform import apply_transform, digest_evidence, key_evidence, offer_evidence
 from mka.recipe import QuantizeSettings
-from mka.terminal import show_progress
-from mka.transforms import BASE, CALIBRATION, get_quantizer
+from mka.transforms import get_quantizer
 
 
 def write_quantized(
@@ -36,14 +35,15 @@ def write_quantized(
         CheckpointError: if the written folder does not load whole or does not generate soundly.
         OutputError: if it cannot be written.
     """
-    transform = get_quantizer(settings.scheme)
-    if missing := sorted(transform.needs - evidence.keys()):
-        raise RecipeError(
-            f"quantize.scheme {settings.scheme}: {transform.name} looks at {', '.join(missing)}; none given"
-        )
-    transform.check(checkpoint, settings)
-    with show_progress(transform.summary, transform.foresee(checkpoint, settings), "B", scale=True) as advance:
-        return transform.apply(checkpoint, settings, evidence, output, verify=verify_checkpoint, on_tensor=advance)
+    return apply_transform(
+        get_quantizer(settings.scheme),
+        settings,
+        checkpoint,
+        evidence,
+        output,
+        asked=f"quantize.scheme {settings.scheme}",
+        verify=verify_checkpoint,
+    )
 
 
 def describe_rounding(settings: QuantizeSettings) -> str:
@@ -51,47 +51,25 @@ def describe_rounding(settings: QuantizeSettings) -> str:
     return f"{settings.scheme} in groups of {settings.group_size}"
 
 
-def _offer_evidence(job: Job) -> dict[str, Any]:
-    """Return what the scheme's transform asks for, of what a job has."""
-    recipe = job.recipe
-    offered: dict[str, Any] = {BASE: (job.base, recipe.model)}
-    if job.inputs.calibration is not None:
-        offered[CALIBRATION] = (job.inputs.calibration, recipe.calibration)
-    needs = get_quantizer(recipe.quantize.scheme).needs
-    return {kind: value for kind, value in offered.items() if kind in needs}
-
-
 def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
     settings, output = job.recipe.quantize, folder / MODEL_FOLDER
     source = open_checkpoint(find_model(found).folder / MODEL_FOLDER, verify=False)
-    loaded = write_quantized(source, settings, output, _offer_evidence(job))
+    loaded = write_quantized(source, settings, output, offer_evidence(job))
     return describe_model(output, loaded, describe_rounding(settings))
 
 
-def _read(job: Job, found: Found) -> dict[str, str]:
-    needs, inputs = get_quantizer(job.recipe.quantize.scheme).needs, {"merged": find_model(found).digest}
-    if BASE in needs:
-        inputs["base"] = job.base.digest
-    if CALIBRATION in needs and job.inputs.calibration is not None:
-        inputs["calibration"] = job.inputs.calibration.digest
-    return inputs
-
-
-def _settings(job: Job) -> dict[str, Any]:
-    keyed: dict[str, Any] = job.recipe.quantize.model_dump()
-    if get_quantizer(job.recipe.quantize.scheme).needs:
-        keyed |= {"max_tokens": job.recipe.calibration.max_tokens, "dtype": job.recipe.model.dtype}
-    return keyed
+def _needs(job: Job) -> frozenset[str]:
+    return get_quantizer(job.recipe.quantize.scheme).needs
 
 
 QUANTIZE = Stage(
     "quantize",
     version=2,
     wanted=lambda job: job.recipe.quantize.scheme != "off",
-    reads=_read,
-    settings=_settings,
+    reads=lambda job, found: {"merged": find_model(found).digest} | digest_evidence(job, _needs(job)),
+    settings=lambda job: job.recipe.quantize.model_dump() | key_evidence(job, _needs(job)),
     make=_make,
     # Verification unpacks the model once more.
-    foresee=lambda job: Cost(memory=largest_layer(job), disk=candidate_nbytes(job) + merged_nbytes(job)),
+    foresee=lambda job: Cost(memory=largest_layer(job), disk=candidate_nbytes(job) + treated_nbytes(job)),
     describe=lambda job: f"quantize to {job.recipe.quantize.scheme}",
 )

@@ -1,4 +1,4 @@
-"""Recipes read from files, and held against the method they name."""
+"""Recipes read from files, and held against the method and the transforms they name."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from mka.evaluation.rules import check_rules
 from mka.methods import check_alignment, resolve_method
 from mka.recipe import Recipe
 from mka.sections import explain_validation, read_yaml
+from mka.transforms import resolve_transforms
 
 
 def validate_recipe(raw: Any, where: str = "recipe") -> Recipe:
@@ -20,7 +21,7 @@ def validate_recipe(raw: Any, where: str = "recipe") -> Recipe:
         where: how messages name its origin.
 
     Raises:
-        RecipeError: on an unknown key, an unknown method or setting, or an impossible value.
+        RecipeError: on an unknown key, an unknown method, transform or setting, or an impossible value.
     """
     if not isinstance(raw, dict):
         raise RecipeError(f"{where}: a recipe is a mapping of keys to values, got {type(raw).__name__}")
@@ -28,6 +29,7 @@ def validate_recipe(raw: Any, where: str = "recipe") -> Recipe:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(explain_validation(error, Recipe, where)) from None
+    resolve_transforms(recipe.transforms, where)
     check_rules(recipe.gate, recipe.evaluation, where)
     check_alignment(resolve_method(recipe.method, where), recipe.alignment.enabled, where)
     return recipe

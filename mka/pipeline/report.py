@@ -12,6 +12,7 @@ from mka.pipeline.job import Job
 from mka.pipeline.plan import open_plan
 from mka.pipeline.score import open_scores
 from mka.pipeline.stage import Cost, Found, Stage, find_model
+from mka.pipeline.transform import describe_treatments
 from mka.report.data import ReportData
 from mka.report.page import write_card, write_report
 
@@ -38,6 +39,7 @@ def gather_evidence(job: Job, found: Found) -> ReportData:
             "candidate_digest": candidate.checkpoint["digest"],
             **calibration,
             **alignment,
+            **({"transformed": describe_treatments(job)} if job.treatments else {}),
             **job.provenance,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": job.command,

@@ -4,15 +4,22 @@ A fold (`mka.transforms.fold`) has no row: it makes no folder of its own, a merg
 """
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from mka.errors import RecipeError, nearest
+from mka.recipe import Recipe, TransformChoice
+from mka.sections import Section, explain_validation
 
 if TYPE_CHECKING:
     from mka.model.checkpoint import Checkpoint
 
 # A row per transform: its name, and the module that holds its TRANSFORM.
 _TRANSFORMS = {
+    "cast": "mka.transforms.cast",
     "merge": "mka.transforms.merge",
     "rtn": "mka.transforms.rtn",
 }
@@ -23,7 +30,7 @@ _SCHEMES = {
 }
 BITS = {scheme: bits for scheme, (_, bits) in _SCHEMES.items()}
 
-# Kinds of evidence a quantizer may ask for: the base as (checkpoint, how to load it), and the calibration texts as
+# Kinds of evidence a transform may ask for: the base as (checkpoint, how to load it), and the calibration texts as
 # (set, how to read it).
 BASE, CALIBRATION = "base", "calibration"
 
@@ -41,6 +48,12 @@ class Transform:
             it once ``verify(folder)`` has looked at it, and returns what that found; ``on_tensor`` is told the bytes
             of each tensor written, in sum what ``foresee`` says.
         needs: which kinds of ``evidence`` it cannot do without.
+        settings: its settings, a closed pydantic section, if a recipe's `transforms` may name it; None if some stage
+            of its own knows what to hand it.
+        version: raised by hand when it makes something else of the same settings; of those with ``settings``.
+        outline: ``outline(checkpoint, settings)`` returns the checkpoint as it will be, config and headers alone, for
+            what is checked and reckoned of the next one; without it, these stay as they are.
+        describe: ``describe(settings)`` says in a few words what was done; its name and settings, if None.
     """
 
     name: str
@@ -49,6 +62,65 @@ class Transform:
     foresee: Callable[["Checkpoint", Any], int]
     apply: Callable[..., Any]
     needs: frozenset[str] = frozenset()
+    settings: type[Section] | None = None
+    version: int = 1
+    outline: Callable[["Checkpoint", Any], "Checkpoint"] = field(default=lambda checkpoint, settings: checkpoint)
+    describe: Callable[[Any], str] | None = None
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """A transform with its settings, resolved once for everything that is done with it.
+
+    Attributes:
+        transform: what is done.
+        settings: validated, of the transform's own kind.
+    """
+
+    transform: Transform
+    settings: Any
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What decides its result, beside the model it reads, as JSON types."""
+        settings = self.settings.model_dump(mode="json")
+        return {"name": self.transform.name, "version": self.transform.version, "settings": settings}
+
+    def describe(self) -> str:
+        """Say in a few words what is done."""
+        if self.transform.describe is not None:
+            return self.transform.describe(self.settings)
+        return " ".join([self.transform.name, *(f"{key}={value}" for key, value in self.key["settings"].items())])
+
+
+def outline_treated(checkpoint: "Checkpoint", treatments: Iterable[Treatment]) -> list["Checkpoint"]:
+    """Return a checkpoint and, after each treatment, what it will be then, config and headers alone."""
+    outlines = [checkpoint]
+    for treatment in treatments:
+        outlines.append(treatment.transform.outline(outlines[-1], treatment.settings))
+    return outlines
+
+
+def resolve_transforms(choices: Iterable[TransformChoice], where: str = "recipe") -> tuple[Treatment, ...]:
+    """Return what a recipe's `transforms` name, with validated settings.
+
+    Raises:
+        RecipeError: on an unknown transform, key or value; the nearest valid one is suggested.
+    """
+    return tuple(_resolve(choice, f"{where}: transforms.{place}") for place, choice in enumerate(choices))
+
+
+def _resolve(choice: TransformChoice, where: str) -> Treatment:
+    transform = get_transform(choice.name) if choice.name in _TRANSFORMS else None
+    if transform is None or transform.settings is None:
+        names = [name for name in _TRANSFORMS if get_transform(name).settings is not None]
+        hint = nearest(choice.name, names)
+        raise RecipeError(f"{where}: unknown transform {choice.name!r}{hint}; transforms: {', '.join(names)}")
+    try:
+        return Treatment(transform, transform.settings.model_validate(choice.settings))
+    except ValidationError as error:
+        about = f"{where}: settings of transform {choice.name!r}"
+        raise RecipeError(explain_validation(error, transform.settings, about)) from None
 
 
 def get_transform(name: str) -> Transform:
@@ -61,6 +133,9 @@ def get_quantizer(scheme: str) -> Transform:
     return get_transform(_SCHEMES[scheme][0])
 
 
-def quantizer_needs(scheme: str) -> frozenset[str]:
-    """Return which kinds of evidence a scheme of a recipe's ``quantize`` asks for; none if it is "off"."""
-    return frozenset() if scheme == "off" else get_quantizer(scheme).needs
+def list_needs(recipe: Recipe) -> frozenset[str]:
+    """Return which kinds of evidence a recipe's ``transforms`` and ``quantize`` ask for."""
+    asked = [treatment.transform for treatment in resolve_transforms(recipe.transforms)]
+    if recipe.quantize.scheme != "off":
+        asked.append(get_quantizer(recipe.quantize.scheme))
+    return frozenset(kind for transform in asked for kind in transform.needs)

@@ -172,11 +172,8 @@ def _stream(
 
 
 def _read_rows(info: TensorInfo, read: TensorReader, dtype: "torch.dtype", nbytes: int) -> Iterator["torch.Tensor"]:
-    """Read a tensor some rows at a time, as many as ``nbytes`` hold but at least one."""
-    count = info.shape[0] if info.shape else 1
-    step = max(1, nbytes * count // max(info.nbytes, 1))
-    for first in range(0, count, step):
-        yield read(info.name, slice(first, first + step)).to(dtype)
+    for rows in read.blocks(info.name, nbytes):
+        yield rows.to(dtype)
 
 
 def _round(weight: "torch.Tensor", settings: QuantizeSettings) -> dict[str, "torch.Tensor"]:

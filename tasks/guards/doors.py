@@ -19,5 +19,6 @@ BEHIND: dict[str, Callable[[Job, Path, Mapping[str, Any]], Door]] = {
     "score": scores.behind,
     "plan": plan.behind,
     "merge": checkpoint.behind,
+    "transform": checkpoint.behind,
     "quantize": checkpoint.behind,
 }

@@ -90,6 +90,19 @@ def test_shortgpt_and_the_reference_code_run_through_the_same_flow(project):
     assert len(versions(project)) == 2
 
 
+def test_what_a_recipe_lists_is_done_checked_and_recorded(project):
+    listed = [{"name": "cast", "settings": {"dtype": "bfloat16"}}]
+    assert run(project, transforms=listed, quantize__scheme="off") == 0
+    facts = project.last_run
+    stages = list(facts["stages"])
+    assert stages[stages.index("transform") - 1] == "merge"
+    tensors = load_file(f"{facts['candidate']}/model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    (version,) = versions(project)
+    recorded = client(project).get_run(version.run_id).data.params
+    assert "cast" in recorded["transforms"] and "bfloat16" in recorded["transforms"]
+
+
 def test_what_a_method_fits_is_stored_with_its_plan_and_folded_in(project):
     assert run(project, method__name="replaceme", quantize__scheme="off") == 0
     (plan,) = project.work.glob("stages/plan-*/plan.json")

@@ -17,9 +17,15 @@ def base(tmp_path):
     return save_model(make_tiny_model("llama"), tmp_path / "base")
 
 
-@pytest.mark.parametrize("name", export_names())
-def test_every_form_can_be_had(name):
-    assert callable(get_export(name))
+@pytest.mark.parametrize("form", export_names())
+def test_every_form_is_written_whole_and_counted(form, tmp_path, capsys):
+    base = save_model(make_tiny_model("llama"), tmp_path / "base", max_shard_size="40KB")
+    assert main(["export", str(base), "--format", form, "--output", str(tmp_path / "out"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert facts["format"] == form and facts["written_bytes"] == sum(file.stat().st_size for file in files) > 0
+    assert verify_sums(tmp_path / "out")
+    assert main(["export", str(base), "--format", form, "--output", str(tmp_path / "out")]) == 2
 
 
 def test_an_unknown_form_is_refused_with_the_nearest(base, tmp_path, capsys):

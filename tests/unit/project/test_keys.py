@@ -69,6 +69,8 @@ OTHER: dict[str, Any] = {
     "alignment.penalty": 9.0,
     "alignment.heldout_source": "one",
     "alignment.rev": "v1",
+    "transforms.name": {"transforms": [{"name": "cast", "settings": {"dtype": "float16"}}]},
+    "transforms.settings": {"transforms": [{"name": "cast", "settings": {"dtype": "bfloat16"}}]},
     "quantize.scheme": {"quantize": {"scheme": "int8", "group_size": 32}},
     "quantize.group_size": {"quantize": {"scheme": "int8", "group_size": 16}},
     "evaluation.text": "other.jsonl",
@@ -173,7 +175,7 @@ def list_stage_keys(recipe: Recipe, base: Any) -> dict[str, str]:
     for stage in PIPELINE[:-1]:
         if stage.wanted(job):
             key = stage.key(job, found)
-            model = {"model_type": "llama", "digest": key} if stage.name in ("merge", "quantize") else {}
+            model = {"model_type": "llama", "digest": key} if stage.name in ("merge", "transform", "quantize") else {}
             found[stage.name] = Product(stage.name, key, Path(), key, model, 0.0, False, "")
     return {name: product.key for name, product in found.items()}
 

@@ -14,7 +14,7 @@ from mka.model.checkpoint import open_checkpoint
 from mka.pipeline.quantize import write_quantized
 from mka.plan.plan import MergePlan, identity_layers
 from mka.recipe import QuantizeSettings
-from mka.transforms import BITS, Transform, get_quantizer, get_transform
+from mka.transforms import BITS, Transform, cast, get_quantizer, get_transform
 
 SETTINGS = QuantizeSettings(scheme="int8", group_size=16)
 
@@ -37,7 +37,12 @@ def test_the_table_imports_no_transform_before_it_is_asked_for():
 
 
 @pytest.mark.parametrize(
-    "name, settings", [("rtn", SETTINGS), ("merge", MergePlan("t", "", 6, identity_layers(6)[:4]))]
+    "name, settings",
+    [
+        ("rtn", SETTINGS),
+        ("merge", MergePlan("t", "", 6, identity_layers(6)[:4])),
+        ("cast", cast.Settings(dtype="float16")),
+    ],
 )
 def test_what_is_foreseen_is_what_is_written_and_told(name, settings, tmp_path):
     source, ticks = open_checkpoint(save_model(make_tiny_model("llama"), tmp_path / "base")), []

@@ -1,0 +1,77 @@
+"""A checkpoint written anew tensor by tensor: what transforms that look at one tensor at a time have in common."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mka.errors import CheckpointError
+from mka.model.checkpoint import Checkpoint
+from mka.model.shards import BLOCK_BYTES, MAX_SHARD_BYTES, Blocks, copy_companions, write_tensors
+from mka.model.tensors import TensorInfo
+from mka.store.publishing import publish
+from mka.store.sums import write_sums
+
+if TYPE_CHECKING:
+    import torch
+
+
+def refuse_quantized(source: Checkpoint) -> None:
+    """Refuse a checkpoint whose weights are packed.
+
+    Raises:
+        CheckpointError: if they are.
+    """
+    if source.is_quantized:
+        raise CheckpointError(f"{source.path}: weights are already quantized; name the original model instead")
+
+
+def rewrite_checkpoint(
+    source: Checkpoint,
+    outline: Checkpoint,
+    treat: Callable[[TensorInfo, "torch.Tensor"], "torch.Tensor"],
+    output: str | Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    verify: Callable[[Path], Any] | None = None,
+    on_tensor: Callable[[int], Any] | None = None,
+) -> Any:
+    """Write a stock folder whose tensors are made of the source's, some rows of one at a time; publish it once whole.
+
+    Args:
+        source: the checkpoint that is read.
+        outline: the checkpoint that is written: its config, and name, dtype and shape of the same tensors.
+        treat: ``treat(info, rows)`` returns what some whole rows of a tensor of the source become.
+        output: folder to publish; must not exist.
+        max_shard_bytes: largest shard.
+        verify: called with the finished folder before it is published.
+        on_tensor: called with the bytes of each tensor written (for a progress bar).
+
+    Returns:
+        What ``verify`` returned.
+
+    Raises:
+        OutputError: if the folder cannot be written.
+    """
+    with publish(output, needed_bytes=outline.nbytes + 64_000_000) as partial:
+        stream = _stream(source, outline, treat, on_tensor)
+        sums = write_tensors(partial, list(outline.tensors.values()), stream, max_shard_bytes)
+        (partial / "config.json").write_text(json.dumps(outline.config, indent=2) + "\n", encoding="utf-8")
+        copy_companions(source.path, partial)
+        result = verify(partial) if verify else None
+        write_sums(partial, sums)
+        return result
+
+
+def _stream(
+    source: Checkpoint,
+    outline: Checkpoint,
+    treat: Callable[[TensorInfo, "torch.Tensor"], "torch.Tensor"],
+    on_tensor: Callable[[int], Any] | None,
+) -> Iterator[Blocks]:
+    with source.reader() as read:
+        for name, spec in outline.tensors.items():
+            info = source.tensors[name]
+            yield (treat(info, rows) for rows in read.blocks(name, BLOCK_BYTES))
+            if on_tensor:
+                on_tensor(spec.nbytes)
