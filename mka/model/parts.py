@@ -44,6 +44,11 @@ class Part:
         """Module of the layer whose output is added to the residual stream."""
         return self.post_norm or self.writer
 
+    @property
+    def linear(self) -> tuple[str, ...]:
+        """Its linear layers."""
+        return (*self.readers, self.writer)
+
     def owns(self, suffix: str) -> bool:
         """Whether a tensor of the layer, e.g. ``"mlp.up_proj.weight"``, belongs to this part."""
         names = (self.module, self.norm, *((self.post_norm,) if self.post_norm else ()))
