@@ -88,6 +88,21 @@ class Family:
         match = re.fullmatch(rf"{re.escape(self.layers)}\.(\d+)\.(.+)", name)
         return (int(match[1]), match[2]) if match else None
 
+    def stored_pieces(self, name: str, count: int) -> tuple[str, ...]:
+        """Return the stored tensors that make a parameter, row behind row: itself, unless files hold it in pieces.
+
+        Args:
+            name: of the parameter.
+            count: length of its first dimension.
+        """
+        if (place := self.split_tensor(name)) is not None:
+            layer, suffix = place
+            patterns = next((part.stacked[suffix] for part in self.parts if suffix in part.stacked), None)
+            if patterns is not None:
+                pieces = (pattern.format(number) for number in range(count) for pattern in patterns)
+                return tuple(self.layer_tensor(layer, piece) for piece in pieces)
+        return (name,)
+
     def stored_offset(self, name: str) -> float:
         """Return what has to be added to a tensor to get what it means: `gain_offset` of a norm's weight, else 0."""
         return self.gain_offset if name.endswith("norm.weight") else 0.0
