@@ -1,6 +1,6 @@
 """Quantize: the linear layers' weights rounded."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -8,13 +8,34 @@ from typing import Any
 from mka.errors import RecipeError
 from mka.model.checkpoint import Checkpoint, open_checkpoint
 from mka.model.verification import verify_checkpoint
-from mka.pipeline.foresee import candidate_nbytes, largest_layer, merged_nbytes
+from mka.pipeline.foresee import candidate_nbytes, estimate_states, largest_layer, merged_nbytes
 from mka.pipeline.job import Job
 from mka.pipeline.merge import describe_model
 from mka.pipeline.stage import MODEL_FOLDER, Cost, Found, Stage, find_model
 from mka.recipe import QuantizeSettings
 from mka.terminal import show_progress
 from mka.transforms import BASE, CALIBRATION, get_quantizer
+
+
+def check_quantizer(checkpoint: Checkpoint, settings: QuantizeSettings, given: Collection[str] = ()) -> None:
+    """Refuse what a scheme cannot do, before work begins.
+
+    Args:
+        checkpoint: what will be quantized, or the base it will be made of.
+        settings: scheme (not "off") and group size.
+        given: the kinds of evidence there will be.
+
+    Raises:
+        RecipeError: if the group size does not fit, or evidence is missing.
+        PlanError: if the layers have parts that the scheme's transform cannot treat.
+        CheckpointError: if the weights are quantized already.
+    """
+    transform = get_quantizer(settings.scheme)
+    if missing := sorted(transform.needs - set(given)):
+        raise RecipeError(
+            f"quantize.scheme {settings.scheme}: {transform.name} looks at {', '.join(missing)}; none given"
+        )
+    transform.check(checkpoint, settings)
 
 
 def write_quantized(
@@ -32,16 +53,12 @@ def write_quantized(
         evidence: kind -> what the scheme's transform asks for.
 
     Raises:
-        RecipeError: if the group size does not fit, or evidence is missing.
         CheckpointError: if the written folder does not load whole or does not generate soundly.
         OutputError: if it cannot be written.
+        MkaError: as `check_quantizer`.
     """
+    check_quantizer(checkpoint, settings, evidence)
     transform = get_quantizer(settings.scheme)
-    if missing := sorted(transform.needs - evidence.keys()):
-        raise RecipeError(
-            f"quantize.scheme {settings.scheme}: {transform.name} looks at {', '.join(missing)}; none given"
-        )
-    transform.check(checkpoint, settings)
     with show_progress(transform.summary, transform.foresee(checkpoint, settings), "B", scale=True) as advance:
         return transform.apply(checkpoint, settings, evidence, output, verify=verify_checkpoint, on_tensor=advance)
 
@@ -84,6 +101,12 @@ def _settings(job: Job) -> dict[str, Any]:
     return keyed
 
 
+def _foresee(job: Job) -> Cost:
+    # A transform that looks at texts walks them through the layers; verification unpacks the model once more.
+    walked = estimate_states(job) if CALIBRATION in get_quantizer(job.recipe.quantize.scheme).needs else 0
+    return Cost(memory=largest_layer(job) + walked, disk=candidate_nbytes(job) + merged_nbytes(job))
+
+
 QUANTIZE = Stage(
     "quantize",
     version=2,
@@ -91,7 +114,6 @@ QUANTIZE = Stage(
     reads=_read,
     settings=_settings,
     make=_make,
-    # Verification unpacks the model once more.
-    foresee=lambda job: Cost(memory=largest_layer(job), disk=candidate_nbytes(job) + merged_nbytes(job)),
+    foresee=_foresee,
     describe=lambda job: f"quantize to {job.recipe.quantize.scheme}",
 )

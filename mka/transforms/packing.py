@@ -33,8 +33,8 @@ PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 # safetensors writes wider dtypes first, so that data stay aligned: 16 bytes of a shape may follow any number of scales.
 _WIDEST_FIRST = ("I64", "F64", "F32", "I32", "BF16", "F16")
 
-# Makes one packed tensor of a weight: `PACKED` or `SCALE`, which of the weight's tensors it is, and the weight.
-Pack = Callable[[str, TensorInfo, TensorReader], Blocks]
+# Makes a tensor that is written, a weight's `PACKED` or `SCALE`, of the weight in the source.
+Pack = Callable[[TensorInfo, TensorInfo, TensorReader], Blocks]
 
 
 def check_roundable(source: Checkpoint, settings: QuantizeSettings) -> None:
@@ -141,7 +141,7 @@ def write_packed(
             if leaf == SHAPE:
                 yield [torch.tensor(info.shape)]
             elif leaf in (PACKED, SCALE):
-                yield pack(leaf, info, read)
+                yield pack(spec, info, read)
             else:
                 yield read_rows(source, info, read, BLOCK_BYTES)
             if on_tensor:

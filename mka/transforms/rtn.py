@@ -51,7 +51,8 @@ def quantize_checkpoint(
     """
     check_roundable(source, settings)
 
-    def pack(leaf: str, info: TensorInfo, read: TensorReader) -> Iterator["torch.Tensor"]:
+    def pack(spec: TensorInfo, info: TensorInfo, read: TensorReader) -> Iterator["torch.Tensor"]:
+        leaf = spec.name.rpartition(".")[2]
         # A weight is read once for its scale and once more to be packed: scales kept from the first time would be
         # memory that grows with the model.
         for rows in read_rows(source, info, read, _ROUND_BYTES):
