@@ -91,7 +91,7 @@ def test_evidence_a_command_cannot_give_is_missed_before_anything_is_written(tmp
     base = save_model(make_tiny_model("llama"), tmp_path / "base")
     (tmp_path / "plan.json").write_text(MergePlan("t", "", 6, identity_layers(6)[:4]).to_json())
     monkeypatch.setattr("mka.pipeline.merge.write_merged", lambda *_: pytest.fail("merged"))
-    told = ["merge", str(base), "--plan", str(tmp_path / "plan.json"), "-o", str(tmp_path / "out")]
+    told = ["merge", str(base), "--plan", str(tmp_path / "plan.json"), "--output", str(tmp_path / "out")]
     assert main([*told, "--quantize", "int8", "--group-size", "16"])
     assert "quantize.scheme int8: calibrated looks at calibration; none given" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
