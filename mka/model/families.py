@@ -15,8 +15,9 @@ class Family:
 
     Attributes:
         model_type: the config's ``model_type``.
-        parts: of a layer, in the order they run. The gain of a part's norm may be moved into the columns of its readers
-            without changing the function, ``W (g * x) = (W g) x``.
+        parts: of a layer, in the order they run. Where layers differ in kind, the parts of all kinds; a layer has those
+            whose tensors it has. The gain of a part's norm may be moved into the columns of its readers without
+            changing the function, ``W (g * x) = (W g) x``.
         gain_offset: norms multiply by ``gain_offset + weight`` (Gemma stores its gains around zero).
         per_layer_config: config entries with one value per layer. They are cut with the layers, and layers that
             differ in any of them are of different kinds and never merged.
@@ -62,7 +63,10 @@ class Family:
     @property
     def folds(self) -> Mapping[str, tuple[str, ...]]:
         """Norm -> the linear layers that read its output."""
-        return {part.norm: part.readers for part in self.parts}
+        folds: dict[str, tuple[str, ...]] = {}
+        for part in self.parts:
+            folds[part.norm] = (*folds.get(part.norm, ()), *part.readers)
+        return folds
 
     @property
     def embedding_tensor(self) -> str:

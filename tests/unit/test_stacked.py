@@ -10,7 +10,8 @@ from mka.evidence.observe import observe, observe_tokens
 from mka.model.checkpoint import open_checkpoint
 from mka.model.families import FAMILIES, Family
 from mka.model.loading import load_model, open_decoder
-from mka.model.parts import ATTENTION, Part
+from mka.model.parts import ATTENTION, MLP, Part
+from mka.model.verification import inspect_checkpoint, require_sound
 from mka.plan.plan import LayerRecipe, MergePlan, identity_layers, keep_layers
 from mka.recipe import QuantizeSettings
 from mka.transforms import get_quantizer, merge
@@ -20,6 +21,7 @@ STACKED = {
     "mlp.experts.gate_up_proj": ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
     "mlp.experts.down_proj": ("mlp.experts.{}.down_proj.weight",),
 }
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 PARTS = (
     Part(ATTENTION, "self_attn", "input_layernorm", QKV, "self_attn.o_proj"),
@@ -30,7 +32,7 @@ PARTS = (
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setitem(FAMILIES, "qwen3_moe", Family("qwen3_moe", PARTS))
-    model = make_tiny_model("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    model = make_tiny_model("qwen3_moe", **MIXTURE)
     return save_model(model, tmp_path / "base")
 
 
@@ -86,3 +88,18 @@ def test_layers_with_experts_are_not_rounded(folder):
     settings = QuantizeSettings(scheme="int8", group_size=16)
     with pytest.raises(PlanError, match=r"quantize\.scheme int8 cannot treat experts; allowed: attention, mlp"):
         get_quantizer("int8").check(open_checkpoint(folder), settings)
+
+
+def test_layers_of_several_kinds_have_the_parts_whose_tensors_they_have(tmp_path, monkeypatch):
+    dense = Part(MLP, "mlp", "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
+    monkeypatch.setitem(FAMILIES, "qwen3_moe", Family("qwen3_moe", (*PARTS, dense)))
+    monkeypatch.setattr(merge, "TREATS", merge.TREATS | {"experts"})
+    model = make_tiny_model("qwen3_moe", **MIXTURE, mlp_only_layers=[0, 1])
+    source = open_checkpoint(save_model(model, tmp_path / "base"))
+    assert source.family.folds["post_attention_layernorm"] == ("mlp.gate", "mlp.gate_proj", "mlp.up_proj")
+    with open_decoder(source, "float32") as (decoder, _):
+        found = observe(decoder, make_tokenizer(), make_texts(3), max_tokens=20)
+    wanted = observe(load_model(source.path, "float32")[0], make_tokenizer(), make_texts(3), max_tokens=20)
+    torch.testing.assert_close(found.pooled, wanted.pooled)
+    plan = MergePlan("", "", 6, keep_layers([0, 1, 4, 5]))
+    require_sound(merge_checkpoint(plan, source, tmp_path / "out", verify=inspect_checkpoint), "out")
