@@ -45,12 +45,11 @@ def merge(model: str, plan_file: Path, output: Path, asked: dict[str, Any]) -> O
     from mka.export.folder import export_folder
     from mka.model.checkpoint import describe_checkpoint, open_checkpoint
     from mka.pipeline.merge import write_merged
-    from mka.pipeline.quantize import write_quantized
+    from mka.pipeline.quantize import check_quantizer, write_quantized
     from mka.plan.plan import MergePlan
     from mka.recipe import AlignmentSettings, QuantizeSettings
     from mka.report.alignment import summarise_alignment
     from mka.store.publishing import publish
-    from mka.transforms import get_quantizer
     from mka.transforms.fold import load_folds
     from mka.transforms.merge import check_alignable, check_plan_fits
 
@@ -65,7 +64,7 @@ def merge(model: str, plan_file: Path, output: Path, asked: dict[str, Any]) -> O
     check_alignable(made, fitting.enabled)
     folds = load_folds(made, plan_file)
     if settings.scheme != "off":
-        get_quantizer(settings.scheme).check(base, settings)
+        check_quantizer(base, settings)
     with quiet_libraries():
         table = fit_windows(table, base) if table else None
     with quiet_libraries(settings.scheme != "off"), publish(output) as partial:

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from mka.evidence.states import HiddenStates
-from mka.evidence.walk import Batch, enter_texts, walk_layers
+from mka.evidence.walk import walk_layers
 from mka.model.decoder import as_decoder
+from mka.model.walk import Batch, enter_texts
 from mka.plan.plan import MergedLayer, identity_layers
 
 

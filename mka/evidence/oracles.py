@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from mka.errors import CalibrationError, NumericsError
-from mka.evidence.walk import Batch, walk_layers
+from mka.evidence.walk import walk_layers
 from mka.model.decoder import as_decoder
 from mka.model.readout import read_out, sum_divergence
+from mka.model.walk import Batch
 from mka.plan.plan import MergedLayer, identity_layers
 from mka.texts.tokens import pad, tokenize
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from mka.evidence.cuts import Cut, CutTokens
-from mka.evidence.walk import Batch, enter_texts, walk_layers
+from mka.evidence.walk import walk_layers
 from mka.model.decoder import Decoder, as_decoder
+from mka.model.walk import Batch, enter_texts
 from mka.plan.plan import identity_layers
 from mka.texts.tokens import tokenize
 

@@ -1,48 +1,16 @@
-"""Texts walked through output layers, one layer in memory at a time: what every kind of evidence is made of."""
+"""Texts walked through planned layers, one layer in memory at a time: what every kind of evidence is made of."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mka.model.decoder import Decoder, put_tensor
+from mka.model.walk import Batch
 from mka.plan.plan import MergedLayer
-from mka.texts.tokens import batch_by_length
 from mka.transforms.verbs import make_tensor
-
-
-@dataclass
-class Batch:
-    """Texts of like length on their way through the layers.
-
-    Attributes:
-        rows: which texts, (S,).
-        mask: 1 for real tokens, (S, T).
-        states: hidden states before the next layer, (S, T, D).
-        contexts: what each layer of the base is given beside them.
-    """
-
-    rows: torch.Tensor
-    mask: torch.Tensor
-    states: torch.Tensor
-    contexts: list[dict[str, Any]]
-
-
-def enter_texts(decoder: Decoder, sequences: Sequence[Sequence[int]], batch_size: int) -> list[Batch]:
-    """Return texts as they enter the first layer, the longest first.
-
-    Args:
-        decoder: the base.
-        sequences: token ids of N texts.
-        batch_size: texts per batch; texts of like length share one, so that little is padded.
-    """
-    return [
-        Batch(torch.tensor(rows, device=decoder.device), mask, *decoder.enter(ids, mask))
-        for rows, ids, mask in batch_by_length(sequences, batch_size, decoder.device)
-    ]
 
 
 @torch.inference_mode()
@@ -70,8 +38,7 @@ def walk_layers(
         with hold_layer(decoder, layer) as module:
             for batch in batches:
                 before = batch.states
-                output = module(before, **batch.contexts[layer.leader])
-                batch.states = output[0] if isinstance(output, tuple) else output
+                batch.states = batch.run(module, layer.leader)
                 yield position, batch, before
         if on_layer:
             on_layer(tokens)

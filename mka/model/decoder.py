@@ -1,5 +1,6 @@
 """A decoder that is walked layer by layer. Of a streamed one, only the layers somebody holds are in memory."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -127,7 +128,7 @@ class StreamedDecoder(Decoder):
             model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, **options)
         model.tie_weights()
         model.eval()
-        _check_weights(checkpoint, model)
+        self._pieces = _find_pieces(checkpoint, model)
         super().__init__(model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # Only gradients read it, and rows are numbered anew.
@@ -140,7 +141,7 @@ class StreamedDecoder(Decoder):
         self._spare: defaultdict[torch.Size, list[torch.Tensor]] = defaultdict(list)
         largest = max(t.nbytes for i in range(checkpoint.layers) for t in checkpoint.layer_tensors(i).values())
         self._raw = torch.empty(largest, dtype=torch.uint8)
-        self._fill(self.family.get_norm(model), {"weight": self.family.norm_tensor})
+        self._fill(self.family.get_norm(model), {"weight": (self.family.norm_tensor,)})
 
     @contextmanager
     def hold(self, *layers: int) -> Iterator[None]:
@@ -148,7 +149,8 @@ class StreamedDecoder(Decoder):
         for index in layers:
             if not self._held[index]:
                 layer = self.layers[index]
-                self._fill(layer, {n: self.family.layer_tensor(index, n) for n, _ in layer.named_parameters()})
+                names = {name: self.family.layer_tensor(index, name) for name, _ in layer.named_parameters()}
+                self._fill(layer, {name: self._pieces[full] for name, full in names.items()})
             self._held[index] += 1
         try:
             yield
@@ -190,13 +192,18 @@ class StreamedDecoder(Decoder):
             _empty(embedding)
 
     @torch.inference_mode()
-    def _fill(self, module: Any, names: Mapping[str, str]) -> None:
-        """Give a module's parameters the values of the checkpoint's tensors."""
-        for name, tensor in names.items():
+    def _fill(self, module: Any, names: Mapping[str, Sequence[str]]) -> None:
+        """Give a module's parameters the values of the checkpoint's tensors, one or several behind one another."""
+        for name, tensors in names.items():
             shape = module.get_parameter(name).shape
             spare = self._spare[shape]
             value = spare.pop() if spare else torch.empty(shape, dtype=self.dtype, device=self.device)
-            put_tensor(module, name, value.copy_(self.read(tensor, into=self._raw)))
+            rest = value.view(-1)
+            for tensor in tensors:
+                piece = self.read(tensor, into=self._raw).view(-1)
+                rest[: len(piece)].copy_(piece)
+                rest = rest[len(piece) :]
+            put_tensor(module, name, value)
 
 
 @contextmanager
@@ -230,15 +237,29 @@ def put_tensor(module: Any, name: str, value: torch.Tensor) -> None:
     setattr(module.get_submodule(holder), leaf, torch.nn.Parameter(value, requires_grad=False))
 
 
-def _check_weights(checkpoint: Checkpoint, model: Any) -> None:
-    """Refuse a folder whose weights are not those of its config, as loading it would."""
-    wanted = {name: tuple(value.shape) for name, value in model.named_parameters()}
+def _find_pieces(checkpoint: Checkpoint, model: Any) -> dict[str, tuple[str, ...]]:
+    """Return the stored tensors that make each parameter; refuse weights that are not the config's, as loaders do."""
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
     found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     if model.config.tie_word_embeddings:
         found.pop(checkpoint.family.head_tensor, None)
-    _refuse(checkpoint, "missing", wanted.keys() - found.keys())
-    _refuse(checkpoint, "unexpected", found.keys() - wanted.keys())
-    _refuse(checkpoint, "mismatched", [name for name, shape in wanted.items() if found[name] != shape])
+    pieces = {
+        name: (name,) if name in found else checkpoint.family.stored_pieces(name, shape[0])
+        for name, shape in shapes.items()
+    }
+    wanted = {piece for names in pieces.values() for piece in names}
+    _refuse(checkpoint, "missing", wanted - found.keys())
+    _refuse(checkpoint, "unexpected", found.keys() - wanted)
+    fits = {name: _fits([found[piece] for piece in pieces[name]], shape) for name, shape in shapes.items()}
+    _refuse(checkpoint, "mismatched", [name for name, fit in fits.items() if not fit])
+    return pieces
+
+
+def _fits(pieces: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> bool:
+    """Whether tensors of these shapes, row behind row, make one of that shape."""
+    if len(pieces) == 1:
+        return pieces[0] == shape
+    return sum(map(math.prod, pieces)) == math.prod(shape) and {piece[1:] for piece in pieces} == {shape[2:]}
 
 
 def _refuse(checkpoint: Checkpoint, kind: str, names: Sequence[str] | set[str]) -> None:

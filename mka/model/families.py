@@ -15,8 +15,9 @@ class Family:
 
     Attributes:
         model_type: the config's ``model_type``.
-        parts: of a layer, in the order they run. The gain of a part's norm may be moved into the columns of its readers
-            without changing the function, ``W (g * x) = (W g) x``.
+        parts: of a layer, in the order they run. Where layers differ in kind, the parts of all kinds; a layer has those
+            whose tensors it has. The gain of a part's norm may be moved into the columns of its readers without
+            changing the function, ``W (g * x) = (W g) x``.
         gain_offset: norms multiply by ``gain_offset + weight`` (Gemma stores its gains around zero).
         per_layer_config: config entries with one value per layer. They are cut with the layers, and layers that
             differ in any of them are of different kinds and never merged.
@@ -62,7 +63,10 @@ class Family:
     @property
     def folds(self) -> Mapping[str, tuple[str, ...]]:
         """Norm -> the linear layers that read its output."""
-        return {part.norm: part.readers for part in self.parts}
+        folds: dict[str, tuple[str, ...]] = {}
+        for part in self.parts:
+            folds[part.norm] = (*folds.get(part.norm, ()), *part.readers)
+        return folds
 
     @property
     def embedding_tensor(self) -> str:
@@ -87,6 +91,21 @@ class Family:
         """Return a tensor's layer and its name within it; None of a tensor outside the layers."""
         match = re.fullmatch(rf"{re.escape(self.layers)}\.(\d+)\.(.+)", name)
         return (int(match[1]), match[2]) if match else None
+
+    def stored_pieces(self, name: str, count: int) -> tuple[str, ...]:
+        """Return the stored tensors that make a parameter, row behind row: itself, unless files hold it in pieces.
+
+        Args:
+            name: of the parameter.
+            count: length of its first dimension.
+        """
+        if (place := self.split_tensor(name)) is not None:
+            layer, suffix = place
+            patterns = next((part.stacked[suffix] for part in self.parts if suffix in part.stacked), None)
+            if patterns is not None:
+                pieces = (pattern.format(number) for number in range(count) for pattern in patterns)
+                return tuple(self.layer_tensor(layer, piece) for piece in pieces)
+        return (name,)
 
     def stored_offset(self, name: str) -> float:
         """Return what has to be added to a tensor to get what it means: `gain_offset` of a norm's weight, else 0."""

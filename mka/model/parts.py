@@ -6,9 +6,9 @@ MLP, the inner activations and the neurons. A further kind (experts, a recurrenc
 `read_features` and `count_units`, and an entry in the ``TREATS`` of each transform that can treat it.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mka.errors import PlanError
@@ -30,6 +30,8 @@ class Part:
         readers: linear layers that read the norm's output.
         writer: linear layer whose output, or what a post-norm makes of it, is added to the residual stream.
         post_norm: norm between the writer and the residual stream, if there is one.
+        stacked: parameters that files hold in pieces: name within the layer -> the pieces' names, ``{}`` for a number.
+            Row behind row, the pieces of number 0, those of 1 and so on are the parameter, (numbers, rows, columns).
     """
 
     kind: str
@@ -38,11 +40,17 @@ class Part:
     readers: tuple[str, ...]
     writer: str
     post_norm: str | None = None
+    stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
 
     @property
     def residual_writer(self) -> str:
         """Module of the layer whose output is added to the residual stream."""
         return self.post_norm or self.writer
+
+    @property
+    def linear(self) -> tuple[str, ...]:
+        """Its linear layers."""
+        return (*self.readers, self.writer)
 
     def owns(self, suffix: str) -> bool:
         """Whether a tensor of the layer, e.g. ``"mlp.up_proj.weight"``, belongs to this part."""

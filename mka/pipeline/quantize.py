@@ -1,19 +1,36 @@
 """Quantize: the linear layers' weights rounded."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from mka.model.checkpoint import Checkpoint, open_checkpoint
 from mka.model.verification import verify_checkpoint
-from mka.pipeline.foresee import candidate_nbytes, largest_layer, treated_nbytes
+from mka.pipeline.foresee import candidate_nbytes, estimate_states, largest_layer, treated_nbytes
 from mka.pipeline.job import Job
 from mka.pipeline.merge import describe_model
 from mka.pipeline.stage import MODEL_FOLDER, Cost, Found, Stage, find_model
-from mka.pipeline.transform import apply_transform, digest_evidence, key_evidence, offer_evidence
+from mka.pipeline.transform import apply_transform, check_transform, digest_evidence, key_evidence, offer_evidence
 from mka.recipe import QuantizeSettings
-from mka.transforms import get_quantizer
+from mka.transforms import CALIBRATION, get_quantizer
+
+
+def check_quantizer(checkpoint: Checkpoint, settings: QuantizeSettings, given: Collection[str] = ()) -> None:
+    """Refuse what a scheme cannot do, before work begins.
+
+    Args:
+        checkpoint: what will be quantized, or the base it will be made of.
+        settings: scheme (not "off") and group size.
+        given: the kinds of evidence there will be.
+
+    Raises:
+        RecipeError: if the group size does not fit, or evidence is missing.
+        PlanError: if the layers have parts that the scheme's transform cannot treat.
+        CheckpointError: if the weights are quantized already.
+    """
+    transform = get_quantizer(settings.scheme)
+    check_transform(transform, settings, checkpoint, given, asked=_ask(settings))
 
 
 def write_quantized(
@@ -31,19 +48,16 @@ def write_quantized(
         evidence: kind -> what the scheme's transform asks for.
 
     Raises:
-        RecipeError: if the group size does not fit, or evidence is missing.
         CheckpointError: if the written folder does not load whole or does not generate soundly.
         OutputError: if it cannot be written.
+        MkaError: as `check_quantizer`.
     """
-    return apply_transform(
-        get_quantizer(settings.scheme),
-        settings,
-        checkpoint,
-        evidence,
-        output,
-        asked=f"quantize.scheme {settings.scheme}",
-        verify=verify_checkpoint,
-    )
+    transform, asked = get_quantizer(settings.scheme), _ask(settings)
+    return apply_transform(transform, settings, checkpoint, evidence, output, asked=asked, verify=verify_checkpoint)
+
+
+def _ask(settings: QuantizeSettings) -> str:
+    return f"quantize.scheme {settings.scheme}"
 
 
 def describe_rounding(settings: QuantizeSettings) -> str:
@@ -62,6 +76,12 @@ def _needs(job: Job) -> frozenset[str]:
     return get_quantizer(job.recipe.quantize.scheme).needs
 
 
+def _foresee(job: Job) -> Cost:
+    # A transform that looks at texts walks them through the layers; verification unpacks the model once more.
+    walked = estimate_states(job) if CALIBRATION in _needs(job) else 0
+    return Cost(memory=largest_layer(job) + walked, disk=candidate_nbytes(job) + treated_nbytes(job))
+
+
 QUANTIZE = Stage(
     "quantize",
     version=2,
@@ -69,7 +89,6 @@ QUANTIZE = Stage(
     reads=lambda job, found: {"merged": find_model(found).digest} | digest_evidence(job, _needs(job)),
     settings=lambda job: job.recipe.quantize.model_dump() | key_evidence(job, _needs(job)),
     make=_make,
-    # Verification unpacks the model once more.
-    foresee=lambda job: Cost(memory=largest_layer(job), disk=candidate_nbytes(job) + treated_nbytes(job)),
+    foresee=_foresee,
     describe=lambda job: f"quantize to {job.recipe.quantize.scheme}",
 )

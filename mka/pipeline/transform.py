@@ -1,7 +1,7 @@
 """Transform: what a recipe's `transforms` list, done one after another to the merged model."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -53,6 +53,27 @@ def _apply_treatment(treatment: Treatment, *given: Any, **options: Any) -> Any:
     return apply_transform(treatment.transform, treatment.settings, *given, asked=asked, **options)
 
 
+def check_transform(
+    transform: Transform, settings: Any, checkpoint: Checkpoint, given: Collection[str], *, asked: str
+) -> None:
+    """Refuse what a transform cannot do, before work begins.
+
+    Args:
+        transform: what is to be done.
+        settings: its own.
+        checkpoint: what it will read, or what that will be made of.
+        given: the kinds of evidence there will be.
+        asked: how the recipe asks for it, for the refusal.
+
+    Raises:
+        RecipeError: if evidence is missing.
+        MkaError: what the transform refuses.
+    """
+    if missing := sorted(transform.needs - set(given)):
+        raise RecipeError(f"{asked}: {transform.name} looks at {', '.join(missing)}; none given")
+    transform.check(checkpoint, settings)
+
+
 def apply_transform(
     transform: Transform,
     settings: Any,
@@ -75,12 +96,9 @@ def apply_transform(
         options: for `mka.transforms.Transform.apply`.
 
     Raises:
-        RecipeError: if evidence is missing.
-        MkaError: what the transform refuses.
+        MkaError: as `check_transform`.
     """
-    if missing := sorted(transform.needs - evidence.keys()):
-        raise RecipeError(f"{asked}: {transform.name} looks at {', '.join(missing)}; none given")
-    transform.check(checkpoint, settings)
+    check_transform(transform, settings, checkpoint, evidence, asked=asked)
     handed = {kind: value for kind, value in evidence.items() if kind in transform.needs}
     with show_progress(transform.summary, transform.foresee(checkpoint, settings), "B", scale=True) as advance:
         return transform.apply(checkpoint, settings, handed, output, on_tensor=advance, **options)

@@ -23,7 +23,7 @@ from mka.store.publishing import publish
 from mka.store.sums import write_sums
 from mka.transforms import Transform
 from mka.transforms.fold import Folds, apply_fold, check_folds, find_fold
-from mka.transforms.verbs import make_tensor, refuse_selecting
+from mka.transforms.verbs import check_summable, make_tensor, refuse_selecting
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # What a merge may be handed: what its plan's method fitted, and what an alignment refits layer by layer.
 FOLDS, ALIGNED = "folds", "aligned"
-# Kinds of parts whose tensors a merge knows what to do with.
+# Kinds of parts that a merge may copy; those it may sum are `mka.transforms.verbs.SUMMED`.
 TREATS = frozenset({ATTENTION, MLP})
 # Bytes of each source of a sum at a time: as float32 they stay in the processor's cache.
 SUM_BYTES = 1 << 20
@@ -56,6 +56,8 @@ def check_plan_fits(plan: MergePlan, source: Checkpoint) -> None:
             f"plan was made for digest {planned[:12]}…, {source.path} has {source.digest[:12]}…; plan again"
         )
     for layer in plan.merged:
+        if layer.verb == "combine" and len(layer.used) > 1:
+            check_summable(source.family)
         # Kinds differ in how attention looks back; an MLP goes with any of them.
         mixed = layer.attention if layer.verb == "take" else layer.sources
         if len({source.kinds[i] for i in mixed}) > 1:

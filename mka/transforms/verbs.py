@@ -8,12 +8,25 @@ from typing import TYPE_CHECKING
 
 from mka.errors import PlanError
 from mka.model.families import Family
+from mka.model.parts import ATTENTION, MLP, check_parts
 from mka.plan.plan import MergedLayer
 
 if TYPE_CHECKING:
     import torch
 
+# Kinds of parts of which those of several layers can be summed.
+SUMMED = frozenset({ATTENTION, MLP})
+
 ReadSource = Callable[[int, str], "torch.Tensor"]
+
+
+def check_summable(family: Family) -> None:
+    """Refuse to sum layers of a family.
+
+    Raises:
+        PlanError: naming the kinds of parts that have no meaningful sum: expert 3 of one layer is not that of another.
+    """
+    check_parts(family.parts, SUMMED, "a weighted sum of layers", family.model_type)
 
 
 def refuse_selecting(layer: MergedLayer) -> None:
@@ -47,7 +60,7 @@ def make_tensor(layer: MergedLayer, suffix: str, family: Family, read: ReadSourc
     if layer.verb == "combine":
         return combine_layers(layer, suffix, family, read)
     refuse_selecting(layer)
-    return read(layer.mlp[0] if family.mlp.owns(suffix) else layer.attention[0], suffix)
+    return read(layer.attention[0] if family.attention.owns(suffix) else layer.mlp[0], suffix)
 
 
 def combine_layers(layer: MergedLayer, suffix: str, family: Family, read: ReadSource) -> "torch.Tensor":
@@ -61,12 +74,16 @@ def combine_layers(layer: MergedLayer, suffix: str, family: Family, read: ReadSo
 
     Returns:
         The tensor in its own dtype: untouched bytes for a copy, else a float32 weighted sum cast back.
+
+    Raises:
+        PlanError: if several layers are to be summed that have parts without a meaningful sum.
     """
     import torch
 
     active = [(i, w) for i, w in zip(layer.sources, layer.weights) if w != 0.0]
     if len(active) == 1 and active[0][1] == 1.0:
         return read(active[0][0], suffix)
+    check_summable(family)
     module, _, kind = suffix.rpartition(".")
     read_by = family.folds if kind == "weight" else {}
     if module in read_by:

@@ -18,7 +18,8 @@ from mka.plan.plan import MergedLayer, MergePlan, identity_layers
 from mka.recipe import QuantizeSettings
 from mka.transforms import get_quantizer
 from mka.transforms.merge import merge_checkpoint
-from mka.transforms.rtn import check_group_size, quantize_checkpoint
+from mka.transforms.packing import check_group_size
+from mka.transforms.rtn import quantize_checkpoint
 
 GROUP = 16
 BITS = {"int8": 8, "int4": 4}

@@ -9,12 +9,13 @@ import pytest
 from support.models import make_tiny_model, save_model
 
 import mka.transforms
+from mka.cli.main import main
 from mka.errors import CheckpointError, RecipeError
 from mka.model.checkpoint import open_checkpoint
 from mka.pipeline.quantize import write_quantized
 from mka.plan.plan import MergePlan, identity_layers
 from mka.recipe import QuantizeSettings
-from mka.transforms import BITS, Transform, cast, get_quantizer, get_transform
+from mka.transforms import BITS, CALIBRATION, Transform, cast, get_quantizer, get_transform
 
 SETTINGS = QuantizeSettings(scheme="int8", group_size=16)
 
@@ -83,3 +84,19 @@ def test_a_stage_refuses_before_it_begins(tmp_path):
     write_quantized(source, SETTINGS, tmp_path / "once")
     with pytest.raises(CheckpointError, match="already quantized"):
         write_quantized(open_checkpoint(tmp_path / "once"), SETTINGS, tmp_path / "twice")
+
+
+def test_evidence_a_command_cannot_give_is_missed_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    rtn = get_transform("rtn")
+    module = ModuleType("calibrated")
+    module.TRANSFORM = Transform("calibrated", "round", rtn.check, rtn.foresee, rtn.apply, frozenset({CALIBRATION}))
+    monkeypatch.setitem(sys.modules, "calibrated", module)
+    monkeypatch.setitem(mka.transforms._TRANSFORMS, "calibrated", "calibrated")
+    monkeypatch.setitem(mka.transforms._SCHEMES, "int8", ("calibrated", 8))
+    base = save_model(make_tiny_model("llama"), tmp_path / "base")
+    (tmp_path / "plan.json").write_text(MergePlan("t", "", 6, identity_layers(6)[:4]).to_json())
+    monkeypatch.setattr("mka.pipeline.merge.write_merged", lambda *_: pytest.fail("merged"))
+    told = ["merge", str(base), "--plan", str(tmp_path / "plan.json"), "--output", str(tmp_path / "out")]
+    assert main([*told, "--quantize", "int8", "--group-size", "16"])
+    assert "quantize.scheme int8: calibrated looks at calibration; none given" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
