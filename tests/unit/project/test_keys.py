@@ -35,6 +35,8 @@ RECIPE: dict[str, Any] = {
     "method": {"settings": {"weights": "line-search"}},
     "alignment": {"enabled": True},
 }
+# Stages whose result is a model.
+MODELS = ("merge", "transform", "quantize")
 HUB = {"folder": None, "hub": "org/one"}
 PACKAGE = {"folder": None, "package": "p==1"}
 # Key -> another valid value; where that needs company, a mapping of all that has to change with it.
@@ -175,7 +177,7 @@ def list_stage_keys(recipe: Recipe, base: Any) -> dict[str, str]:
     for stage in PIPELINE[:-1]:
         if stage.wanted(job):
             key = stage.key(job, found)
-            model = {"model_type": "llama", "digest": key} if stage.name in ("merge", "transform", "quantize") else {}
+            model = {"model_type": "llama", "digest": key} if stage.name in MODELS else {}
             found[stage.name] = Product(stage.name, key, Path(), key, model, 0.0, False, "")
     return {name: product.key for name, product in found.items()}
 
