@@ -15,6 +15,7 @@ from mka.pipeline.job import Job
 from mka.pipeline.pipeline import run
 from mka.pipeline.plan import open_plan
 from mka.pipeline.report import find_fit
+from mka.pipeline.score import open_scores
 from mka.pipeline.stage import MODEL_FOLDER, SCORES_FILE, Found, Stage, find_model
 from mka.plan.plan import MergePlan
 from mka.store.products import Product
@@ -91,10 +92,10 @@ def _copy_evidence(job: Job, found: Found, folder: Path) -> None:
         found["report"].folder / "report.html",
         *found["report"].folder.glob("alignment.json"),
     ]
-    if "score" in found and found["score"].facts["kind"]:
-        copied.append(found["score"].folder / SCORES_FILE)
     for file in copied:
         shutil.copyfile(file, folder / file.name)
+    if scores := open_scores(job, found):
+        scores.save(folder / SCORES_FILE)
     if "gate" in found:
         for role, report in zip(("base", "candidate"), open_reports(job, found)):
             (folder / f"{role}.json").write_text(report.to_json(), encoding="utf-8")

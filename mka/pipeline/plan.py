@@ -132,7 +132,7 @@ def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
     with job.opened.borrow(
         owner, lambda: open_planner_oracles(planner, job.base, calibration, looking, source)
     ) as oracles:
-        plan = plan_layers(planner, job.aim, job.base, open_scores(found), source, oracles)
+        plan = plan_layers(planner, job.aim, job.base, open_scores(job, found), source, oracles)
     folds = fit_folds(planner, plan, job.base, calibration, looking, source)
     write_plan(bind_folds(plan, folds), folds, folder / PLAN_FILE)
     return {"layers_in": plan.layers_in, "layers_out": plan.layers_out, "layer_ratio": plan.layer_ratio}

@@ -27,7 +27,7 @@ def gather_evidence(job: Job, found: Found) -> ReportData:
     return ReportData(
         recipe=job.recipe.model_dump(mode="json"),
         plan=open_plan(found)[0],
-        scores=open_scores(found),
+        scores=open_scores(job, found),
         base=base,
         candidate=candidate,
         gate=gate,

@@ -1,6 +1,7 @@
 """Score: what the method thinks of the layers."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,17 @@ def score_layers(planner: Planner, checkpoint: Checkpoint, states: HiddenStates 
         return planner.method.score(evidence, planner.settings)
 
 
-def open_scores(found: Found) -> LayerScores | None:
-    """Read what the method thought of the layers; None if it does not score."""
+def open_scores(job: Job, found: Found) -> LayerScores | None:
+    """Read what the method thought of the layers; None if it does not score.
+
+    Stored scores serve every job whose other settings only plan; they are read with the settings of this one.
+    """
     product = found.get("score")
-    return LayerScores.load(product.folder / SCORES_FILE) if product and product.facts["kind"] else None
+    if product is None or product.facts["kind"] is None:
+        return None
+    scores = LayerScores.load(product.folder / SCORES_FILE)
+    settings = job.planner.dump_settings()
+    return replace(scores, settings={key: settings[key] for key in scores.settings})
 
 
 def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:

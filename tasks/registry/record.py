@@ -208,7 +208,7 @@ def _log_evidence(run: Run, found: Found) -> None:
     mlflow.log_artifacts(str(found["plan"].folder), "plan")
     for role in ("base", "candidate"):
         mlflow.log_artifacts(str(found[f"evaluate {role}"].folder), f"evaluation/{role}")
-    if open_scores(found) is not None:
+    if open_scores(job, found) is not None:
         mlflow.log_artifacts(str(found["score"].folder), "scores")
     checks = run.place.checks / guard.PAGE
     if checks.exists():

@@ -102,6 +102,16 @@ def test_a_target_spelled_otherwise_is_the_same_plan(root):
     assert len(keys) == 1
 
 
+def test_scores_that_serve_another_plan_are_told_with_its_settings(root):
+    assert compress(root, "out") == 0
+    assert compress(root, "fixed", method={"name": "mka", "settings": {"weights": "fixed", "weight": 0.5}}) == 0
+    assert len(list((root / "work/stages").glob("score-*"))) == 1
+    first, second = (json.loads((root / name / "evidence/scores.json").read_text()) for name in ("out", "fixed"))
+    assert [told["settings"].pop("weights") for told in (first, second)] == ["similarity", "fixed"]
+    assert [told["settings"].pop("weight") for told in (first, second)] == [None, 0.5]
+    assert first == second
+
+
 def test_compress_goes_on_where_it_was_interrupted(root, capsys, monkeypatch):
     measure = mka.pipeline.evaluate.measure_checkpoint
 
