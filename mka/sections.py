@@ -66,6 +66,18 @@ def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:
     return list(model.model_fields)
 
 
+class _UniqueLoader(yaml.SafeLoader):
+    """Refuses a key that is said twice: PyYAML takes the last one and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        said: set[Any] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in said:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is said twice", problem_mark=key.start_mark)
+            said.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path, hint: str) -> Any:
     """Read a recipe's YAML.
 
@@ -78,7 +90,7 @@ def read_yaml(path: str | Path, hint: str) -> Any:
     """
     path = Path(path)
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return _UniqueLoader(path.read_text(encoding="utf-8")).get_single_data()
     except FileNotFoundError:
         raise RecipeError(f"recipe not found: {path}; {hint}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def find_work() -> Path:
     """Return the work folder: ``MKA_WORK``, or ``data/work`` here."""
-    return Path(os.environ.get("MKA_WORK", "data/work"))
+    return Path(os.environ.get("MKA_WORK") or "data/work")
 
 
 def name_source(model: str, asked: Mapping[str, Any]) -> "ModelSource":

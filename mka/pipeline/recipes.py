@@ -46,14 +46,15 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         RecipeError: if the file cannot be read or its content is refused.
     """
     raw = read_yaml(path, "recipes live in recipes/")
+    if not isinstance(raw, dict):
+        return validate_recipe(raw, str(path))
     for dotted, value in (overrides or {}).items():
         *parents, key = dotted.split(".")
         node = raw
         for parent in parents:
-            node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+            node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise RecipeError(f"override {dotted!r}: {parent!r} is not a section of the recipe")
-        if not isinstance(node, dict):
-            raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
+                validate_recipe(raw, str(path))
+                raise RecipeError(f"{path}: override {dotted!r}: {parent!r} is not a section of the recipe")
         node[key] = value
     return validate_recipe(raw, str(path))

@@ -82,4 +82,4 @@ def enter_checkout() -> dict[str, str]:
 def find_workplace() -> Workplace:
     """Return the workplace of the checkout this file lies in."""
     root = Path(__file__).resolve().parents[2]
-    return Workplace(root, Path(os.environ.get("MKA_WORK", root / "data" / "work")).resolve())
+    return Workplace(root, Path(os.environ.get("MKA_WORK") or root / "data" / "work").resolve())

@@ -270,6 +270,23 @@ def test_what_is_no_yaml_is_refused_in_one_line(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("content", ["name: a\nname: b\n", "target:\n  layers: 4\n  layers: 5\n"])
+def test_a_key_said_twice_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "twice.yaml"
+    path.write_text(content)
+    with pytest.raises(RecipeError, match=r"twice\.yaml cannot be read: key '(name|layers)' is said twice .* line \d"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("content", ["calibration: foo\n", "calibration:\n"])
+def test_a_section_that_is_none_is_refused_as_the_file_says_it(tmp_path, content):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: .*'calibration'") as refused:
+        load_recipe(path, {"calibration.rev": None})
+    assert "override" not in str(refused.value)
+
+
 def test_a_folder_is_no_recipe(tmp_path):
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(tmp_path)
