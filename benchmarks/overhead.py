@@ -75,6 +75,7 @@ def measure_flow(rounds: int) -> None:
         recipe, work, output = make_recipe(Path(folder)), Path(folder) / "work", Path(folder) / "out"
 
         def compress() -> None:
+            shutil.rmtree(work / "stages", ignore_errors=True)
             call(
                 [sys.executable, "-m", "mka.cli.main", "compress", "--recipe", str(recipe), "--output", str(output)],
                 work,
