@@ -9,6 +9,7 @@ import click
 from mka.cli.console import examples, reports
 from mka.cli.models import find_work
 from mka.cli.options import FILE
+from mka.store.publishing import make_work
 from mka.terminal import Outcome, align, quiet_libraries, say
 
 README = Path("README.md")
@@ -39,6 +40,8 @@ def bench(recipe: Path, only: str | None, readme: bool, dry_run: bool) -> Outcom
     from mka.bench.run import foresee_bench, run_bench
 
     loaded = load_bench(recipe)
+    if not dry_run:
+        make_work(find_work())
     with quiet_libraries():
         prepared = prepare(loaded, find_work(), command=shlex.join(["mka", "bench", str(recipe)]))
         if dry_run:

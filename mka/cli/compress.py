@@ -9,7 +9,7 @@ import click
 from mka.cli.console import examples, reports, show_results, typed
 from mka.cli.models import find_work, name_source
 from mka.cli.options import FILE, Command, default_of, recipe_option, recipe_options, require_align
-from mka.store.publishing import check_free
+from mka.store.publishing import check_free, make_work
 from mka.terminal import Outcome, quiet_libraries, say
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ def compress(
     if evaluated and recipe.evaluation.text is None and not recipe.evaluation.tasks:
         heldout = default_of("evaluation.text")
         click.echo(f"note: nothing will be measured: no {heldout}, no --text, no --tasks", err=True)
+    if not dry_run:
+        make_work(find_work())
     with quiet_libraries(recipe.quantize.scheme != "off"):
         job = prepare(recipe, find_work(), evaluate=evaluated, command=typed(), output=output)
         if dry_run:

@@ -112,6 +112,22 @@ def publish(output: str | Path, *, needed_bytes: int = 0) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def make_work(folder: Path) -> None:
+    """Make the work folder.
+
+    Raises:
+        OutputError: if it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"work folder {folder} cannot be written: {error.strerror}; set MKA_WORK to one that can"
+        ) from None
+
+
 def check_room(output: Path, needed_bytes: int) -> None:
     """Refuse an output that could not be published later, before anything is computed for it; leaves nothing.
 

@@ -1,11 +1,10 @@
 """Where a run keeps its things: one folder, ignored by git and DVC."""
 
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from mka.errors import OutputError
+from mka.store.publishing import make_work
 
 
 @dataclass(frozen=True)
@@ -51,14 +50,7 @@ class Workplace:
         Raises:
             OutputError: if it cannot be made or written.
         """
-        try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.work):
-                pass
-        except OSError as error:
-            raise OutputError(
-                f"work folder {self.work} cannot be written: {error.strerror}; set MKA_WORK to one that can"
-            ) from None
+        make_work(self.work)
 
     def path(self, path: Path) -> Path:
         """Resolve a recipe's path against the root."""

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -383,3 +384,10 @@ def test_a_bug_is_not_dressed_up_as_bad_input(base, tables, tmp_path, monkeypatc
     with pytest.raises(ZeroDivisionError):
         main([str(a) for a in (*arguments, "--no-evaluate", "--output", tmp_path / "out")])
     assert sorted(f.name for f in tmp_path.iterdir()) == ["base"]
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_a_work_folder_that_cannot_be_made_says_what_to_set(refuse, tmp_path, monkeypatch, below):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MKA_WORK", str(tmp_path / "file" / below))
+    assert re.search(r"work folder .*file.* cannot be written: .*; set MKA_WORK to one that can$", refuse())
