@@ -108,6 +108,6 @@ $(BUILT): $(SOURCES) $(if $(MISSING),FORCE) | $(INSTALLED)
 	@mkdir -p $(@D) && touch $@
 
 $(FETCHED): $(RECIPE) | $(INSTALLED)
-	@$(BIN)/python -c 'import pathlib, sys; from mka.recipe import load_recipe; from mka.sources.fetch import materialize; \
+	@$(BIN)/python -c 'import pathlib, sys; from mka.pipeline.recipes import load_recipe; from mka.sources.fetch import materialize; \
 		materialize(load_recipe(sys.argv[1]).model, pathlib.Path(sys.argv[2]))' $(RECIPE) $(WORK)
 	@mkdir -p $(@D) && touch $@

@@ -176,3 +176,8 @@ def test_makefile_silences_telemetry():
         "DVC_NO_ANALYTICS": "1",
     }
     assert {name: shown.get(name) for name in expected} == expected
+
+
+def test_what_the_makefile_imports_is_there():
+    found = re.findall(r"from (mka[\w.]*) import (\w+)", (ROOT / "Makefile").read_text())
+    assert found and all(hasattr(importlib.import_module(module), name) for module, name in found)
