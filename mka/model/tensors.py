@@ -79,6 +79,7 @@ def is_finite(tensor: "torch.Tensor") -> bool:
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
 TORCH_NAMES |= {"F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
 TORCH_NAMES |= {"BOOL": "bool"}
+STORED_NAMES = {name: short for short, name in TORCH_NAMES.items()}
 
 
 def read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from mka.alignment.table import fit_windows
-from mka.errors import CheckpointError
 from mka.evaluation.tasks import check_tasks
 from mka.methods import Planner, check_alignment, resolve_method
 from mka.model.checkpoint import Checkpoint, open_checkpoint
@@ -17,6 +16,7 @@ from mka.recipe import ModelSource, Recipe, Target
 from mka.sources.fetch import materialize, resolve_revision
 from mka.texts.positions import check_context
 from mka.transforms import Treatment, get_quantizer, outline_treated, resolve_transforms
+from mka.transforms.rewrite import refuse_quantized
 
 
 @dataclass
@@ -145,8 +145,7 @@ def check_feasible(recipe: Recipe, checkpoint: Checkpoint) -> Aim:
         CheckpointError: if the checkpoint is quantized already.
     """
     aim = resolve_aim(recipe.target, checkpoint)
-    if checkpoint.is_quantized:
-        raise CheckpointError(f"{checkpoint.path}: weights are already quantized; name the original model instead")
+    refuse_quantized(checkpoint)
     treatments = resolve_transforms(recipe.transforms)
     *outlines, treated = outline_treated(checkpoint, treatments)
     for treatment, outline in zip(treatments, outlines):

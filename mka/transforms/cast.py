@@ -9,7 +9,7 @@ from pydantic import Field
 
 from mka.errors import NumericsError
 from mka.model.checkpoint import Checkpoint
-from mka.model.tensors import TORCH_NAMES, TensorInfo, is_finite
+from mka.model.tensors import STORED_NAMES, TensorInfo, is_finite
 from mka.sections import Section
 from mka.transforms import Transform
 from mka.transforms.rewrite import refuse_quantized, rewrite_checkpoint
@@ -26,7 +26,7 @@ class Settings(Section):
 
 def outline(source: Checkpoint, settings: Settings) -> Checkpoint:
     """Return the checkpoint as it will be: dtypes changed, in config.json too, by whichever names it has for that."""
-    stored = {name: short for short, name in TORCH_NAMES.items()}[settings.dtype]
+    stored = STORED_NAMES[settings.dtype]
     tensors = {name: replace(info, dtype=stored) if _floats(info) else info for name, info in source.tensors.items()}
     # transformers 5 writes "dtype"; it reads "torch_dtype", which earlier ones wrote, as well.
     named = [key for key in ("dtype", "torch_dtype") if key in source.config] or ["dtype"]

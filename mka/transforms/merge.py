@@ -16,13 +16,12 @@ from mka.errors import CheckpointError, NumericsError, PlanError
 from mka.model.checkpoint import Checkpoint
 from mka.model.families import Family
 from mka.model.parts import ATTENTION, MLP, check_parts
-from mka.model.shards import BLOCK_BYTES, MAX_SHARD_BYTES, Blocks, copy_companions, write_tensors
+from mka.model.shards import BLOCK_BYTES, MAX_SHARD_BYTES, Blocks, write_tensors
 from mka.model.tensors import TensorInfo, TensorReader, is_finite, torch_dtype
 from mka.plan.plan import MergedLayer, MergePlan
-from mka.store.publishing import publish
-from mka.store.sums import write_sums
 from mka.transforms import Transform
 from mka.transforms.fold import Folds, apply_fold, check_folds, find_fold
+from mka.transforms.rewrite import publish_copy
 from mka.transforms.verbs import check_summable, make_tensor, refuse_selecting
 
 if TYPE_CHECKING:
@@ -152,19 +151,18 @@ def merge_checkpoint(
     check_alignable(plan, aligned is not None)
     planned = plan_tensors(plan.layers, source)
     check_folds(plan, folds, {info.name: info.shape for info, _, _ in planned})
-    total = sum(info.nbytes for info, _, _ in planned)
-    with publish(output, needed_bytes=total + 64_000_000) as partial:
+    specs = [info for info, _, _ in planned]
+
+    def write(folder: Path) -> Mapping[str, str]:
+        config = cut_config(source.config, source.kinds, source.family, plan.layers)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         # Without an alignment there is nothing to compute that a second thread would not lose by waiting.
         with source.reader() as read, _limit_threads(None if aligned else 1):
-            specs = [info for info, _, _ in planned]
             stream = _stream(planned, source.family, read, folds, aligned, on_tensor)
-            sums = write_tensors(partial, specs, stream, max_shard_bytes)
-        config = cut_config(source.config, source.kinds, source.family, plan.layers)
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        copy_companions(source.path, partial)
-        result = verify(partial) if verify else None
-        write_sums(partial, sums)
-        return result
+            return write_tensors(folder, specs, stream, max_shard_bytes)
+
+    needed = sum(info.nbytes for info in specs)
+    return publish_copy(source, output, write, needed_bytes=needed, verify=verify)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ format and folder are made here.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 from mka.errors import CheckpointError, RecipeError
 from mka.model.checkpoint import Checkpoint
 from mka.model.parts import ATTENTION, MLP, check_parts
-from mka.model.shards import BLOCK_BYTES, MAX_SHARD_BYTES, Blocks, copy_companions, split_shards, write_shards
-from mka.model.tensors import TORCH_NAMES, TensorInfo, TensorReader, torch_dtype
+from mka.model.shards import BLOCK_BYTES, MAX_SHARD_BYTES, Blocks, split_shards, write_shards
+from mka.model.tensors import STORED_NAMES, TensorInfo, TensorReader, torch_dtype
 from mka.recipe import QuantizeSettings
-from mka.store.publishing import publish
-from mka.store.sums import write_sums
 from mka.transforms import BITS
+from mka.transforms.rewrite import publish_copy
 
 if TYPE_CHECKING:
     import torch
@@ -97,8 +96,7 @@ def plan_packed(source: Checkpoint, settings: QuantizeSettings) -> list[tuple[Te
 
 def loaded_dtype(source: Checkpoint, info: TensorInfo) -> str:
     """Return the dtype that a stock loader gives a tensor, config.json's: a scale cast later would be another scale."""
-    stored = {name: short for short, name in TORCH_NAMES.items()}
-    named = stored.get(source.config.get("dtype") or source.config.get("torch_dtype") or "")
+    named = STORED_NAMES.get(source.config.get("dtype") or source.config.get("torch_dtype") or "")
     return named if named and info.dtype in ("F64", "F32", "F16", "BF16") else info.dtype
 
 
@@ -147,16 +145,15 @@ def write_packed(
             if on_tensor:
                 on_tensor(spec.nbytes)
 
-    # Verification unpacks the model beside the folder.
-    needed = sum(spec.nbytes for spec in specs) + (source.nbytes if verify else 0) + 64_000_000
-    with publish(output, needed_bytes=needed) as partial:
+    def write(folder: Path) -> Mapping[str, str]:
         with source.reader() as read:
-            sums = write_shards(partial, shards, stream(read))
-        _write_config(source, settings, partial)
-        copy_companions(source.path, partial)
-        result = verify(partial) if verify else None
-        write_sums(partial, sums)
-        return result
+            sums = write_shards(folder, shards, stream(read))
+        _write_config(source, settings, folder)
+        return sums
+
+    # Verification unpacks the model beside the folder.
+    needed = sum(spec.nbytes for spec in specs) + (source.nbytes if verify else 0)
+    return publish_copy(source, output, write, needed_bytes=needed, verify=verify)
 
 
 def _place(spec: TensorInfo) -> tuple[int, str]:

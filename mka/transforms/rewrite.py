@@ -1,7 +1,7 @@
 """A checkpoint written anew tensor by tensor: what transforms that look at one tensor at a time have in common."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,37 @@ def refuse_quantized(source: Checkpoint) -> None:
     """
     if source.is_quantized:
         raise CheckpointError(f"{source.path}: weights are already quantized; name the original model instead")
+
+
+def publish_copy(
+    source: Checkpoint,
+    output: str | Path,
+    write: Callable[[Path], Mapping[str, str]],
+    *,
+    needed_bytes: int,
+    verify: Callable[[Path], Any] | None = None,
+) -> Any:
+    """Write a folder made of a checkpoint, with its companions and sums; publish it only once it is whole.
+
+    Args:
+        source: whose tokenizer and other small files go along.
+        output: folder to publish; must not exist.
+        write: writes weights and config.json into a folder; returns the digests of the weights' files.
+        needed_bytes: what the disk has to have.
+        verify: called with the finished folder before it is published; an exception from it publishes nothing.
+
+    Returns:
+        What ``verify`` returned.
+
+    Raises:
+        OutputError: if the folder cannot be written.
+    """
+    with publish(output, needed_bytes=needed_bytes + 64_000_000) as partial:
+        sums = write(partial)
+        copy_companions(source.path, partial)
+        result = verify(partial) if verify else None
+        write_sums(partial, sums)
+        return result
 
 
 def rewrite_checkpoint(
@@ -53,14 +84,13 @@ def rewrite_checkpoint(
     Raises:
         OutputError: if the folder cannot be written.
     """
-    with publish(output, needed_bytes=outline.nbytes + 64_000_000) as partial:
+
+    def write(folder: Path) -> Mapping[str, str]:
         stream = _stream(source, outline, treat, on_tensor)
-        sums = write_tensors(partial, list(outline.tensors.values()), stream, max_shard_bytes)
-        (partial / "config.json").write_text(json.dumps(outline.config, indent=2) + "\n", encoding="utf-8")
-        copy_companions(source.path, partial)
-        result = verify(partial) if verify else None
-        write_sums(partial, sums)
-        return result
+        (folder / "config.json").write_text(json.dumps(outline.config, indent=2) + "\n", encoding="utf-8")
+        return write_tensors(folder, list(outline.tensors.values()), stream, max_shard_bytes)
+
+    return publish_copy(source, output, write, needed_bytes=outline.nbytes, verify=verify)
 
 
 def _stream(
