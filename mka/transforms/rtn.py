@@ -4,12 +4,11 @@ Data-free, so nothing has to be run: weights are read, rounded by compressed-ten
 of rows at a time, as `mka.transforms.packing` lays them out.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mka.model.checkpoint import Checkpoint
-from mka.model.shards import MAX_SHARD_BYTES
 from mka.model.tensors import TensorInfo, TensorReader
 from mka.recipe import QuantizeSettings
 from mka.transforms import Transform
@@ -22,27 +21,8 @@ if TYPE_CHECKING:
 _ROUND_BYTES = 1 << 22
 
 
-def quantize_checkpoint(
-    source: Checkpoint,
-    output: str | Path,
-    settings: QuantizeSettings,
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    verify: Callable[[Path], Any] | None = None,
-    on_tensor: Callable[[int], Any] | None = None,
-) -> Any:
-    """Write a quantized copy of a checkpoint; publish it only once it is whole.
-
-    Args:
-        source: an unquantized checkpoint.
-        output: folder to publish; must not exist.
-        settings: scheme (not "off") and group size.
-        max_shard_bytes: largest shard.
-        verify: called with the finished folder before it is published.
-        on_tensor: called with the bytes of each tensor written (for a progress bar).
-
-    Returns:
-        What ``verify`` returned.
+def quantize_checkpoint(source: Checkpoint, output: str | Path, settings: QuantizeSettings, **options: Any) -> Any:
+    """Write a quantized copy of a checkpoint; options and result are those of `mka.transforms.packing.write_packed`.
 
     Raises:
         RecipeError: if the group size does not divide the widths.
@@ -58,7 +38,6 @@ def quantize_checkpoint(
         for rows in read_rows(source, info, read, _ROUND_BYTES):
             yield pack_rows(rows, scale_groups(rows, settings), settings)[leaf]
 
-    options: dict[str, Any] = {"max_shard_bytes": max_shard_bytes, "verify": verify, "on_tensor": on_tensor}
     return write_packed(source, output, settings, pack, **options)
 
 
