@@ -155,6 +155,50 @@ class AlignmentSettings(AlignmentFit):
     rev: str | None = Field("HEAD", description="Git revision DVC reads the table at; null reads the working copy")
 
 
+class HealFit(StageSettings):
+    """How what was merged is trained back towards its base, and the texts it is trained on."""
+
+    path: Annotated[Path, Option("--heal-table")] = Field(
+        Path("data/prepared/alignment.jsonl"), description="Texts of the healing, JSON lines with `text` and `source`"
+    )
+    tokens: Annotated[int, Option("--heal-tokens")] = Field(
+        102_400, ge=512, description="Tokens the healing reads, of each source by its share of the table"
+    )
+    train: Annotated[Literal["all", "lora", "head-and-last"], Option("--heal-train")] = Field(
+        "all",
+        description="What a distillation trains: all weights from the first change on, low-rank additions to them, or "
+        "the last three layers with an untied head",
+    )
+    rate: Annotated[float | None, Option("--heal-rate")] = Field(
+        None, gt=0, description="Peak learning rate; null: what `train` usually takes"
+    )
+    context: int = Field(256, ge=16, description="Tokens per window of training text")
+    batch: int = Field(4, ge=1, description="Windows per step")
+    positions: float = Field(0.25, gt=0, le=1, description="Share of the positions whose logits are compared")
+    heldout_source: str | None = Field(
+        None, description="The source that only measures, and stops the training; null: the second largest of the table"
+    )
+    heldout_tokens: int = Field(4096, ge=256, description="Tokens of that source")
+    patience: int = Field(4, ge=1, description="Measurements without gain after which training stops")
+
+
+class HealSettings(HealFit):
+    """Whether what was merged is healed, on a table that DVC versions."""
+
+    mode: Annotated[Literal["off", "local", "distil"], Option("--heal")] = Field(
+        "off",
+        description="'distil': the base's logits are followed through the whole model; 'local': its hidden states, "
+        "layer by layer in bounded memory",
+    )
+    rev: str | None = Field("HEAD", description="Git revision DVC reads the table at; null reads the working copy")
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _yaml_off(cls, value: Any) -> Any:
+        # YAML 1.1 reads a bare `off` as False.
+        return "off" if value is False else value
+
+
 class Target(Section):
     """How much shall go: exactly one of ``layers``, ``layer_ratio``, ``size_ratio``; and what must stay."""
 
@@ -329,6 +373,7 @@ class Recipe(Section):
     method: MethodChoice = MethodChoice()
     target: Target
     alignment: AlignmentSettings = AlignmentSettings()
+    heal: HealSettings = HealSettings()
     transforms: tuple[TransformChoice, ...] = Field((), description="Done one after another to what was merged")
     quantize: QuantizeSettings = QuantizeSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
