@@ -174,12 +174,13 @@ class HealFit(StageSettings):
     )
     context: int = Field(256, ge=16, description="Tokens per window of training text")
     batch: int = Field(4, ge=1, description="Windows per step")
-    positions: float = Field(0.25, gt=0, le=1, description="Share of the positions whose logits are compared")
+    positions: float = Field(1.0, gt=0, le=1, description="Share of the positions whose logits are compared")
     heldout_source: str | None = Field(
         None, description="The source that only measures, and stops the training; null: the second largest of the table"
     )
     heldout_tokens: int = Field(4096, ge=256, description="Tokens of that source")
     patience: int = Field(4, ge=1, description="Measurements without gain after which training stops")
+    checkpointing: bool = Field(False, description="Recompute activations backwards: less memory, a third more time")
 
 
 class HealSettings(HealFit):

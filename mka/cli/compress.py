@@ -8,7 +8,7 @@ import click
 
 from mka.cli.console import examples, reports, show_results, typed
 from mka.cli.models import find_work, name_source
-from mka.cli.options import FILE, Command, default_of, recipe_option, recipe_options, require_align
+from mka.cli.options import FILE, Command, default_of, pick, recipe_option, recipe_options, require_align
 from mka.store.publishing import check_free, make_work
 from mka.terminal import Outcome, quiet_libraries, say
 
@@ -32,7 +32,7 @@ TARGETS = frozenset(("target.layers", "target.layer_ratio", "target.size_ratio")
 @click.argument("model", required=False)
 @recipe_options(
     *("method.name", "target", "method.settings", "quantize", "calibration"),
-    *("alignment.enabled", "alignment", "evaluation.text", "evaluation"),
+    *("alignment.enabled", "alignment", "heal.mode", "heal", "evaluation.text", "evaluation"),
     leave_out=("calibration.batch_size", "evaluation.batch_size"),
 )
 @click.option("--no-evaluate", is_flag=True, help="Publish without measuring; the card says so.")
@@ -94,7 +94,7 @@ def resolve_recipe(model: str | None, output: Path, recipe_file: Path | None, as
 
     if model is None and recipe_file is None:
         raise click.UsageError("Missing argument 'MODEL' (or --recipe FILE, which names one).")
-    overrides: dict[str, Any] = {"calibration.rev": None, "alignment.rev": None}
+    overrides: dict[str, Any] = {"calibration.rev": None, "alignment.rev": None, "heal.rev": None}
     if model is not None:
         source = name_source(model, {})
         overrides |= {f"model.{key}": getattr(source, key) for key in SOURCE}
@@ -103,17 +103,31 @@ def resolve_recipe(model: str | None, output: Path, recipe_file: Path | None, as
     overrides |= asked
     if recipe_file is not None:
         recipe = load_recipe(recipe_file, overrides)
+        if recipe.heal.mode == "off" and pick(asked, "heal"):
+            recipe = load_recipe(recipe_file, overrides | choose_healing(asked))
     else:
         name = re.sub(r"[^a-z0-9._-]+", "-", output.name.lower()).lstrip("._-") or "model"
         raw: dict[str, Any] = {"name": name, "target": {}}
         if not default_of("evaluation.text").is_file():
             overrides.setdefault("evaluation.text", None)
-        for dotted, value in overrides.items():
+        for dotted, value in (overrides | choose_healing(asked)).items():
             section, _, key = dotted.rpartition(".")
             (raw.setdefault(section, {}) if section else raw)[key] = value
         recipe = validate_recipe(raw, "options")
     require_align(recipe.alignment.enabled, asked)
     return recipe
+
+
+def choose_healing(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the mode that options of healing mean where none is named: the dotted key and its value, or nothing.
+
+    Raises:
+        UsageError: if healing is switched off beside them.
+    """
+    given = pick(asked, "heal")
+    if given.get("mode") == "off" and len(given) > 1:
+        raise click.UsageError("--heal-tokens and the like go with --heal distil or --heal local.")
+    return {"heal.mode": "distil"} if given and "mode" not in given else {}
 
 
 def show_foresight(job: "Job", facts: dict[str, Any]) -> str:
@@ -129,6 +143,7 @@ def show_foresight(job: "Job", facts: dict[str, Any]) -> str:
         ["observed", f"{facts['calibration_tokens']:,} tokens of {facts['calibration_texts']} texts"],
         *([["transformed", facts["transforms"]]] if facts["transforms"] else []),
         *([["aligned", describe_alignment_plan(facts["alignment"])]] if facts["alignment"] else []),
+        *([["healed", describe_healing_plan(facts["healing"])]] if facts["healing"] else []),
         ["evaluated", "base and candidate" if facts["evaluated"] else "nothing: no statement about quality"],
         ["peak memory", f"about {facts['memory_bytes'] / 1e9:,.1f} GB, beside Python and its libraries"],
         ["disk", f"about {facts['disk_bytes'] / 1e6:,.0f} MB while writing"],
@@ -143,6 +158,12 @@ def describe_alignment_plan(facts: dict[str, Any]) -> str:
     """Say what an alignment would read."""
     sources, memory = len(facts["windows"]), facts["memory_bytes"] / 1e9
     return f"on {facts['tokens']:,} tokens of {sources} sources, in {memory:,.1f} GB of the peak memory below"
+
+
+def describe_healing_plan(facts: dict[str, Any]) -> str:
+    """Say what a healing would read."""
+    memory = facts["memory_bytes"] / 1e9
+    return f"{facts['mode']}, on {facts['tokens']:,} tokens of {facts['sources']} sources, in {memory:,.1f} GB"
 
 
 def show_compression(made: "Compression") -> Outcome:

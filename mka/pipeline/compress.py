@@ -14,7 +14,7 @@ from mka.pipeline.foresee import COMPANIONS_NBYTES, candidate_nbytes
 from mka.pipeline.job import Job
 from mka.pipeline.pipeline import run
 from mka.pipeline.plan import open_plan
-from mka.pipeline.report import find_fit
+from mka.pipeline.report import find_fit, find_healing
 from mka.pipeline.score import open_scores
 from mka.pipeline.stage import MODEL_FOLDER, SCORES_FILE, Found, Stage, find_model
 from mka.plan.plan import MergePlan
@@ -36,6 +36,7 @@ class Compression:
         gate: the decision, as `mka.evaluation.gate.GateDecision.to_dict` gives it; None if nothing was measured.
         seconds: stage -> seconds it took when it was made.
         alignment: facts of the refit; None if there was none.
+        healing: facts of the healing; None if there was none.
     """
 
     output: Path
@@ -45,6 +46,7 @@ class Compression:
     gate: Mapping[str, Any] | None
     seconds: Mapping[str, float]
     alignment: Mapping[str, Any] | None = None
+    healing: Mapping[str, Any] | None = None
 
 
 def compress(job: Job, store: Path, output: Path, *, say: Callable[[str], Any]) -> Compression:
@@ -78,7 +80,9 @@ def compress(job: Job, store: Path, output: Path, *, say: Callable[[str], Any]) 
     base, candidate = open_reports(job, found)
     seconds = {name: product.seconds for name, product in found.items()}
     gate = found["gate"].facts if "gate" in found else None
-    return Compression(output, open_plan(found)[0], base, candidate, gate, seconds, find_fit(found))
+    return Compression(
+        output, open_plan(found)[0], base, candidate, gate, seconds, find_fit(found), find_healing(found)
+    )
 
 
 def _copy_evidence(job: Job, found: Found, folder: Path) -> None:
@@ -91,6 +95,7 @@ def _copy_evidence(job: Job, found: Found, folder: Path) -> None:
         *(found["plan"].folder.glob("plan*")),
         found["report"].folder / "report.html",
         *found["report"].folder.glob("alignment.json"),
+        *found["report"].folder.glob("healing.json"),
     ]
     for file in copied:
         shutil.copyfile(file, folder / file.name)

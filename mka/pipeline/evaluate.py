@@ -27,7 +27,7 @@ def describe_base(job: Job) -> dict[str, Any]:
 def describe_candidate(job: Job, found: Found) -> dict[str, Any]:
     """Return the facts of the candidate, with the folder where a person finds it."""
     product = find_model(found)
-    facts = {key: value for key, value in product.facts.items() if key not in ("alignment", "loaded")}
+    facts = {key: value for key, value in product.facts.items() if key not in ("alignment", "healing", "loaded")}
     return facts | {"path": str(job.output or product.folder / MODEL_FOLDER)}
 
 

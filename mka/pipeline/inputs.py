@@ -9,6 +9,7 @@ from mka.alignment.table import AlignmentTable, open_alignment
 from mka.errors import RecipeError
 from mka.evaluation.task_tables import list_tables
 from mka.evaluation.tasks import check_tasks
+from mka.healing.table import HealingTable, open_healing
 from mka.methods import Planner
 from mka.recipe import Measurement, Recipe
 from mka.store.sums import file_sha256
@@ -25,6 +26,7 @@ class Inputs:
     Attributes:
         calibration: what the method may look at; None if it looks at nothing.
         alignment: what merging is fitted on; None if it is not.
+        healing: what the merged model is healed on; None if it is not.
         heldout: source -> texts of perplexity; empty if there are none.
         tasks: task -> number of items (None: all); empty if none is measured.
         tasks_folder: tables of the tasks; None if they come from the hub.
@@ -33,6 +35,7 @@ class Inputs:
 
     calibration: CalibrationSet | None = None
     alignment: AlignmentTable | None = None
+    healing: HealingTable | None = None
     heldout: Mapping[str, Sequence[str]] = field(default_factory=dict)
     tasks: Mapping[str, int | None] = field(default_factory=dict)
     tasks_folder: Path | None = None
@@ -51,12 +54,14 @@ def read_inputs(recipe: Recipe, planner: Planner, *, evaluate: bool = True) -> I
     calibrated = planner.needs or recipe.reads_calibration or CALIBRATION in list_needs(recipe)
     calibration = load_calibration(settings.path, settings.samples) if calibrated else None
     used: list[str] = []
-    if evaluate and (calibration is not None or recipe.alignment.enabled):
+    healed = recipe.heal.mode != "off"
+    if evaluate and (calibration is not None or recipe.alignment.enabled or healed):
         used = [*(t for group in measured.heldout.values() for t in group), *_task_texts(recipe.evaluation)]
     if calibration is not None:
         refuse_overlap(calibration.texts, used)
     alignment = open_alignment(recipe.alignment.path, recipe.alignment, used) if recipe.alignment.enabled else None
-    return replace(measured, calibration=calibration, alignment=alignment)
+    healing = open_healing(recipe.heal.path, recipe.heal, used) if healed else None
+    return replace(measured, calibration=calibration, alignment=alignment, healing=healing)
 
 
 def read_measured(settings: Measurement, text: Path | None, tasks_folder: Path | None, evaluate: bool = True) -> Inputs:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mka.alignment.table import fit_windows
 from mka.evaluation.tasks import check_tasks
+from mka.healing.table import cut_healing
 from mka.methods import Planner, check_alignment, resolve_method
 from mka.model.checkpoint import Checkpoint, open_checkpoint
 from mka.pipeline.inputs import Inputs, read_inputs
@@ -121,6 +122,8 @@ def prepare(recipe: Recipe, work: Path, *, evaluate: bool = True, command: str =
     check_feasible(recipe, base)
     if inputs.alignment is not None:
         inputs = replace(inputs, alignment=fit_windows(inputs.alignment, base))
+    if inputs.healing is not None:
+        cut_healing(inputs.healing, base)  # refuses what healing itself would refuse later
     return open_job(recipe, planner, base, revision, inputs, command=command, output=output)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from mka.pipeline.evaluate import EVALUATE, EVALUATE_BASE, SPEED
 from mka.pipeline.foresee import COMPANIONS_NBYTES, candidate_nbytes, count_tokens
+from mka.pipeline.heal import HEAL
 from mka.pipeline.job import Job
 from mka.pipeline.judge import GATE
 from mka.pipeline.merge import MERGE
@@ -18,7 +19,7 @@ from mka.pipeline.stage import RunStage
 from mka.pipeline.transform import TRANSFORM, describe_treatments
 from mka.store.products import Product
 
-PIPELINE = (OBSERVE, SCORE, PLAN, MERGE, TRANSFORM, QUANTIZE, EVALUATE_BASE, EVALUATE, SPEED, GATE, REPORT)
+PIPELINE = (OBSERVE, SCORE, PLAN, MERGE, HEAL, TRANSFORM, QUANTIZE, EVALUATE_BASE, EVALUATE, SPEED, GATE, REPORT)
 
 
 def run(
@@ -72,6 +73,7 @@ def foresee(job: Job, output: Path) -> dict[str, Any]:
         "calibration_texts": len(job.inputs.calibration.texts) if job.inputs.calibration else 0,
         "calibration_tokens": sum(count_tokens(job)),
         "alignment": _foresee_alignment(job),
+        "healing": _foresee_healing(job),
         "evaluated": job.measured,
         "memory_bytes": max(cost.memory for cost in costs.values()),
         "disk_bytes": sum(cost.disk for cost in costs.values()) + candidate_nbytes(job) + COMPANIONS_NBYTES,
@@ -88,3 +90,11 @@ def _foresee_alignment(job: Job) -> dict[str, Any] | None:
 
     memory = estimate_memory(table, job.base, job.recipe.model, job.planner.competing)
     return {"tokens": table.tokens, "windows": dict(table.windows), "memory_bytes": memory}
+
+
+def _foresee_healing(job: Job) -> dict[str, Any] | None:
+    table, settings = job.inputs.healing, job.recipe.heal
+    if table is None:
+        return None
+    cost = HEAL.foresee(job)
+    return {"mode": settings.mode, "tokens": settings.tokens, "sources": len(table.texts), "memory_bytes": cost.memory}

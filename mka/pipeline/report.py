@@ -7,6 +7,7 @@ from typing import Any
 
 from mka.alignment.table import alignment_json
 from mka.evaluation.gate import recover_tasks
+from mka.healing.table import healing_json
 from mka.pipeline.evaluate import open_reports
 from mka.pipeline.job import Job
 from mka.pipeline.plan import open_plan
@@ -24,6 +25,7 @@ def gather_evidence(job: Job, found: Found) -> ReportData:
     inputs = job.inputs
     calibration = {"calibration_digest": inputs.calibration.digest if inputs.calibration else None}
     alignment = {"alignment_digest": inputs.alignment.digest} if inputs.alignment else {}
+    healing = {"healing_digest": inputs.healing.digest} if inputs.healing else {}
     return ReportData(
         recipe=job.recipe.model_dump(mode="json"),
         plan=open_plan(found)[0],
@@ -39,6 +41,7 @@ def gather_evidence(job: Job, found: Found) -> ReportData:
             "candidate_digest": candidate.checkpoint["digest"],
             **calibration,
             **alignment,
+            **healing,
             **({"transformed": describe_treatments(job)} if job.treatments else {}),
             **job.provenance,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -47,12 +50,18 @@ def gather_evidence(job: Job, found: Found) -> ReportData:
         stages={name: product.seconds for name, product in found.items()},
         registered=None if gate and gate["verdict"] == "fail" else job.registered,
         alignment=find_fit(found),
+        healing=find_healing(found),
     )
 
 
 def find_fit(found: Found) -> Mapping[str, Any] | None:
     """Return the facts of the refit; None if there was none."""
     return found["merge"].facts.get("alignment")
+
+
+def find_healing(found: Found) -> Mapping[str, Any] | None:
+    """Return the facts of the healing; None if there was none."""
+    return found["heal"].facts["healing"] if "heal" in found else None
 
 
 def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
@@ -64,6 +73,9 @@ def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
     if data.alignment is not None and job.inputs.alignment is not None:
         written = alignment_json(data.alignment, job.inputs.alignment.digest)
         (folder / "alignment.json").write_text(written, encoding="utf-8")
+    if data.healing is not None and job.inputs.healing is not None:
+        written = healing_json(data.healing, job.inputs.healing.digest)
+        (folder / "healing.json").write_text(written, encoding="utf-8")
     (folder / "plan.png").write_bytes(draw_plan(data.plan))
     if data.scores is not None:
         picture = draw_similarity(data.scores.values, data.plan, job.recipe.name, data.scores.meaning)

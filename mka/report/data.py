@@ -27,6 +27,7 @@ class ReportData:
         stages: stage -> seconds.
         registered: address of the registered version, ``models:/NAME@ALIAS``.
         alignment: facts of the refit, as `mka.alignment.aligner.Aligner` leaves them.
+        healing: facts of the healing, as `mka.healing.heal.heal_checkpoint` leaves them.
     """
 
     recipe: Mapping[str, Any]
@@ -40,3 +41,4 @@ class ReportData:
     stages: Mapping[str, float] = field(default_factory=dict)
     registered: str | None = None
     alignment: Mapping[str, Any] | None = None
+    healing: Mapping[str, Any] | None = None

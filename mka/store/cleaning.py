@@ -114,7 +114,7 @@ class _Sweep:
         self.busy = False
 
     def locked(self, area: str, pattern: re.Pattern[str]) -> None:
-        """Clean a folder of results with a lock ``.NAME.lock`` each, and ``.NAME.partial-*`` of unfinished ones."""
+        """Clean a folder of results: a lock ``.NAME.lock`` each, of unfinished ones ``.partial-*`` and ``.scratch``."""
         folder = self.root / area
         entries = [path for path in self._list(folder) if not path.is_symlink()]
         for name in sorted({owner for path in entries if pattern.fullmatch(owner := _owner(path.name))}):
@@ -127,6 +127,9 @@ class _Sweep:
                     continue
                 for partial in partials:
                     self._remove("killed run", partial)
+                scratch = folder / f".{name}.scratch"
+                if scratch in entries and _measure(scratch)[1] > self.limit:
+                    self._remove("unfinished result", scratch)
                 # Looked at again: whoever held the lock until now may have used it.
                 if _is_folder(result):
                     if not self._has_expired(result):
@@ -270,7 +273,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 def _owner(name: str) -> str:
     """Name the result that an entry is, locks, or was going to be."""
-    match = re.fullmatch(r"\.(.+)\.(lock|partial-.+)", name)
+    match = re.fullmatch(r"\.(.+)\.(lock|scratch|partial-.+)", name)
     return match[1] if match else name
 
 

@@ -111,6 +111,7 @@ def produce(
             }
             manifest = json.dumps(body, indent=2) + "\n"
             (partial / MANIFEST).write_text(manifest, encoding="utf-8")
+        shutil.rmtree(find_scratch(folder), ignore_errors=True)
         # What a later run will read, whether `make` returned tuples or lists.
         return _describe(json.loads(manifest), folder, reused=False, why=why)
 
@@ -126,6 +127,19 @@ def find(
 def name_folder(store: Path, stage: str, key: str) -> Path:
     """Return where a result is, or would be."""
     return store / f"{stage}-{key[:16]}"
+
+
+def find_scratch(folder: Path) -> Path:
+    """Return the folder where the maker of a result may keep what it has so far; whoever keeps something makes it.
+
+    It lies beside the result under its name, so that whoever makes the same result after a killed process finds it. It
+    goes when the result is stored, and `mka clean` removes one that nobody wrote to for long.
+
+    Args:
+        folder: of the result, or the one that `produce` gave to be filled.
+    """
+    name = folder.name.removeprefix(".").partition(".partial-")[0]
+    return folder.with_name(f".{name}.scratch")
 
 
 def read_use(folder: Path) -> int:

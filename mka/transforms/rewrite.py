@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mka.errors import CheckpointError
+from mka.errors import CheckpointError, NumericsError
 from mka.model.checkpoint import Checkpoint
 from mka.model.shards import BLOCK_BYTES, MAX_SHARD_BYTES, Blocks, copy_companions, write_tensors
-from mka.model.tensors import TensorInfo
+from mka.model.tensors import TensorInfo, is_finite
 from mka.store.publishing import publish
 from mka.store.sums import write_sums
 
@@ -91,6 +91,42 @@ def rewrite_checkpoint(
         return write_tensors(folder, list(outline.tensors.values()), stream, max_shard_bytes)
 
     return publish_copy(source, output, write, needed_bytes=outline.nbytes, verify=verify)
+
+
+def replace_tensors(
+    source: Checkpoint, values: Mapping[str, "torch.Tensor"], output: str | Path, **options: Any
+) -> Any:
+    """Write a copy of a checkpoint in which some tensors have other values, in the dtypes they are stored in.
+
+    Args:
+        source: the checkpoint that is read.
+        values: tensor name -> its values.
+        output: folder to publish; must not exist.
+        options: for `rewrite_checkpoint`.
+
+    Returns:
+        What ``verify`` returned.
+
+    Raises:
+        CheckpointError: if the source has no such tensor.
+        NumericsError: if a value is not finite in the stored dtype.
+        OutputError: if the folder cannot be written.
+    """
+    if strange := sorted(values.keys() - source.tensors.keys()):
+        raise CheckpointError(f"{source.path}: has no tensor {strange[0]} to give other values")
+    written = dict.fromkeys(values, 0)
+
+    def treat(info: TensorInfo, rows: "torch.Tensor") -> "torch.Tensor":
+        if info.name not in values:
+            return rows
+        start = written[info.name]
+        written[info.name] += len(rows)
+        given = values[info.name][start : start + len(rows)].to(rows.dtype)
+        if not is_finite(given):
+            raise NumericsError(f"{info.name}: values are not finite as {info.dtype}; nothing was written")
+        return given
+
+    return rewrite_checkpoint(source, source, treat, output, **options)
 
 
 def _stream(

@@ -1,0 +1,52 @@
+"""The curve of a healing: what it fell by, and what more tokens would give if it went on like this."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+# Exponents tried of a power law; published ones of language models lie between 0.05 and 1.
+EXPONENTS = np.arange(0.05, 1.5, 0.01)
+# A law of three parameters says nothing about fewer points.
+FEWEST = 4
+# Times the tokens read that a prediction is made for.
+FURTHER = (2, 10)
+
+
+def fit_power_law(tokens: Sequence[float], losses: Sequence[float]) -> tuple[float, float, float]:
+    """Fit ``loss = floor + scale * tokens^-exponent`` by least squares.
+
+    For a given exponent the other two are linear and at least 0; the exponent is the best of `EXPONENTS`.
+
+    Args:
+        tokens: read so far, above 0, of N points.
+        losses: in nats per token, of N points.
+
+    Returns:
+        floor, scale, exponent.
+    """
+    read, wanted = np.asarray(tokens, float), np.asarray(losses, float)
+    fits = []
+    for exponent in EXPONENTS:
+        (floor, scale), error = nnls(np.stack([np.ones_like(read), read**-exponent], axis=1), wanted)
+        fits.append((error, float(floor), float(scale), float(exponent)))
+    return min(fits)[1:]
+
+
+def predict(curve: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Predict the held-out divergence after more tokens, from the points of one run.
+
+    A guess: the points of a falling learning rate are not those of runs that end there, and the law is one of many.
+
+    Args:
+        curve: points with "tokens" and, where it was measured, "heldout".
+
+    Returns:
+        Tokens, as text -> nats per token; empty if there are too few points, or they do not fall.
+    """
+    points = [(point["tokens"], point["heldout"]) for point in curve if point["tokens"] and "heldout" in point]
+    if len(points) < FEWEST or not points[-1][1] < points[0][1]:
+        return {}
+    floor, scale, exponent = fit_power_law(*zip(*points))
+    return {str(times * points[-1][0]): floor + scale * (times * points[-1][0]) ** -exponent for times in FURTHER}

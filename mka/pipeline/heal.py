@@ -1,0 +1,65 @@
+"""Heal: the merged model trained back towards its base."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mka.model.checkpoint import open_checkpoint
+from mka.pipeline.foresee import merged_nbytes, whole_model
+from mka.pipeline.job import Job
+from mka.pipeline.merge import describe_model
+from mka.pipeline.plan import open_plan
+from mka.pipeline.stage import MODEL_FOLDER, Cost, Found, Stage, find_model
+from mka.store.products import find_scratch
+
+# Numbers in memory per weight that is trained: itself, its gradient, and the two moments of AdamW.
+TRAINED = 4
+# Copies of the logits of one step: of both models, their log-probabilities, and the gradient.
+LOGITS = 5
+
+
+def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
+    from mka.alignment.lockstep import find_ends
+    from mka.healing.heal import heal_checkpoint
+
+    assert job.inputs.healing is not None
+    recipe, output = job.recipe, folder / MODEL_FOLDER
+    student = open_checkpoint(find_model(found).folder / MODEL_FOLDER, verify=False)
+    ends = find_ends(open_plan(found)[0].layers, job.base.layers)
+    pair = (job.base, student, ends, job.inputs.healing, recipe.heal, recipe.model)
+    loaded, facts = heal_checkpoint(*pair, output, find_scratch(folder), seed=recipe.seed)
+    return describe_model(output, loaded) | {"healing": facts}
+
+
+def _read(job: Job, found: Found) -> dict[str, str]:
+    table = {"texts": job.inputs.healing.digest} if job.inputs.healing else {}
+    return {"model": find_model(found).digest, "base": job.base.digest, "plan": found["plan"].digest} | table
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    from mka.healing.distil import VERSION  # imports torch
+
+    keyed = job.recipe.heal.model_dump(exclude={"path", "rev", "checkpointing"})
+    return keyed | {"dtype": job.recipe.model.dtype, "seed": job.recipe.seed, "version": VERSION}
+
+
+def _foresee(job: Job) -> Cost:
+    settings = job.recipe.heal
+    student = round(4 * sum(t.parameters for t in job.base.tensors.values()) * merged_nbytes(job) / job.base.nbytes)
+    rows = max(256, round(settings.positions * settings.batch * settings.context))
+    logits = LOGITS * rows * job.base.config["vocab_size"] * 4
+    disk = merged_nbytes(job) + 2 * 3 * student
+    files = ("evidence/healing.json",)
+    return Cost(memory=whole_model(job) + TRAINED * student + logits, disk=disk, files=files)
+
+
+HEAL = Stage(
+    "heal",
+    version=1,
+    wanted=lambda job: job.recipe.heal.mode != "off",
+    reads=_read,
+    settings=_settings,
+    make=_make,
+    foresee=_foresee,
+    describe=lambda job: f"heal on {job.recipe.heal.tokens:,} tokens",
+)

@@ -1,0 +1,217 @@
+"""Distillation: what it trains, what it measures, what it keeps, and that a killed one goes on."""
+
+import json
+
+import pytest
+import torch
+from support.models import make_texts, make_tiny_model, save_model
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from mka.errors import CalibrationError, CheckpointError, NumericsError, RecipeError
+from mka.healing import distil as distilling
+from mka.healing.distil import choose_trained, distil, find_first_trained, find_last
+from mka.healing.student import Student, count_shared
+from mka.healing.table import HealingTable, cut_healing
+from mka.model.checkpoint import open_checkpoint
+from mka.plan.plan import MergePlan, keep_layers
+from mka.recipe import HealFit, ModelSource
+from mka.transforms.merge import merge_checkpoint
+from mka.transforms.rewrite import replace_tensors
+
+SOURCE = ModelSource(folder="base")
+SETTINGS = HealFit(tokens=1024, context=16, batch=4, heldout_tokens=256, rate=3e-3)
+TEXTS = {"one": make_texts(120, seed=1), "two": make_texts(60, seed=2)}
+
+
+def table(**changes):
+    return HealingTable(TEXTS, SETTINGS.model_copy(update=changes))
+
+
+def make_pair(folder, family="llama", kept=(0, 1, 3, 4, 5), **overrides):
+    base = open_checkpoint(save_model(make_tiny_model(family, **overrides), folder / "base"))
+    plan = MergePlan("test", "", base.layers, keep_layers(kept))
+    merge_checkpoint(plan, base, folder / "student")
+    return base, open_checkpoint(folder / "student")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return make_pair(tmp_path_factory.mktemp("pair"))
+
+
+def heal(base, student, scratch, **changes):
+    given = table(**changes)
+    return distil(base, student, cut_healing(given, base), given.settings, SOURCE, scratch)
+
+
+def divergence(base, student, windows):
+    """KL(base || student) by the stock models alone."""
+    models = [AutoModelForCausalLM.from_pretrained(c.path, dtype=torch.float32).eval() for c in (base, student)]
+    with torch.no_grad():
+        p, q = (torch.log_softmax(model(windows).logits.double(), -1) for model in models)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3", "smollm3"])
+@pytest.mark.parametrize("kept", [(0, 1, 4, 5), (2, 3, 4, 5), (0, 1, 2, 3)])
+def test_the_loss_is_the_divergence_of_the_stock_models(tmp_path, family, kept):
+    base, student = make_pair(tmp_path, family, kept)
+    windows = cut_healing(table(), base)
+    shared = count_shared(base, student)
+    assert shared == next(i for i in range(5) if i == 4 or kept[i] != i)
+    assert find_first_trained(4, "all", shared) == min(shared, 1)
+    models = [AutoModelForCausalLM.from_pretrained(c.path, dtype=torch.float32).eval() for c in (base, student)]
+    trained, _ = choose_trained(models[1], "all", shared)
+    module = Student(*models, shared, trained, positions=1.0, length=16)
+    with torch.no_grad():
+        measured = module(windows.heldout)["loss"].item()
+    assert measured == pytest.approx(divergence(base, student, windows.heldout), rel=1e-4)
+    # Where a gradient is wanted all positions are compared, too.
+    assert module(windows.heldout)["loss"].item() == pytest.approx(measured, rel=1e-5)
+
+
+def test_healing_brings_the_student_nearer_on_text_it_was_not_trained_on(pair, tmp_path):
+    base, student = pair
+    made = heal(base, student, tmp_path / "scratch")
+    windows = cut_healing(table(), base)
+    assert made.facts["start"] == pytest.approx(divergence(base, student, windows.heldout), rel=1e-4)
+    replace_tensors(student, made.tensors, tmp_path / "healed")
+    after = divergence(base, open_checkpoint(tmp_path / "healed"), windows.heldout)
+    assert made.facts["best"] == pytest.approx(after, rel=1e-4)
+    assert after < 0.9 * made.facts["start"]
+    assert made.facts["kept"] == "best" and made.facts["tokens"] == 1024
+    assert min(p["heldout"] for p in made.facts["curve"] if "heldout" in p) == made.facts["best"]
+
+
+def test_only_what_comes_after_the_first_change_is_trained(pair, tmp_path):
+    base, student = pair
+    made = heal(base, student, tmp_path / "scratch")
+    names = {name.split(".")[2] for name in made.tensors if ".layers." in name}
+    assert names == {"2", "3", "4"} and "model.norm.weight" in made.tensors
+    assert not any("embed" in name or "lm_head" in name for name in made.tensors)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_head_and_last_leaves_a_tied_head(tmp_path, tied):
+    base, student = make_pair(tmp_path, kept=(0, 1, 4, 5), tie_word_embeddings=tied)
+    made = heal(base, student, tmp_path / "scratch", train="head-and-last")
+    assert {name.split(".")[2] for name in made.tensors if ".layers." in name} == {"1", "2", "3"}
+    assert ("lm_head.weight" in made.tensors) is not tied
+
+
+def test_low_rank_additions_are_folded_and_of_low_rank(pair, tmp_path):
+    base, student = pair
+    made = heal(base, student, tmp_path / "scratch", train="lora", tokens=512)
+    assert made.tensors.keys() <= student.tensors.keys()
+    with student.reader() as read:
+        name = "model.layers.3.mlp.up_proj.weight"
+        change = made.tensors[name] - read(name)
+    assert 1 <= torch.linalg.matrix_rank(change, rtol=1e-4) <= distilling.RANK
+    with student.reader() as read:
+        assert torch.equal(made.tensors["model.norm.weight"], read("model.norm.weight"))
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_training_goes_on_from_its_last_checkpoint(pair, tmp_path, monkeypatch):
+    base, student = pair
+    whole = heal(base, student, tmp_path / "whole")
+    steps = []
+
+    class Kill(TrainerCallback):
+        def __init__(self, at):
+            self.at = at
+
+        def on_step_end(self, args, state, control, **_):
+            steps.append(state.global_step)
+            if state.global_step == self.at:
+                raise Killed
+
+    class Watch(distilling._Watch):
+        at = 11
+
+        def on_step_end(self, args, state, control, **options):
+            Kill(self.at).on_step_end(args, state, control)
+            super().on_step_end(args, state, control, **options)
+
+    monkeypatch.setattr(distilling, "_Watch", Watch)
+    with pytest.raises(Killed):
+        heal(base, student, tmp_path / "killed")
+    # Killed once more in the middle of a checkpoint.
+    (tmp_path / "killed" / "checkpoint-12").mkdir()
+    assert find_last(tmp_path / "killed").name == "checkpoint-10"
+    assert steps == list(range(1, 12))
+    Watch.at = -1
+    again = heal(base, student, tmp_path / "killed")
+    assert steps[11:] == list(range(11, 17))
+    assert [(p["step"], p.get("heldout")) for p in again.facts["curve"]] == [
+        (p["step"], p.get("heldout")) for p in whole.facts["curve"]
+    ]
+    for name, value in whole.tensors.items():
+        assert torch.equal(value, again.tensors[name]), name
+
+
+def test_the_same_seed_gives_the_same_weights(pair, tmp_path):
+    base, student = pair
+    first, second = (heal(base, student, tmp_path / name, positions=0.5, tokens=512) for name in "ab")
+    assert all(torch.equal(value, second.tensors[name]) for name, value in first.tensors.items())
+
+
+def test_a_rate_that_diverges_is_one_line(pair, tmp_path):
+    base, student = pair
+    with pytest.raises(NumericsError, match=r"diverged at step \d+ of 16: peak rate 1e\+04.*lower heal\.rate"):
+        heal(base, student, tmp_path / "scratch", rate=1e4)
+
+
+def test_without_gain_the_start_is_kept(pair, tmp_path):
+    base, student = pair
+    made = heal(base, student, tmp_path / "scratch", rate=1e-12, patience=2)
+    assert made.facts["kept"] == "start" or made.facts["best"] <= made.facts["start"]
+
+
+def test_the_base_itself_is_refused(pair, tmp_path):
+    base, _ = pair
+    with pytest.raises(CheckpointError, match="equals its base"):
+        heal(base, base, tmp_path / "scratch")
+
+
+def test_another_base_is_refused(pair, tmp_path):
+    base, student = pair
+    other = open_checkpoint(save_model(make_tiny_model("llama", hidden_size=64), tmp_path / "other"))
+    with pytest.raises(CheckpointError, match="hidden_size 32 and the base .* 64"):
+        heal(other, student, tmp_path / "scratch")
+    with pytest.raises(CheckpointError, match="the other way round"):
+        heal(student, base, tmp_path / "scratch")
+
+
+def test_too_little_text_is_refused(pair):
+    base, _ = pair
+    with pytest.raises(CalibrationError, match=r"heal\.tokens asks for 1,000,000"):
+        cut_healing(table(tokens=1_000_000), base)
+    with pytest.raises(RecipeError, match="'one' is all there is"):
+        cut_healing(HealingTable({"one": TEXTS["one"]}, SETTINGS), base)
+    with pytest.raises(RecipeError, match="'onr' is not in the table.*one, two"):
+        cut_healing(table(heldout_source="onr"), base)
+    with pytest.raises(CalibrationError, match="makes 0 windows of 16 tokens"):
+        cut_healing(HealingTable({"one": TEXTS["one"], "two": ["w3 w4"]}, SETTINGS), base)
+
+
+def test_windows_are_cut_from_the_end_of_each_source(pair):
+    base, _ = pair
+    cut = cut_healing(table(), base)
+    assert cut.source == "two" and cut.train.shape == (64, 16)
+    last = [int(word[1:]) for word in TEXTS["one"][-1].split()]
+    assert cut.train[0, : len(last)].tolist()[:10] == last[:10]
+
+
+def test_checkpoints_hold_only_what_is_trained(pair, tmp_path):
+    from safetensors import safe_open
+
+    base, student = pair
+    heal(base, student, tmp_path / "scratch", tokens=512)
+    last = find_last(tmp_path / "scratch")
+    with safe_open(last / "model.safetensors", framework="pt") as file:
+        assert {key.split(".")[1] for key in file.keys()} == {"layer_2", "layer_3", "layer_4", "norm"}
+    assert json.loads((last / "trainer_state.json").read_text())["global_step"] == 8
