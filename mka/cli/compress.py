@@ -171,6 +171,7 @@ def show_compression(made: "Compression") -> Outcome:
     from mka.pipeline.compress import EVIDENCE
     from mka.pipeline.judge import refuse_failed
     from mka.report.alignment import summarise_alignment
+    from mka.report.healing import summarise_healing
     from mka.report.table import result_table
     from mka.report.verdict import describe_decision
 
@@ -185,10 +186,12 @@ def show_compression(made: "Compression") -> Outcome:
         "candidate": dict(made.candidate.checkpoint),
         "plan": str(made.output / EVIDENCE / "plan.json"),
         "alignment": dict(made.alignment) if made.alignment else None,
+        "healing": dict(made.healing) if made.healing else None,
         "report": str(page),
         "seconds": dict(made.seconds),
     }
     verdict = describe_decision(made.gate) if made.gate else ["gate: not asked, nothing was measured"]
     aligned = [summarise_alignment(made.alignment), ""] if made.alignment else []
-    lines = [show_results(rows), "", *aligned, *verdict, "", f"model   {made.output}", f"report  {page}"]
+    healed = [summarise_healing(made.healing), ""] if made.healing else []
+    lines = [show_results(rows), "", *aligned, *healed, *verdict, "", f"model   {made.output}", f"report  {page}"]
     return Outcome(document, "\n".join(lines), refuse_failed(made.gate, page))

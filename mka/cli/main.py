@@ -14,6 +14,7 @@ from mka.cli.compress import compress
 from mka.cli.console import ARGUMENTS, examples
 from mka.cli.evaluate import evaluate
 from mka.cli.export import export
+from mka.cli.heal import heal
 from mka.cli.merge import merge
 from mka.cli.methods import methods
 from mka.cli.observe import observe
@@ -87,7 +88,7 @@ def cli(context: click.Context, progress: bool | None) -> None:
         click.echo(context.get_help())
 
 
-for command in (compress, methods, observe, score, plan, merge, evaluate, report, export, bench, clean):
+for command in (compress, methods, observe, score, plan, merge, heal, evaluate, report, export, bench, clean):
     cli.add_command(command)
 
 

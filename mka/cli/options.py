@@ -78,7 +78,7 @@ class RecipeOption(click.Option):
 
 
 def recipe_options(
-    *places: str, leave_out: Sequence[str] = (), help: Mapping[str, str] | None = None
+    *places: str, leave_out: Sequence[str] = (), help: Mapping[str, str] | None = None, own: str = ""
 ) -> Callable[[Function], Function]:
     """Give a command the options of some places in the recipe; its class has to be `Command`.
 
@@ -87,11 +87,12 @@ def recipe_options(
             is named twice keeps its first place.
         leave_out: keys of sections named that shall be no option of this command.
         help: key -> what this command says of it, in place of the field's description and default.
+        own: what the command itself is called, which its options need not say: --NAME-tokens is --tokens there.
     """
 
     def make() -> list[RecipeOption]:
         keys = dict.fromkeys(key for place in places for key in list_keys(place) if key not in leave_out)
-        return [make_option(key, (help or {}).get(key)) for key in keys]
+        return [make_option(key, (help or {}).get(key), own) for key in keys]
 
     def decorate(function: Function) -> Function:
         # Where click's own decorators keep theirs until the command is made.
@@ -127,8 +128,8 @@ def find_marker(field: "FieldInfo") -> "Option | None":
     return next((item for item in field.metadata if isinstance(item, Option)), None)
 
 
-def make_option(key: str, help: str | None = None) -> RecipeOption:
-    """Make the option of one key: name, type, default and help are those of the field."""
+def make_option(key: str, help: str | None = None, own: str = "") -> RecipeOption:
+    """Make the option of one key: name, type, default and help are those of the field; see `recipe_options`."""
     field, default = find_field(key), default_of(key)
     marker = find_marker(field)
     assert marker is not None, f"{key} has no Option in mka/recipe.py"
@@ -137,7 +138,9 @@ def make_option(key: str, help: str | None = None) -> RecipeOption:
         attributes["metavar"] = marker.metavar
     if marker.null is not None:
         attributes["callback"] = lambda context, option, value: None if str(value) == marker.null else value
-    name = marker.name or f"--{key.rpartition('.')[2].replace('_', '-')}"
+    plain = f"--{key.rpartition('.')[2].replace('_', '-')}"
+    name = marker.name or plain
+    name = plain if own and name == f"--{own}" else name.replace(f"--{own}-", "--") if own else name
     if help is None:
         shown = marker.shows_default and default not in (None, {}) and (default is not False or "/" in name)
         default = {True: "yes", False: "no"}[default] if isinstance(default, bool) else default

@@ -13,6 +13,7 @@ from mka.plan.wording import describe_layer, describe_steps
 from mka.report.alignment import describe_alignment, draw_errors, layer_rows
 from mka.report.caveats import list_caveats
 from mka.report.data import ReportData
+from mka.report.healing import describe_healing, draw_curve
 from mka.report.markup import escape_markdown, fence_markdown, flatten_facts
 from mka.report.table import result_table
 from mka.report.verdict import VERDICTS, describe_check
@@ -38,6 +39,8 @@ def write_report(data: ReportData, folder: str | Path) -> Path:
         images["scores"] = _embed(lambda form: pictures.draw_similarity(*seen, form))
     if data.alignment and layer_rows(data.alignment):
         images["alignment"] = _embed(lambda form: draw_errors(data.alignment or {}, form))
+    if data.healing and data.healing.get("curve"):
+        images["healing"] = _embed(lambda form: draw_curve(data.healing or {}, form))
     checks = [check for check in (data.gate or {}).get("checks", ()) if check["recovery"] is not None]
     if checks or data.recoveries:
         images["recovery"] = _embed(lambda form: pictures.draw_recovery(checks, data.recoveries, form))
@@ -98,6 +101,7 @@ def _render(template: str, data: ReportData, **more: Any) -> str:
         steps=describe_steps(plan),
         alignment=describe_alignment(data.alignment) if data.alignment else {},
         aligned_layers=layer_rows(data.alignment) if data.alignment else [],
+        healing=describe_healing(data.healing) if data.healing else {},
         texts=[(prompt, before.get(prompt), after.get(prompt)) for prompt in dict.fromkeys([*before, *after])],
         recipe=yaml.safe_dump(json.loads(json.dumps(data.recipe, default=str)), sort_keys=False, allow_unicode=True),
         provenance=flatten_facts(data.provenance),
