@@ -146,7 +146,7 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
         registered=registered_address(recipe.registered_name),
         provenance=describe_provenance(recipe, versions, place.root),
     )
-    if not job.measured:
+    if not job.judged:
         raise GuardError("the gate has nothing to decide on; evaluate on held-out text or on tasks")
     run = Run(place, job, name, versions, tables)
     with hold_slot(compute_slot()):

@@ -270,6 +270,16 @@ class Measurement(Section):
     )
     shots: int = Field(0, ge=0, description="Few-shot examples per item")
     batch_size: Annotated[int, Option()] = Field(8, ge=1, description="Sequences per forward pass")
+    generation: Annotated[int, Option()] = Field(
+        0, ge=0, description="Items of copying, of retrieval from a passage and of repetition each; 0 leaves them out"
+    )
+
+    @field_validator("generation")
+    @classmethod
+    def _no_single_item(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("must be 0, for none, or at least 2: one item has no error bar")
+        return value
 
 
 class EvaluationSettings(Measurement):

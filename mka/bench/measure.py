@@ -46,6 +46,10 @@ class MeasuredModel:
         with self.bench.building:  # lm-eval seeds and silences the whole process
             return self._run(metric, {}, {name: self.bench.recipe.evaluation.tasks[name]}, model)
 
+    def measure_itself(self, metric: Metric, folder: Path) -> Mapping[str, Any]:
+        """Measure what needs no table by one metric; stores facts only."""
+        return self._run(metric, {}, {})
+
     def _run(
         self,
         metric: Metric,
@@ -69,7 +73,7 @@ def measure(
     *,
     reused: bool,
 ) -> Measured:
-    """Measure one checkpoint on every text, and on the tasks if its target is one of theirs; the base on all.
+    """Measure one checkpoint on every text; on tasks and generation if its target is one of theirs, the base on all.
 
     Args:
         bench: the comparison.
@@ -81,25 +85,34 @@ def measure(
         reused: whether all earlier stages were stored.
     """
     recipe, settings = bench.recipe, bench.recipe.evaluation
-    tasks = settings.tasks if cell is None or cell.layers in settings.task_targets else {}
+    whole = cell is None or cell.layers in settings.task_targets
+    on = {"texts": bench.texts, "tasks": settings.tasks if whole else (), "own items": ("",) if whole else ()}
     dtype: dict[str, Any] = {"dtype": recipe.model.dtype}
     checkpoint = {"checkpoint": facts["digest"]}
     products: list[tuple[str, Product]] = []
     for metric in list_asked(settings):
         # What is measured wherever there is something to measure has no setting of its own.
         asked = {metric.asked: getattr(settings, metric.asked)} if metric.asked else {}
-        for name in bench.texts if metric.on == "texts" else tasks:
+        for name in on[metric.on]:
             if metric.on == "texts":
                 keyed = dtype | {"context": settings.context, "tokens": settings.text_tokens} | asked
                 part = bench.part("text", keyed, checkpoint | {"text": bench.digests[f"text {name}"]})
                 make: Any = partial(model.measure_text, metric, name)
+            elif metric.on == "own items":
+                keyed = dtype | {"metric": metric.name, "context": settings.context, "seed": recipe.seed}
+                part = bench.part("generation", keyed | asked, checkpoint)
+                make = partial(model.measure_itself, metric)
             else:
-                keyed = dtype | {"task": name, "limit": tasks[name], "shots": settings.shots, "seed": recipe.seed}
+                limit = settings.tasks[name]
+                keyed = dtype | {"task": name, "limit": limit, "shots": settings.shots, "seed": recipe.seed}
                 part = bench.part("task", keyed | asked, checkpoint | {"tables": bench.digests[f"task {name}"]})
                 make = partial(model.measure_task, metric, name)
             products.append((name, get(part, make)))
-    # Stored by content: the same text may have had another name.
-    scores = [replace(read_score(product.facts["score"]), name=name) for name, product in products]
+    scores = []
+    for name, product in products:
+        score = read_score(product.facts["score"])
+        # Stored by content: the same text may have had another name.
+        scores.append(replace(score, name=name) if name else score)
     return Measured(
         cell,
         {(score.name, score.metric): score for score in scores},

@@ -8,7 +8,7 @@ from mka.bench.parts import Measured
 from mka.bench.statistics import Comparison
 from mka.bench.tables import Table, describe_conditions, tabulate_best, tabulate_duels, tabulate_ratios
 from mka.errors import OutputError
-from mka.evaluation.metrics import HEADLINE, METRICS, Group
+from mka.evaluation.metrics import HEADLINE, METRICS, Group, Metric
 from mka.report.markup import escape_markdown
 from mka.report.table import format_value
 from mka.store.publishing import write_text
@@ -38,7 +38,7 @@ def render_page(comparison: Comparison, picture: str | None) -> str:
     if picture:
         lines += [f"![{HEADLINE.name.capitalize()} over the base's against layers that remain]({picture})", ""]
     lines += _text_sections(comparison)
-    for check, group in comparison.list_groups(pooled=True).items():
+    for check, group in comparison.list_groups("tasks").items():
         if comparison.ratios[check]:
             scores = [results.base.scores[key] for key in group.keys]
             limits = ", ".join(f"{score.name} ({score.n})" for score in scores)
@@ -49,6 +49,7 @@ def render_page(comparison: Comparison, picture: str | None) -> str:
             ]
             lines += _markdown(tabulate_ratios(comparison, check, "**{}**"), escaped=(0,))
             lines += _markdown(_scores_table(comparison, group))
+    lines += _own_sections(comparison)
     if comparison.duels:
         lines += [
             "## Ours against the best of the others",
@@ -93,7 +94,7 @@ def _text_sections(comparison: Comparison) -> list[str]:
     lines: list[str] = []
     texts = {text.name: text for text in comparison.results.bench.recipe.texts}
     sections: dict[str, list[str]] = {}
-    for check, group in comparison.list_groups(pooled=False).items():
+    for check, group in comparison.list_groups("texts").items():
         metric, text = group.metric, texts[group.on]
         kind = "of the calibration's kind" if text.seen else "of a kind that calibration never saw"
         section = sections.setdefault(metric.name, [])
@@ -103,10 +104,24 @@ def _text_sections(comparison: Comparison) -> list[str]:
         ]
         section += _markdown(tabulate_ratios(comparison, check, "**{}**"), escaped=(0,))
     for name, section in sections.items():
-        title, best = name.capitalize(), "highest" if METRICS[name].higher_is_better else "lowest"
-        told = f"{title} over the base's, with its 95 % interval; 1 is as good as the base. Bold: {best} of its column."
-        lines += [f"## {title}", "", told, "", *section]
+        lines += [*_heading(METRICS[name]), *section]
     return lines
+
+
+def _own_sections(comparison: Comparison) -> list[str]:
+    lines: list[str] = []
+    for check, group in comparison.list_groups("own items").items():
+        metric, base = group.metric, comparison.results.base.scores[group.keys[0]]
+        shown = format_value(base.value, base.stderr)
+        lines += [*_heading(metric), f"The base: {shown} ({metric.unit}, n = {base.n} {metric.resampled}).", ""]
+        lines += _markdown(tabulate_ratios(comparison, check, "**{}**"), escaped=(0,))
+    return lines
+
+
+def _heading(metric: Metric) -> list[str]:
+    title, best = metric.name.capitalize(), "highest" if metric.higher_is_better else "lowest"
+    told = f"{title} over the base's, with its 95 % interval; 1 is as good as the base. Bold: {best} of its column."
+    return [f"## {title}", "", told, ""]
 
 
 def _sides(comparison: Comparison) -> str:
@@ -120,7 +135,7 @@ def _sides(comparison: Comparison) -> str:
 
 def _texts_table(comparison: Comparison) -> Table:
     bench, base = comparison.results.bench, comparison.results.base
-    metrics = list(dict.fromkeys(group.metric.name for group in comparison.list_groups(pooled=False).values()))
+    metrics = list(dict.fromkeys(group.metric.name for group in comparison.list_groups("texts").values()))
     rows = []
     for text in bench.recipe.texts:
         scores = [base.scores[text.name, metric] for metric in metrics]

@@ -18,7 +18,7 @@ from mka.store.products import Product, find, produce, stage_key
 from mka.texts.calibration import CalibrationSet
 
 # Raised by hand when the meaning of a part changes. What comes before measuring are stages of the pipeline.
-VERSIONS = {"text": 1, "task": 1}
+VERSIONS = {"text": 1, "task": 1, "generation": 1}
 Make = Callable[[Path], Mapping[str, Any]]
 Get = Callable[["Part", Make], Product]
 
@@ -113,7 +113,7 @@ class Measured:
 
     Attributes:
         cell: which; None for the base.
-        scores: name and metric -> score; tasks only where they are measured.
+        scores: name and metric -> score; tasks and generation only where they are measured.
         seconds: observe, score, plan, merge or align, and measure: what each took when it was made.
         facts: digest, layers, parameters and bytes of the checkpoint; ``alignment``: what a refit
             took.

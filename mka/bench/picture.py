@@ -40,7 +40,7 @@ def _place_panels(comparison: Comparison) -> dict[str, float]:
     """Left edge of each panel in inches, texts of one metric side by side."""
     lefts: dict[str, float] = {}
     before = None
-    for check, group in comparison.list_groups(pooled=False).items():
+    for check, group in comparison.list_groups("texts").items():
         gap = GAP if before == group.metric else LEFT
         lefts[check] = (max(lefts.values()) + PANEL if lefts else 0.0) + gap
         before = group.metric

@@ -70,7 +70,7 @@ class Conditions(Measurement):
     """How base and candidates are measured, alike."""
 
     text_tokens: int = Field(8192, ge=64, description="Most tokens predicted per text")
-    task_targets: tuple[int, ...] = Field((), description="Targets at which the tasks are measured")
+    task_targets: tuple[int, ...] = Field((), description="Targets at which tasks and generation are measured")
 
 
 class FanOut(Section):
@@ -126,9 +126,9 @@ class BenchRecipe(Section):
         for what, names in (("texts", [t.name for t in self.texts]), ("methods", [cell.key for cell in self.cells])):
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"{what}: {twice[0]!r} is there twice; give one of them another name or label")
-        tasks, targets = self.evaluation.tasks, self.evaluation.task_targets
+        tasks, targets = self.evaluation.tasks or self.evaluation.generation, self.evaluation.task_targets
         if bool(tasks) != bool(targets):
-            raise ValueError("evaluation: tasks and task_targets go together")
+            raise ValueError("evaluation: tasks and task_targets go together, and so do generation and task_targets")
         if strange := sorted(set(targets) - {cell.layers for cell in self.cells}):
             raise ValueError(f"evaluation.task_targets: {strange[0]} is the target of no method")
         return self

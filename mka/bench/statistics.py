@@ -52,6 +52,10 @@ class Draws:
     n: int
     smallest: int
 
+    def divides(self, name: str) -> bool:
+        """Whether ratios to a model's figure are defined: it is not 0."""
+        return self.metric.scale != "linear" or bool(self.means[self.names.index(name)] > 0)
+
     def ratio(self, name: str, divisor: str = BASE) -> Estimate:
         """Figure of one model over that of another.
 
@@ -61,7 +65,7 @@ class Draws:
             NumericsError: if the divisor's figure is 0.
         """
         top, bottom = self.names.index(name), self.names.index(divisor)
-        if self.metric.scale == "linear" and not self.means[bottom] > 0:
+        if not self.divides(divisor):
             raise NumericsError(f"{self.metric.subject}: {divisor} solves nothing, so no ratio to it is defined")
         value = float(self.metric.ratio(self.means[top], self.means[bottom]))
         return Estimate(
@@ -136,7 +140,7 @@ class Comparison:
 
     @cached_property
     def groups(self) -> dict[str, Group]:
-        """What was measured of the base, by what the gate calls it: the texts metric by metric, then the tasks."""
+        """What was measured of the base, by what the gate calls it, in the order of the table of metrics."""
         return {group.check: group for group in group_scores(self.results.base.scores.values())}
 
     @cached_property
@@ -159,21 +163,23 @@ class Comparison:
 
     @cached_property
     def duels(self) -> list[Duel]:
-        """Ours against the best of the others, text by text and target by target, then over the tasks."""
+        """Ours against the best of the others, by group and target; left out where those solve nothing."""
         found = []
         for check, draws in self.draws.items():
             below = not draws.metric.higher_is_better
             for row, rival, layers in self._pair(self.ratios[check], 1 if below else -1):
+                if not draws.divides(_key(self.cells[rival, layers])):
+                    continue
                 ratio = draws.ratio(_key(self.cells[row, layers]), _key(self.cells[rival, layers]))
                 found.append(Duel(row, rival, layers, self.groups[check].label, ratio, _judge(ratio, below=below)))
         return found
 
-    def list_groups(self, *, pooled: bool) -> dict[str, Group]:
-        """Those groups that are, or are not, all tasks together."""
-        return {check: group for check, group in self.groups.items() if (group.metric.pooled is not None) == pooled}
+    def list_groups(self, *on: str) -> dict[str, Group]:
+        """Those groups that are measured on texts, tasks, or own items, as the metrics' rows say."""
+        return {check: group for check, group in self.groups.items() if group.metric.on in on}
 
     def measured_on(self, group: Group) -> dict[tuple[str, int], Measured]:
-        """Cells that have all scores of a group: tasks are measured at some targets only."""
+        """Cells that have all scores of a group: tasks and generation are measured at some targets only."""
         return {at: m for at, m in self.cells.items() if all(key in m.scores for key in group.keys)}
 
     def _pair(self, values: Mapping[tuple[str, int], Estimate], sign: int) -> list[tuple[str, str, int]]:

@@ -31,7 +31,7 @@ def tabulate_ratios(comparison: Comparison, check: str, mark: str = "{} *") -> T
     group, values = comparison.groups[check], comparison.ratios[check]
     best = max if group.metric.higher_is_better else min
     targets = comparison.targets
-    if group.metric.on == "tasks":
+    if group.metric.on != "texts":
         targets = [target for target in targets if any(at == target for _, at in values)]
     failed = {(item.cell.row, item.cell.layers) for item in comparison.results.failed}
     missing = {(cell.row, cell.layers) for cell in comparison.results.missing}

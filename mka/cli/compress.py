@@ -62,9 +62,10 @@ def compress(
     check_free(output)
     recipe = resolve_recipe(model, output, recipe_file, asked)
     evaluated = not no_evaluate
-    if evaluated and recipe.evaluation.text is None and not recipe.evaluation.tasks:
+    measured = recipe.evaluation
+    if evaluated and measured.text is None and not measured.tasks and not measured.generation:
         heldout = default_of("evaluation.text")
-        click.echo(f"note: nothing will be measured: no {heldout}, no --text, no --tasks", err=True)
+        click.echo(f"note: nothing will be measured: no {heldout}, no --text, no --tasks, no --generation", err=True)
     if not dry_run:
         make_work(find_work())
     with quiet_libraries(recipe.quantize.scheme != "off"):
@@ -190,7 +191,7 @@ def show_compression(made: "Compression") -> Outcome:
         "report": str(page),
         "seconds": dict(made.seconds),
     }
-    verdict = describe_decision(made.gate) if made.gate else ["gate: not asked, nothing was measured"]
+    verdict = describe_decision(made.gate) if made.gate else ["gate: not asked, nothing it judges was measured"]
     aligned = [summarise_alignment(made.alignment), ""] if made.alignment else []
     healed = [summarise_healing(made.healing), ""] if made.healing else []
     lines = [show_results(rows), "", *aligned, *healed, *verdict, "", f"model   {made.output}", f"report  {page}"]

@@ -23,7 +23,7 @@ from mka.terminal import Outcome, align, quiet_libraries
 @click.option("--output", type=FILE, metavar="FILE", help="Keep the report, JSON; must not exist.")
 @reports
 def evaluate(model: str, output: Path | None, asked: dict[str, Any]) -> Outcome:
-    """Measure MODEL from disk: perplexity and benchmarks.
+    """Measure MODEL from disk: perplexity, benchmarks and generation.
 
     Also its speed and a sample of its text. Every figure comes with its n and, as ±, one standard error.
     """
@@ -36,9 +36,9 @@ def evaluate(model: str, output: Path | None, asked: dict[str, Any]) -> Outcome:
     if output is not None:
         check_free(output)
     settings = build_section(EvaluationSettings, {"text": None} | pick(asked, "evaluation"))
-    if settings.text is None and not settings.tasks:
-        raise RecipeError("nothing to evaluate on; give --text FILE, --tasks TASK=ITEMS, or both")
     inputs = read_measured(settings, settings.text, settings.tasks_folder)
+    if not inputs.measures:
+        raise RecipeError("nothing to evaluate on; give --text FILE, --tasks TASK=ITEMS, --generation N, or several")
     seed = asked.get("seed", default_of("seed"))
     checkpoint, source = open_model(model, asked)
     with quiet_libraries(checkpoint.is_quantized):

@@ -64,7 +64,7 @@ class Metric:
             measured together.
         asked: key of the recipe's section ``evaluation`` that asks for it; None: measured wherever there is what it is
             measured on.
-        on: what it is measured on.
+        on: what it is measured on; "own items": on what the measurement makes itself, so that it needs no table.
         higher_is_better: direction.
         scale: "log": items are logarithms, the value is exp of their mean, and two models compare by
             the difference of means; "linear": the value is the mean, and two models compare by the quotient.
@@ -85,7 +85,7 @@ class Metric:
     name: str
     unit: str
     measure: str
-    on: Literal["texts", "tasks"]
+    on: Literal["texts", "tasks", "own items"]
     higher_is_better: bool
     scale: Literal["linear", "log"]
     resampled: Literal["windows", "items"]
@@ -147,6 +147,7 @@ _TASK = {
     "required": "task_recovery",
     "label": "{name}, {metric}",
 }
+_GENERATION = {"on": "own items", "resampled": "items", "asked": "generation"}
 _ROWS = (
     Metric(
         name="perplexity",
@@ -162,6 +163,40 @@ _ROWS = (
         extras=(Extra("bits_per_byte", "bits per byte, {name}", "{:.3f}"),),
     ),
     *(Metric(name=name, **_TASK) for name in ("acc", "acc_norm", "exact_match")),  # type: ignore[arg-type]
+    Metric(
+        name="copying",
+        unit="share of tokens",
+        measure="mka.evaluation.generation:measure_copying",
+        higher_is_better=True,
+        scale="linear",
+        least=0,
+        most=1,
+        plausible="A share of tokens is a share.",
+        **_GENERATION,  # type: ignore[arg-type]
+    ),
+    Metric(
+        name="retrieval",
+        unit="share of items",
+        measure="mka.evaluation.generation:measure_retrieval",
+        higher_is_better=True,
+        scale="linear",
+        least=0,
+        most=1,
+        plausible="A share of answers is a share.",
+        **_GENERATION,  # type: ignore[arg-type]
+    ),
+    # Of a share of repeats the base may have none, and no quotient; of how often each is said the least is 1.
+    Metric(
+        name="repetition",
+        unit="times each 4-gram is said",
+        measure="mka.evaluation.generation:measure_repetition",
+        higher_is_better=False,
+        scale="log",
+        least=1,
+        plausible="What is said is said at least once.",
+        extras=(Extra("repeated", "repeated 4-grams, {name}", "{:.3f}"),),
+        **_GENERATION,  # type: ignore[arg-type]
+    ),
 )
 METRICS: Mapping[str, Metric] = {row.name: row for row in _ROWS}
 # What is seen first where there is room for one: tiles, the index page's plot, the rows in the README.

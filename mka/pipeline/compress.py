@@ -9,7 +9,7 @@ from typing import Any
 
 from mka.evaluation.scores import EvalReport
 from mka.export.folder import export_folder
-from mka.pipeline.evaluate import open_reports
+from mka.pipeline.evaluate import BASE, open_reports
 from mka.pipeline.foresee import COMPANIONS_NBYTES, candidate_nbytes
 from mka.pipeline.job import Job
 from mka.pipeline.pipeline import run
@@ -33,7 +33,7 @@ class Compression:
         plan: what was merged.
         base: measurements of the base, or its facts alone.
         candidate: the same of the candidate.
-        gate: the decision, as `mka.evaluation.gate.GateDecision.to_dict` gives it; None if nothing was measured.
+        gate: the decision, as `mka.evaluation.gate.GateDecision.to_dict` gives it; None if it had nothing to decide on.
         seconds: stage -> seconds it took when it was made.
         alignment: facts of the refit; None if there was none.
         healing: facts of the healing; None if there was none.
@@ -101,7 +101,8 @@ def _copy_evidence(job: Job, found: Found, folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
     if scores := open_scores(job, found):
         scores.save(folder / SCORES_FILE)
-    if "gate" in found:
+    if BASE in found:
         for role, report in zip(("base", "candidate"), open_reports(job, found)):
             (folder / f"{role}.json").write_text(report.to_json(), encoding="utf-8")
+    if "gate" in found:
         (folder / "gate.json").write_text(json.dumps(dict(found["gate"].facts), indent=2) + "\n", encoding="utf-8")

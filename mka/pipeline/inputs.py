@@ -31,6 +31,7 @@ class Inputs:
         tasks: task -> number of items (None: all); empty if none is measured.
         tasks_folder: tables of the tasks; None if they come from the hub.
         digests: what evaluation reads, by name; "heldout" and one "task NAME" each.
+        generation: items of copying, retrieval and repetition each; 0 if they are not measured.
     """
 
     calibration: CalibrationSet | None = None
@@ -40,6 +41,12 @@ class Inputs:
     tasks: Mapping[str, int | None] = field(default_factory=dict)
     tasks_folder: Path | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
+    generation: int = 0
+
+    @property
+    def measures(self) -> bool:
+        """Whether there is anything to measure a model on."""
+        return bool(self.heldout or self.tasks or self.generation)
 
 
 def read_inputs(recipe: Recipe, planner: Planner, *, evaluate: bool = True) -> Inputs:
@@ -82,7 +89,13 @@ def read_measured(settings: Measurement, text: Path | None, tasks_folder: Path |
     heldout = check_evaluation(settings, text, tasks_folder)
     digests = {"heldout": digest_texts(f"{s}\0{t}" for s, texts in heldout.items() for t in texts)} if heldout else {}
     digests |= {f"task {task}": digest_task(tasks_folder, task, settings.shots) for task in settings.tasks}
-    return Inputs(heldout=heldout, tasks=settings.tasks, tasks_folder=tasks_folder, digests=digests)
+    return Inputs(
+        heldout=heldout,
+        tasks=settings.tasks,
+        tasks_folder=tasks_folder,
+        digests=digests,
+        generation=settings.generation,
+    )
 
 
 def check_evaluation(settings: Measurement, text: Path | None, tasks_folder: Path | None) -> dict[str, list[str]]:

@@ -89,7 +89,12 @@ class Job:
     @property
     def measured(self) -> bool:
         """Whether base and candidate are measured on anything."""
-        return bool(self.inputs.heldout or self.inputs.tasks)
+        return self.inputs.measures
+
+    @property
+    def judged(self) -> bool:
+        """Whether the gate has something to decide on: without rules it asks for texts and tasks only."""
+        return self.measured and bool(self.inputs.heldout or self.inputs.tasks or self.recipe.gate.rules)
 
 
 def fetch_base(source: ModelSource, work: Path) -> tuple[Checkpoint, str]:

@@ -26,7 +26,7 @@ def _read(job: Job, found: Found) -> dict[str, str]:
 GATE = Stage(
     "gate",
     version=2,
-    wanted=lambda job: job.measured,
+    wanted=lambda job: job.judged,
     reads=_read,
     settings=lambda job: job.recipe.gate.model_dump(exclude={"champion_recovery"}) | {"seed": job.recipe.seed},
     make=_make,

@@ -50,7 +50,7 @@ def run_bench_cell(bench: Bench | SentBench, cell: Cell) -> Measured | Failed:
 def publish_tables(comparison: Comparison) -> None:
     """Put the table of every text on the run's page."""
     recipe = comparison.results.bench.recipe
-    for index, (check, group) in enumerate(comparison.list_groups(pooled=False).items()):
+    for index, (check, group) in enumerate(comparison.list_groups("texts", "own items").items()):
         headers, rows = tabulate_ratios(comparison, check)
         create_table_artifact(
             [dict(zip(headers, row, strict=True)) for row in rows],
