@@ -55,6 +55,8 @@ def test_a_cell_is_a_plain_recipe():
         ({"texts": TINY["texts"][:1] * 2}, "'words' is there twice"),
         ({"texts": [{**TINY["texts"][1], "source": "x"}]}, "a .txt file has none"),
         ({"evaluation": {"tasks": {"piqa": 5}}}, "tasks and task_targets go together"),
+        ({"evaluation": {"generation": 5}}, "and so do generation and task_targets"),
+        ({"evaluation": {"generation": 1, "task_targets": [5]}}, "one item has no error bar, got 1"),
         ({"evaluation": {"tasks": {"piqa": 5}, "task_targets": [2]}}, "2 is the target of no method"),
         ({"evaluation": {"text": "heldout.jsonl"}}, "'evaluation.text'"),
         # What only one recompression reads is no key of a comparison.

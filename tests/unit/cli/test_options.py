@@ -32,6 +32,7 @@ EVALUATION = {
     "--tasks-folder": "evaluation.tasks_folder",
     "--context": "evaluation.context",
     "--tokens": "evaluation.text_tokens",
+    "--generation": "evaluation.generation",
     "--seed": "seed",
 }
 COMMANDS = {
@@ -58,6 +59,7 @@ TYPED = {
     "--tasks piqa=4,boolq --tasks sciq=all": {"evaluation.tasks": {"piqa": 4, "boolq": None, "sciq": None}},
     "--tasks-folder hub": {"evaluation.tasks_folder": None},
     "--tasks-folder tables": {"evaluation.tasks_folder": Path("tables")},
+    "--generation 20": {"evaluation.generation": 20},
     "--seed 0": {"seed": 0},
     "--dtype bfloat16 --trust-remote-code": {"model.dtype": "bfloat16", "model.trust_remote_code": True},
     "": {},
