@@ -147,7 +147,7 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
         provenance=describe_provenance(recipe, versions, place.root),
     )
     if not job.judged:
-        raise GuardError("the gate has nothing to decide on; evaluate on held-out text or on tasks")
+        raise GuardError("the gate has nothing to decide on; evaluate on held-out text or on tasks, or give it rules")
     run = Run(place, job, name, versions, tables)
     with hold_slot(compute_slot()):
         found = compress(run, start, log)

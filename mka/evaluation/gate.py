@@ -121,7 +121,7 @@ def decide(
         for group in found:
             checks.append(_check_group(rule, group, [pairs[key] for key in group.keys], seed, resamples))
     if not checks:
-        raise GuardError("the gate has nothing to decide on; evaluate on held-out text or on tasks")
+        raise GuardError("the gate has nothing to decide on; evaluate on held-out text or on tasks, or give it rules")
     return GateDecision(combine_verdicts([c.verdict for c in checks]), tuple(checks), CONFIDENCE, resamples, seed)
 
 

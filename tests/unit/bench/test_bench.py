@@ -17,12 +17,15 @@ from mka.bench.run import EXPECTED, foresee_bench, run_bench
 from mka.bench.statistics import Comparison
 from mka.cli.main import main
 from mka.errors import CalibrationError, NumericsError, RecipeError
+from mka.evaluation.generation import measure_repetition
+from mka.evaluation.metrics import Subject
 from mka.evaluation.perplexity import measure_perplexity
 from mka.evidence.oracles import Loss
 from mka.model.checkpoint import open_checkpoint
 from mka.model.loading import load_model
 from mka.pipeline.merge import write_merged
 from mka.plan.plan import MergePlan, keep_layers
+from mka.recipe import EvaluationSettings
 from mka.terminal import showing
 
 CELLS = ["sleb at 5", "sleb at 4", "mka at 5", "mka at 4"]
@@ -113,6 +116,23 @@ def test_a_second_run_does_nothing_and_finds_the_same(root, written, measured):
     assert not written and not measured
     assert all(m.reused for m in (second.base, *second.measured))
     assert Comparison(second).ratios == Comparison(first).ratios
+
+
+def test_generation_is_measured_of_the_base_and_at_its_targets_and_found_again(root):
+    changes = {"evaluation": {"text_tokens": 256, "context": 64, "generation": 3, "task_targets": [4]}}
+    first = run(root, **changes)
+    assert not first.failed
+    asked = [("sequences", "copying"), ("passages", "retrieval"), ("continuations", "repetition")]
+    for found in (first.base, *first.measured):
+        whole = found.cell is None or found.cell.layers == 4
+        assert [key for key in found.scores if key in asked] == (asked if whole else [])
+    model, tokenizer = load_model(root / "base", "float32")
+    settings = EvaluationSettings(generation=3, context=64)
+    (expected,) = measure_repetition(Subject(model, tokenizer, settings, {}, {}, progress=False))
+    assert first.base.scores["continuations", "repetition"].items == pytest.approx(expected.items)
+    assert all(m.reused for m in (lambda again: (again.base, *again.measured))(run(root, **changes)))
+    more = run(root, **{"evaluation": {**changes["evaluation"], "generation": 4}})
+    assert more.base.scores["passages", "retrieval"].n == 4
 
 
 def test_a_run_killed_between_cells_keeps_the_earlier_ones(root, written, monkeypatch):

@@ -49,12 +49,19 @@ def solved(name, items):
     return Score(name, "acc", sum(items) / len(items), 0.1, len(items), True, tuple(items), extra)
 
 
-def compare(folder, nats, tasks=None, failed=()):
+def copied(items):
+    extra = {"items_digest": "copied"}
+    return Score("sequences", "copying", sum(items) / len(items), 0.1, len(items), True, tuple(items), extra)
+
+
+def compare(folder, nats, tasks=None, failed=(), copies=None):
     """A comparison in which the base costs 3 nats per token, and each cell what is given, on words and on prose."""
     raw = yaml.safe_load(TINY.read_text()) | {"methods": [{"name": "sleb"}, {"name": "shortgpt"}]}
     raw["methods"].append({"name": "mka", "label": "mka_new", "ours": True})
     if tasks:
         raw["evaluation"] |= {"tasks": {"piqa": 4}, "task_targets": [5]}
+    if copies:
+        raw["evaluation"] |= {"generation": 4, "task_targets": [5]}
     recipe = validate_bench(raw)
     base = open_checkpoint(folder / "base")
     digests = {"text words": "a" * 64, "text prose": "b" * 64, "alignment": ""}
@@ -63,19 +70,23 @@ def compare(folder, nats, tasks=None, failed=()):
         recipe, base, "r", None, {}, {"words": [], "prose": []}, digests, notes, folder, "mka bench tiny.yaml"
     )
 
-    def measure(cell, words, prose, solved_items=None):
+    def measure(cell, words, prose, solved_items=None, copied_items=None):
         found = [score("words", 3 + words), score("prose", 3 + prose)]
+        found += [copied(copied_items)] if copied_items else []
         found += [solved("piqa", solved_items)] if solved_items else []
         scores = {(s.name, s.metric): s for s in found}
         seconds = {"plan": 2.0, "merge": 1.5, "measure": 4.0}
         return Measured(cell, scores, seconds, {"digest": "d"}, (CONDITIONS,), reused=False)
 
     cells = {(cell.entry.name, cell.layers): cell for cell in recipe.cells}
-    measured = [measure(cells[at], *values, (tasks or {}).get(at)) for at, values in nats.items()]
+    own = copies or {}
+    measured = [measure(cells[at], *values, (tasks or {}).get(at), own.get(at)) for at, values in nats.items()]
     failures = tuple(Failed(cells[at], "it cannot", expected=True) for at in failed)
     base_items = (tasks or {}).get("base")
     missing = tuple(cell for at, cell in cells.items() if at not in nats and at not in failed)
-    return Comparison(Results(bench, measure(None, 0, 0, base_items), tuple(measured), failures, missing))
+    return Comparison(
+        Results(bench, measure(None, 0, 0, base_items, own.get("base")), tuple(measured), failures, missing)
+    )
 
 
 NATS = {
@@ -116,6 +127,31 @@ def test_tasks_are_compared_where_they_were_measured_and_more_is_better(folder):
     assert (duel.rival, duel.ratio.value, duel.verdict) == ("sleb", pytest.approx(1.5), "undecided")
     page = render_page(comparison, None)
     assert "| mka\\_new | **1.000 [1.000, 1.000]** |" in page and "piqa (4)" in page
+
+
+def test_generation_has_a_section_of_its_own_at_its_targets_and_no_panel(folder):
+    copies = {"base": [1, 1, 0.8, 0.4], ("sleb", 5): [0.4] * 4, ("shortgpt", 5): [0.2] * 4, ("mka", 5): [0.8] * 4}
+    comparison = compare(folder, NATS, failed=[("shortgpt", 4)], copies=copies)
+    check = "copying sequences"
+    assert {at: e.value for at, e in comparison.ratios[check].items()} == pytest.approx(
+        {("sleb", 5): 0.5, ("shortgpt", 5): 0.25, ("mka_new", 5): 1}
+    )
+    (duel,) = (d for d in comparison.duels if d.on == check)
+    assert (duel.rival, duel.ratio.value, duel.verdict) == ("sleb", pytest.approx(2), "better")
+    page = render_page(comparison, None)
+    section = page.split("## Copying")[1].split("\n## ")[0]
+    assert "The base: 0.80 ± 0.10 (share of tokens, n = 4 items)" in section and "Bold: highest" in section
+    assert "| method | 5 of 6 layers |" in section and "| mka\\_new | **1.000 [" in section
+    assert "copying: above 1 ours is better" in page
+    assert "sequences: copying / base's 0.80" in show_comparison(comparison)
+    assert draw_comparison(comparison) == draw_comparison(compare(folder, NATS, failed=[("shortgpt", 4)]))
+
+
+def test_a_rival_that_solves_nothing_is_no_divisor(folder):
+    copies = {"base": [1, 1, 1, 1], ("sleb", 5): [0] * 4, ("shortgpt", 5): [0] * 4, ("mka", 5): [0.8] * 4}
+    comparison = compare(folder, NATS, failed=[("shortgpt", 4)], copies=copies)
+    assert comparison.ratios["copying sequences"]["sleb", 5].value == 0
+    assert {d.on for d in comparison.duels} == {"words", "prose"}
 
 
 def test_the_page_holds_command_conditions_n_figures_and_failures(comparison):

@@ -188,6 +188,26 @@ def test_a_dry_run_foresees_what_happens_and_writes_nothing(
     assert all(Path(file).is_file() for file in facts["files"])
 
 
+def test_generation_needs_no_table_and_a_gate_without_rules_does_not_judge_it(
+    capsys, compress_arguments, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    at = compress_arguments.index("--text")
+    arguments = [str(a) for a in compress_arguments[:at] + compress_arguments[at + 2 :]]
+    assert main([*arguments, "--generation", "2", "--context", "64", "--output", "out"]) == 0
+    out, err = capsys.readouterr()
+    assert "note:" not in err and "repetition, continuations (n = 2 items)" in out
+    assert "gate: not asked, nothing it judges was measured" in out
+    evidence = tmp_path / "out" / "evidence"
+    assert not (evidence / "gate.json").exists()
+    for role in ("base", "candidate"):
+        scores = json.loads((evidence / f"{role}.json").read_text())["scores"]
+        assert [score["metric"] for score in scores] == ["copying", "retrieval", "repetition"]
+    assert main(["evaluate", "out", "--generation", "2", "--context", "64", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)["scores"]
+    assert [score["items"] for score in again] == [score["items"] for score in scores]
+
+
 def test_nothing_to_measure_is_said_and_published_all_the_same(capsys, compress_arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     at = compress_arguments.index("--text")
