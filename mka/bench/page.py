@@ -111,6 +111,8 @@ def _text_sections(comparison: Comparison) -> list[str]:
 def _own_sections(comparison: Comparison) -> list[str]:
     lines: list[str] = []
     for check, group in comparison.list_groups("own items").items():
+        if not comparison.ratios[check]:
+            continue
         metric, base = group.metric, comparison.results.base.scores[group.keys[0]]
         shown = format_value(base.value, base.stderr)
         lines += [*_heading(metric), f"The base: {shown} ({metric.unit}, n = {base.n} {metric.resampled}).", ""]
