@@ -168,7 +168,7 @@ def run_all(shape: str, work: Path, dtype: str, windows: int, context: int) -> T
         target = checkpoint.layers - max(1, checkpoint.layers // 4)
         options: dict[str, Any] = {"kinds": kinds, "protect_first": 2, "protect_last": 1}
         options["choose_weight"] = lambda layers, position, similarity: min(max(similarity, 0.0), 1.0)
-        layers, _ = merge_adjacent(similarity, target, **options)
+        layers = merge_adjacent(similarity, target, **options).layers
         plan = MergePlan("benchmark", "sums of the most similar neighbours", checkpoint.layers, layers)
         # What the method `aligned` makes of the same groups: one attention, the best neurons of all.
         taken = [x if x.is_copy else take_layers(x.sources, x.sources[-1:], x.sources) for x in layers]

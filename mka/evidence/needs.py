@@ -17,6 +17,16 @@ TRIALS = "trials"
 RUNNING = frozenset({REOBSERVE, DIVERGENCE, LOSS, OUTPUT_SIMILARITY, TRIALS})
 
 
+class Measure(Protocol):
+    """One number for the model that output layers make, on calibration tokens."""
+
+    tokens: int  # that a model is measured on
+
+    def __call__(self, layers: Sequence[MergedLayer]) -> float:
+        """Run the model and measure it; one that was measured is remembered."""
+        ...
+
+
 class Trials(Protocol):
     """KL(base || changed base) on held-out calibration tokens, nats per token, for one change at a time."""
 
@@ -54,8 +64,8 @@ class Evidence:
     kinds: Sequence[Any]
     states: HiddenStates | None = None
     reobserve: Callable[[Sequence[MergedLayer]], HiddenStates] | None = None
-    divergence: Callable[[Sequence[MergedLayer]], float] | None = None
-    loss: Callable[[Sequence[MergedLayer]], float] | None = None
-    output_similarity: Callable[[Sequence[MergedLayer]], float] | None = None
+    divergence: Measure | None = None
+    loss: Measure | None = None
+    output_similarity: Measure | None = None
     trials: Trials | None = None
     on_progress: Callable[[int], Any] | None = None

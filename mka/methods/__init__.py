@@ -23,6 +23,7 @@ _METHODS = {
     "laco": "mka.methods.laco",
     "linearpatch": "mka.methods.linearpatch",
     "mka": "mka.methods.mka",
+    "policy_gradient": "mka.methods.policy_gradient",
     "prune_and_comp": "mka.methods.prune_and_comp",
     "random_deletion": "mka.methods.random_deletion",
     "reference_code": "mka.methods.reference_code",
@@ -149,9 +150,11 @@ class Planner:
         Raises:
             PlanError: if protection, layer kinds or scores do not let it reach the aim.
         """
-        layers, steps = self.method.decide(evidence, scores, aim, self.settings)
+        made = self.method.decide(evidence, scores, aim, self.settings)
         label, settings = self.method.label, self.dump_settings()
-        return MergePlan(self.name, label, evidence.layers, layers, steps, settings, base or {})
+        return MergePlan(
+            self.name, label, evidence.layers, made.layers, made.steps, settings, base or {}, spent=made.spent
+        )
 
 
 def resolve_method(choice: MethodChoice, where: str = "method") -> Planner:

@@ -77,7 +77,7 @@ def decide(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: S
 def _group_by_similarity(
     evidence: Evidence, similarity: np.ndarray, aim: Aim, settings: Settings
 ) -> list[tuple[int, int]]:
-    layers, _ = merge_adjacent(
+    merged = merge_adjacent(
         similarity,
         aim.layers_out,
         kinds=evidence.kinds if settings.operator == "average" else [None] * evidence.layers,
@@ -85,7 +85,7 @@ def _group_by_similarity(
         protect_last=aim.protect_last,
         choose_weight=lambda layers, position, score: 1.0,
     )
-    return [(layer.sources[0], layer.sources[-1]) for layer in layers]
+    return [(layer.sources[0], layer.sources[-1]) for layer in merged.layers]
 
 
 def _make(span: tuple[int, int], survivors: tuple[int, ...], settings: Settings) -> MergedLayer:

@@ -95,10 +95,14 @@ class Step:
 
 
 class Decision(NamedTuple):
-    """What a method decides: one `MergedLayer` per output layer, in order, and the steps that led there, in order."""
+    """What a method decides: one `MergedLayer` per output layer, in order, and the steps that led there, in order.
+
+    ``spent`` are the forward tokens a search with a budget took; None where none was kept.
+    """
 
     layers: tuple[MergedLayer, ...]
     steps: tuple[Step, ...] = ()
+    spent: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ class MergePlan:
         settings: the method's resolved settings.
         base: facts of the base checkpoint (model, digest).
         folds: SHA-256 of the folds it is written with (`mka.transforms.fold`); None if it needs none.
+        spent: forward tokens the search took, models measured times tokens each was measured on; None if the method
+            keeps no such budget.
     """
 
     method: str
@@ -124,6 +130,7 @@ class MergePlan:
     settings: Mapping[str, Any] = field(default_factory=dict)
     base: Mapping[str, Any] = field(default_factory=dict)
     folds: str | None = None
+    spent: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse a plan that is not well formed.
@@ -204,6 +211,7 @@ class MergePlan:
                 settings=body["settings"],
                 base=body["base"],
                 folds=body.get("folds"),
+                spent=body.get("spent"),
             )
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"{where}: not a plan ({type(error).__name__}: {error})") from None

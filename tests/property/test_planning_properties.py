@@ -44,7 +44,7 @@ def reachable(problem):
 
 
 def merged(problem, weight=0.5, rescore=None):
-    return merge_adjacent(**problem, choose_weight=lambda *_: weight, rescore=rescore)
+    return merge_adjacent(**problem, choose_weight=lambda *_: weight, rescore=rescore)[:2]
 
 
 @given(problem=problems("ab"), weight=st.floats(0, 1))
@@ -127,7 +127,7 @@ def test_deletion_keeps_the_most_important_free_layers(importance, first, last, 
         with pytest.raises(PlanError, match=f"at {count - len(free)} layers"):
             delete_least_important(values, Aim(out, first, last))
         return
-    layers, steps = delete_least_important(values, Aim(out, first, last))
+    layers, steps, _ = delete_least_important(values, Aim(out, first, last))
     kept = [layer.sources[0] for layer in layers]
     gone = [step.left[0] for step in steps]
     assert all(layer.is_copy for layer in layers) and len(kept) == out

@@ -34,6 +34,7 @@ ROADS = {
         {"weights": "line-search", "grid": [0, 0.5, 1]},
         {"selection": "iterative"},
     ),
+    "policy_gradient": ({"budget": 5000}, {"budget": 5000, "start": "uniform", "objective": "divergence"}),
 }
 METHODS = [(name, settings) for name in method_names() for settings in ROADS.get(name, ({},))]
 METHOD_IDS = ["-".join([name, *(str(v) for k, v in settings.items() if k not in SMALL)]) for name, settings in METHODS]

@@ -34,7 +34,7 @@ def merge(similarity, layers_out, *, kinds=None, first=0, last=0, weight=0.5, re
         choose_weight=weight if callable(weight) else lambda layers, position, score: weight,
         rescore=rescore,
         on_merge=on_merge,
-    )
+    )[:2]
 
 
 def groups(layers):
@@ -168,7 +168,7 @@ def test_join_is_a_convex_combination_of_groups():
 
 
 def test_deletion_takes_the_least_important_and_ties_the_deeper():
-    layers, steps = delete_least_important(np.array([0.0, 0.3, 0.1, 0.1, 0.2, 0.0]), Aim(4, 1, 1))
+    layers, steps, _ = delete_least_important(np.array([0.0, 0.3, 0.1, 0.1, 0.2, 0.0]), Aim(4, 1, 1))
     assert groups(layers) == [(0,), (1,), (4,), (5,)]
     assert steps == (Step((3,), (), 0.1, 0.0), Step((2,), (), 0.1, 0.0))
 
