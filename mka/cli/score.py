@@ -32,6 +32,7 @@ def score(model: str, states: Path, output: Path, asked: dict[str, Any]) -> Outc
     from mka.methods import resolve_method
     from mka.pipeline.score import score_layers
     from mka.recipe import MethodChoice
+    from mka.similarity.stability import describe_stability
 
     check_free(output)
     planner = resolve_method(build_section(MethodChoice, pick(asked, "method")))
@@ -49,4 +50,5 @@ def score(model: str, states: Path, output: Path, asked: dict[str, Any]) -> Outc
     else:
         table = align([[i, f"{value:.4f}"] for i, value in enumerate(scores.values)], ["layer", "importance"], "rr")
     document = json.loads(output.read_text(encoding="utf-8")) | {"output": str(output)}
-    return Outcome(document, f"{scores.meaning}\n\n{table}\n\n{output}")
+    told = [scores.meaning, table, describe_stability(scores), str(output)]
+    return Outcome(document, "\n\n".join(filter(None, told)))

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -59,6 +59,10 @@ class HiddenStates:
         """Raw layer outputs only, (L, N, D)."""
         return self.pooled[1:]
 
+    def take_texts(self, rows: np.ndarray) -> "HiddenStates":
+        """Return the vectors of some of the texts; Block Influence, which is kept of all tokens only, stays theirs."""
+        return HiddenStates(self.pooled[:, rows], self.block_influence, self.tokens[rows])
+
     @property
     def digest(self) -> str:
         """SHA-256 of the numbers."""
@@ -89,6 +93,28 @@ class HiddenStates:
 
 
 @dataclass(frozen=True)
+class Stability:
+    """How far the order of neighbouring layers hangs on the texts; see `mka.similarity.stability`.
+
+    Attributes:
+        texts: N of the full set.
+        halves: half-samples scored, of N // 2 texts each.
+        correlation: mean rank correlation (Spearman) of a half-sample's order with the full set's, -1 to 1.
+        correlation_least, correlation_most: its range.
+        best: half-samples whose most similar pair of neighbours is the full set's.
+        best_two: half-samples whose two most similar pairs are the full set's, in either order.
+    """
+
+    texts: int
+    halves: int
+    correlation: float
+    correlation_least: float
+    correlation_most: float
+    best: int
+    best_two: int
+
+
+@dataclass(frozen=True)
 class LayerScores:
     """What a method thinks of the layers.
 
@@ -100,6 +126,7 @@ class LayerScores:
         meaning: one line for people, with the range.
         method: who computed them.
         settings: with which settings.
+        stability: of pairwise similarities, how far their order hangs on the texts; None if it was not measured.
     """
 
     kind: ScoreKind
@@ -107,6 +134,7 @@ class LayerScores:
     meaning: str
     method: str
     settings: Mapping[str, Any]
+    stability: Stability | None = None
 
     def __post_init__(self) -> None:
         """Check shape and finiteness.
@@ -135,6 +163,7 @@ class LayerScores:
             "meaning": self.meaning,
         }
         body |= {"settings": dict(self.settings), "values": self.values.tolist()}
+        body["stability"] = None if self.stability is None else asdict(self.stability)
         Path(path).write_text(json.dumps(body) + "\n", encoding="utf-8")
 
     @classmethod
@@ -149,6 +178,8 @@ class LayerScores:
             if body["format"] != SCORES_FORMAT or body["kind"] not in get_args(ScoreKind):
                 raise ValueError(f"format {body['format']!r}, kind {body['kind']!r}; expected {SCORES_FORMAT!r}")
             values = np.asarray(body["values"], dtype=np.float64)
-            return cls(body["kind"], values, body["meaning"], body["method"], body["settings"])
+            found = body.get("stability")
+            stability = None if found is None else Stability(**found)
+            return cls(body["kind"], values, body["meaning"], body["method"], body["settings"], stability)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise NumericsError(f"scores {path} cannot be read: {error}") from None

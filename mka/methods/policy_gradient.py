@@ -2,9 +2,9 @@
 
 Source: Gao et al., "Bypass Back-propagation: Optimization-based Structural Pruning for Large Language Models via Policy
 Gradient", arXiv 2406.10576, at the granularity of layers. Each unprotected layer i has a probability s_i of being kept,
-``0 <= s_i <= 1`` and ``sum_i s_i = K``, the unprotected layers that remain. A mask m is drawn, ``m_i ~ Bernoulli(s_i)``,
-the model with these layers is run, and its loss L(m) moves s by the score function (REINFORCE), with nothing
-differentiated but the logarithm of the probability of the draw::
+``0 <= s_i <= 1`` and ``sum_i s_i = K``, the unprotected layers that remain. A mask m is drawn,
+``m_i ~ Bernoulli(s_i)``, the model with these layers is run, and its loss L(m) moves s by the score function
+(REINFORCE), with nothing differentiated but the logarithm of the probability of the draw::
 
     grad E[L] = E[ (L(m) - b) d log p(m) / ds ],    d log p(m) / ds_i = (m_i - s_i) / (s_i (1 - s_i))
     s <- project(s - step * mean over the draws of (L(m) - b) (m - s) / (s (1 - s)))

@@ -17,6 +17,7 @@ from mka.report.healing import describe_healing, draw_curve
 from mka.report.markup import escape_markdown, fence_markdown, flatten_facts
 from mka.report.table import result_table
 from mka.report.verdict import VERDICTS, describe_check
+from mka.similarity.stability import describe_stability
 from mka.store.publishing import write_text
 
 INLINE_SVG_BYTES = 300_000
@@ -99,6 +100,7 @@ def _render(template: str, data: ReportData, **more: Any) -> str:
         directions=describe_directions(base, candidate),
         merges=[describe_layer(i, layer) for i, layer in enumerate(plan.layers) if len(layer.sources) > 1],
         steps=describe_steps(plan),
+        stability=describe_stability(data.scores) if data.scores else None,
         alignment=describe_alignment(data.alignment) if data.alignment else {},
         aligned_layers=layer_rows(data.alignment) if data.alignment else [],
         healing=describe_healing(data.healing) if data.healing else {},

@@ -280,7 +280,8 @@ def test_evaluate_prints_perplexity_with_its_error_and_n(mka_, llama_folder, tab
 def test_plan_refuses_scores_that_do_not_belong(capsys, mka_, llama_folder, tables, tmp_path):
     states, scores = tmp_path / "states.safetensors", tmp_path / "scores.json"
     mka_("observe", llama_folder, "--calibration", tables / "calibration.jsonl", "--samples", 60, "--output", states)
-    mka_("score", llama_folder, "--states", states, "--set", "coordinates=1", "--output", scores)
+    said = mka_("score", llama_folder, "--states", states, "--set", "coordinates=1", "--output", scores)
+    assert "depends on the texts was not measured: that takes 100 texts" in said  # there are 60
     plan = ["plan", llama_folder, "--scores", scores, "--layers", 4, "--output", tmp_path / "plan.json"]
     for extra, expected in (
         (["--set", "coordinates=2"], "'coordinates' decides the scores"),
@@ -299,6 +300,17 @@ def test_plan_refuses_scores_that_do_not_belong(capsys, mka_, llama_folder, tabl
 def test_methods_without_scores_plan_at_once(mka_, llama_folder, tmp_path):
     mka_("plan", llama_folder, "--method", "reference_code", "--layers", 4, "--output", tmp_path / "plan.json")
     assert MergePlan.load(tmp_path / "plan.json").removed == (4, 5)
+
+
+def test_scores_of_enough_texts_say_how_far_they_hang_on_them(mka_, llama_folder, tmp_path):
+    table, states, scores = tmp_path / "texts.jsonl", tmp_path / "states.safetensors", tmp_path / "scores.json"
+    table.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(100)))
+    mka_("observe", llama_folder, "--calibration", table, "--samples", 100, "--output", states)
+    found = json.loads(mka_("score", llama_folder, "--states", states, "--output", scores, "--json"))["stability"]
+    assert (found["texts"], found["halves"]) == (100, 8) and 0 <= found["best_two"] <= 8
+    scores.unlink()
+    told = f"over 8 half-samples of 100 texts the best pair stays the best in {found['best']}, "
+    assert told in mka_("score", llama_folder, "--states", states, "--output", scores)
 
 
 def test_a_plan_with_folds_is_two_files_that_stay_together(

@@ -2,6 +2,7 @@ import html
 import io
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from mka.errors import OutputError, PlanError
 from mka.evaluation.scores import EvalReport, Score
-from mka.evidence.states import LayerScores
+from mka.evidence.states import LayerScores, Stability
 from mka.plan.plan import MergedLayer, MergePlan, Step, identity_layers, keep_layers, take_layers
 from mka.plan.wording import describe_layer, describe_steps, label_sources
 from mka.report.caveats import list_caveats
@@ -20,6 +21,7 @@ from mka.report.data import ReportData
 from mka.report.page import write_card, write_report
 from mka.report.pictures import draw_plan, draw_recovery, draw_similarity
 from mka.report.table import format_value, result_table
+from mka.similarity.stability import describe_stability
 
 ATTACK = '<script>alert(1)</script><img src="http://evil.example/x.png">'
 CHECKS = [
@@ -205,6 +207,23 @@ def test_card_front_matter_and_table(tmp_path: Path) -> None:
     assert "base_model" not in front and "a==1" in body  # not a hub id
     assert "| perplexity, boolq (n = 8 windows) | 16.42 ± 0.51 | 20.52 ± 0.51 | 1.250 |" in body
     assert "Gate: **undecided**" in body
+
+
+def test_page_and_card_say_how_far_the_ranking_hangs_on_the_texts(tmp_path: Path) -> None:
+    seen = report_data().scores
+    resampled = replace(seen, stability=Stability(256, 8, 0.9, 0.8, 1.0, 3, 1))
+    importance = LayerScores("layer-importance", np.linspace(0, 1, 30), "Block Influence", "shortgpt", {})
+    for scores, told in (
+        (seen, "was not measured"),
+        (resampled, "the best pair stays the best in 3"),
+        (importance, ""),
+    ):
+        data = report_data(scores=scores)
+        assert told in (sentence := describe_stability(scores) or "")
+        page = Page(write_report(data, tmp_path).read_text(encoding="utf-8"))
+        body = write_card(data, tmp_path).read_text(encoding="utf-8")
+        assert sentence in page.text and sentence in html.unescape(body)
+        assert all(("neighbour" in text) == bool(told) for text in (page.text, body))
 
 
 def test_card_keeps_generated_text_inside_its_fence(tmp_path: Path) -> None:
