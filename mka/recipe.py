@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -296,6 +296,9 @@ class EvaluationSettings(Measurement):
     new_tokens: int = Field(32, ge=1, description="Tokens generated per prompt; also times decoding")
 
 
+Bound = Literal["recovery", "most", "least", "better_than"]
+
+
 class GateRule(Section):
     """What a candidate has to keep: one bound on one metric, on a fact of its files, or on its speed."""
 
@@ -303,6 +306,9 @@ class GateRule(Section):
     recovery: float | None = Field(None, gt=0, description="Least recovery; the lower 95 % bound has to reach it")
     most: float | None = Field(None, description="Largest acceptable value of the candidate, e.g. 250MB")
     least: float | None = Field(None, description="Smallest acceptable value of the candidate")
+    better_than: Literal["control"] | None = Field(
+        None, description="'control': the candidate has to be better than the base rounded alike with all layers kept"
+    )
 
     @field_validator("most", "least", mode="before")
     @classmethod
@@ -314,26 +320,26 @@ class GateRule(Section):
 
     @model_validator(mode="after")
     def _one_bound(self) -> Self:
-        given = [name for name in ("recovery", "most", "least") if getattr(self, name) is not None]
+        given = [name for name in get_args(Bound) if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"exactly one of recovery, most, least must be given, got {given or 'none'}")
+            raise ValueError(f"exactly one of {', '.join(get_args(Bound))} must be given, got {given or 'none'}")
         return self
 
     @property
-    def bound(self) -> Literal["recovery", "most", "least"]:
-        """Which of the three is given."""
-        return "recovery" if self.recovery is not None else "most" if self.most is not None else "least"
+    def bound(self) -> Bound:
+        """Which of the four is given."""
+        return next(name for name in get_args(Bound) if getattr(self, name) is not None)
 
     @property
     def threshold(self) -> float:
-        """Its number."""
+        """Its number; what has to be better than another model is told it by that model."""
         return float(getattr(self, self.bound))
 
 
 class GateSettings(Section):
     """Smallest acceptable recovery (candidate / base), whose lower 95 % bound has to reach it; or rules instead."""
 
-    perplexity_recovery: float = Field(0.5, gt=0, le=1, description="Base perplexity / candidate perplexity")
+    perplexity_recovery: float = Field(0.9, gt=0, le=1, description="Base perplexity / candidate perplexity")
     task_recovery: float = Field(0.9, gt=0, le=1, description="Mean task score of the candidate / that of the base")
     champion_recovery: float = Field(
         0.95,
@@ -347,9 +353,9 @@ class GateSettings(Section):
 
     @model_validator(mode="after")
     def _rules_or_thresholds(self) -> Self:
-        for name in ("perplexity_recovery", "task_recovery"):
-            # Recorded recipes spell out every default.
-            if self.rules and getattr(self, name) != type(self).model_fields[name].default:
+        for name, former in (("perplexity_recovery", 0.5), ("task_recovery", 0.9)):
+            # Recorded recipes spell out every default, as it was when they were recorded.
+            if self.rules and getattr(self, name) not in (former, type(self).model_fields[name].default):
                 raise ValueError(f"rules stand in place of {name}; give one of the two")
         return self
 
@@ -396,6 +402,11 @@ class Recipe(Section):
     def reads_calibration(self) -> bool:
         """Whether a stage looks at the calibration texts, whatever the method and the transforms do."""
         return any(section.reads_calibration for _, section in self if isinstance(section, StageSettings))
+
+    @property
+    def treats_weights(self) -> bool:
+        """Whether anything is done to the weights of all layers, whichever of them remain."""
+        return bool(self.transforms) or self.quantize.scheme != "off"
 
     @property
     def registered_name(self) -> str:

@@ -18,6 +18,7 @@ from mka.pipeline.job import Job
 from mka.pipeline.report import find_fit
 from mka.pipeline.stage import Found
 from mka.report.alignment import summarise_alignment
+from mka.report.control import tell_against_control
 from mka.report.table import result_table
 from mka.report.verdict import describe_decision
 from tasks.registry.tracking import registered_address
@@ -28,14 +29,15 @@ def publish_artifacts(run: Run, found: Found, facts: Mapping[str, Any]) -> None:
     """Put the result table, the verdict, where the report is and the similarity picture on the run's page."""
     recipe = run.job.recipe
     key = recipe.name.replace("_", "-").replace(".", "-")
-    rows = result_table(*open_reports(run.job, found))
-    create_table_artifact(rows, key=f"{key}-results", description=f"{recipe.name}: base and candidate")
+    base, candidate, control = open_reports(run.job, found)
+    rows, against = result_table(base, candidate, control), tell_against_control(base, candidate, control)
+    create_table_artifact(rows, key=f"{key}-results", description=f"{recipe.name}: {against}")
     lines = "\n".join(describe_decision(found["gate"].facts))
     # Not a link: no browser follows one from a served page to a file, and the MLflow run has the report too.
     places = (
         f"Report: `{facts['report']}`, and in MLflow run `{facts['mlflow_run_id']}`. Promotion: {facts['promotion']}."
     )
-    create_markdown_artifact(f"```\n{lines}\n```\n\n{places}", key=f"{key}-gate", description="Gate")
+    create_markdown_artifact(f"```\n{lines}\n```\n\n{against}\n\n{places}", key=f"{key}-gate", description="Gate")
     picture = found["report"].folder / "similarity.png"
     if picture.exists():
         encoded = base64.b64encode(picture.read_bytes()).decode()
@@ -45,19 +47,18 @@ def publish_artifacts(run: Run, found: Found, facts: Mapping[str, Any]) -> None:
 
 
 def print_summary(run: Run, found: Found, facts: Mapping[str, Any]) -> None:
-    """Print base and candidate side by side, the verdict, and where everything is."""
+    """Print base, control and candidate side by side, which of them wins, the verdict, and where everything is."""
     job = run.job
-    rows = result_table(*open_reports(job, found))
+    base, candidate, control = open_reports(job, found)
+    rows = result_table(base, candidate, control)
+    sides = ("left", *["right"] * (len(rows[0]) - 1))
     print()
-    print(
-        tabulate(
-            rows, headers="keys", tablefmt="simple", colalign=("left", "right", "right", "right"), disable_numparse=True
-        )
-    )
+    print(tabulate(rows, headers="keys", tablefmt="simple", colalign=sides, disable_numparse=True))
     subset = " Tasks are seeded subsets of n items." if any(job.recipe.evaluation.tasks.values()) else ""
     print(f"± is one standard error.{subset}")
     if (fit := find_fit(found)) is not None:
         print(summarise_alignment(fit))
+    print(tell_against_control(base, candidate, control))
     print()
     print("\n".join(describe_decision(found["gate"].facts)))
     print()

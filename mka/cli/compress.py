@@ -46,9 +46,9 @@ def compress(
 ) -> Outcome:
     """Do all of it: a smaller MODEL with its evidence.
 
-    Observe, score, plan, merge, transform, quantize, evaluate base and candidate, decide the gate, write report and
-    card. MODEL is a folder, a hub id org/name[@revision], or package:NAME==VERSION; with --recipe it may be left out.
-    What is given here wins over the recipe.
+    Observe, score, plan, merge, transform, quantize, evaluate base, candidate and the control (the base rounded alike,
+    all layers kept), decide the gate, write report and card. MODEL is a folder, a hub id org/name[@revision], or
+    package:NAME==VERSION; with --recipe it may be left out. What is given here wins over the recipe.
 
     DIR becomes a stock folder that transformers loads, with the card in README.md and plan, scores, measurements and
     report.html in DIR/evidence; it is published whole or not at all. Perplexity is measured on --text, or on
@@ -145,7 +145,8 @@ def show_foresight(job: "Job", facts: dict[str, Any]) -> str:
         *([["transformed", facts["transforms"]]] if facts["transforms"] else []),
         *([["aligned", describe_alignment_plan(facts["alignment"])]] if facts["alignment"] else []),
         *([["healed", describe_healing_plan(facts["healing"])]] if facts["healing"] else []),
-        ["evaluated", "base and candidate" if facts["evaluated"] else "nothing: no statement about quality"],
+        *([["control", describe_control_plan(facts["control"])]] if facts["control"] else []),
+        ["evaluated", describe_measured(facts)],
         ["peak memory", f"about {facts['memory_bytes'] / 1e9:,.1f} GB, beside Python and its libraries"],
         ["disk", f"about {facts['disk_bytes'] / 1e6:,.0f} MB while writing"],
     ]
@@ -153,6 +154,18 @@ def show_foresight(job: "Job", facts: dict[str, Any]) -> str:
     return "\n".join(
         [*(f"{name:<12} {value}" for name, value in rows), "would write", files, "dry run: nothing was written"]
     )
+
+
+def describe_measured(facts: Mapping[str, Any]) -> str:
+    """Say which models would be measured."""
+    if not facts["evaluated"]:
+        return "nothing: no statement about quality"
+    return "base, candidate and control" if facts["control"] else "base and candidate"
+
+
+def describe_control_plan(facts: Mapping[str, Any]) -> str:
+    """Say what the control would be."""
+    return f"{facts['treatment']}, all {facts['layers']} layers, about {facts['bytes'] / 1e6:,.1f} MB"
 
 
 def describe_alignment_plan(facts: dict[str, Any]) -> str:
@@ -172,12 +185,14 @@ def show_compression(made: "Compression") -> Outcome:
     from mka.pipeline.compress import EVIDENCE
     from mka.pipeline.judge import refuse_failed
     from mka.report.alignment import summarise_alignment
+    from mka.report.control import has_own_control, tell_against_control
     from mka.report.healing import summarise_healing
     from mka.report.table import result_table
     from mka.report.verdict import describe_decision
 
     page = made.output / EVIDENCE / "report.html"
-    rows = result_table(made.base, made.candidate)
+    rows = result_table(made.base, made.candidate, made.control)
+    against = tell_against_control(made.base, made.candidate, made.control)
     document = {
         "output": str(made.output),
         "verdict": made.gate["verdict"] if made.gate else None,
@@ -185,6 +200,8 @@ def show_compression(made: "Compression") -> Outcome:
         "results": rows,
         "base": dict(made.base.checkpoint),
         "candidate": dict(made.candidate.checkpoint),
+        "control": dict(made.control.checkpoint) if made.control and has_own_control(made.base, made.control) else None,
+        "against_control": against or None,
         "plan": str(made.output / EVIDENCE / "plan.json"),
         "alignment": dict(made.alignment) if made.alignment else None,
         "healing": dict(made.healing) if made.healing else None,
@@ -193,6 +210,8 @@ def show_compression(made: "Compression") -> Outcome:
     }
     verdict = describe_decision(made.gate) if made.gate else ["gate: not asked, nothing it judges was measured"]
     aligned = [summarise_alignment(made.alignment), ""] if made.alignment else []
+    beside = [against, ""] if against else []
     healed = [summarise_healing(made.healing), ""] if made.healing else []
-    lines = [show_results(rows), "", *aligned, *healed, *verdict, "", f"model   {made.output}", f"report  {page}"]
+    made_by = [*beside, *aligned, *healed]
+    lines = [show_results(rows), "", *made_by, *verdict, "", f"model   {made.output}", f"report  {page}"]
     return Outcome(document, "\n".join(lines), refuse_failed(made.gate, page))

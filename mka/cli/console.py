@@ -50,5 +50,6 @@ def typed() -> str:
 
 
 def show_results(rows: Sequence[dict[str, str]]) -> str:
-    """Lay out base and candidate side by side."""
-    return align([list(row.values()) for row in rows], ["quantity", "base", "candidate", "candidate / base"], "lrrr")
+    """Lay out base, control if there is one, and candidate side by side."""
+    headers = [{"ratio": "candidate / base"}.get(key, key) for key in rows[0]] if rows else []
+    return align([list(row.values()) for row in rows], headers, "lrrrr"[: len(headers)])

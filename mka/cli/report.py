@@ -1,6 +1,7 @@
 """`mka report`: the gate, the page and the card of two measurements."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,12 +16,19 @@ from mka.terminal import Outcome
 @click.option("--plan", "plan_file", type=FILE, required=True, metavar="FILE", help="What `mka plan` wrote.")
 @click.option("--base", type=FILE, required=True, metavar="FILE", help="Report of `mka evaluate` on the base.")
 @click.option("--candidate", type=FILE, required=True, metavar="FILE", help="The same on the candidate.")
+@click.option("--control", type=FILE, metavar="FILE", help="The same on the base rounded alike with all layers kept.")
 @click.option("--scores", type=FILE, metavar="FILE", help="What `mka score` wrote, for the picture.")
 @recipe_option
 @click.option("--output", type=FILE, required=True, metavar="DIR", help="Folder to write; must not exist.")
 @reports
 def report(
-    plan_file: Path, base: Path, candidate: Path, scores: Path | None, recipe_file: Path | None, output: Path
+    plan_file: Path,
+    base: Path,
+    candidate: Path,
+    control: Path | None,
+    scores: Path | None,
+    recipe_file: Path | None,
+    output: Path,
 ) -> Outcome:
     """Decide the gate, write report.html and a model card.
 
@@ -33,6 +41,7 @@ def report(
     from mka.pipeline.recipes import load_recipe
     from mka.plan.plan import MergePlan
     from mka.recipe import GateSettings
+    from mka.report.control import tell_against_control
     from mka.report.data import ReportData
     from mka.report.page import write_card, write_report
     from mka.report.table import result_table
@@ -43,13 +52,16 @@ def report(
     recipe = load_recipe(recipe_file) if recipe_file else None
     before, after = read_report(base), read_report(candidate)
     thresholds, seed = (recipe.gate, recipe.seed) if recipe else (GateSettings(), 0)
-    decision = decide(before, after, thresholds, seed=seed)
+    # Where nothing is done to the weights, the control is the base.
+    beside = read_report(control) if control else before if recipe and not recipe.treats_weights else None
+    decision = decide(before, after, thresholds, seed=seed, control=beside)
     data = ReportData(
         recipe=recipe.model_dump(mode="json") if recipe else {},
         plan=MergePlan.load(plan_file),
         scores=LayerScores.load(scores) if scores else None,
         base=before,
         candidate=after,
+        control=beside,
         gate=decision.to_dict(),
         recoveries=recover_tasks(before, after, seed=decision.seed),
         provenance={"base_model": before.checkpoint.get("path"), "command": typed()},
@@ -57,7 +69,9 @@ def report(
     with publish(output) as partial:
         write_report(data, partial)
         write_card(data, partial)
-    rows = result_table(before, after)
-    document = {"verdict": decision.verdict, "gate": decision.to_dict(), "results": rows, "output": str(output)}
-    text = "\n".join([show_results(rows), "", *describe_decision(decision.to_dict()), "", str(output / "report.html")])
+    rows, against = result_table(before, after, beside), tell_against_control(before, after, beside)
+    document: dict[str, Any] = {"verdict": decision.verdict, "gate": decision.to_dict(), "results": rows}
+    document |= {"against_control": against or None, "output": str(output)}
+    told = [*([against, ""] if against else []), *describe_decision(decision.to_dict())]
+    text = "\n".join([show_results(rows), "", *told, "", str(output / "report.html")])
     return Outcome(document, text, refuse_failed(decision.to_dict(), output / "report.html"))

@@ -124,8 +124,13 @@ def _conditions(model: Any, settings: "EvaluationSettings", *, dtype: str, seed:
     }
 
 
-def pair_scores(base: EvalReport, candidate: EvalReport) -> list[tuple[Score | None, Score]]:
+def pair_scores(base: EvalReport, candidate: EvalReport, role: str = "base") -> list[tuple[Score | None, Score]]:
     """Match the scores of two reports by name and metric, in the base's order.
+
+    Args:
+        base: the base's, or of what stands in its place.
+        candidate: the candidate's.
+        role: what stands there, for the refusal.
 
     Returns:
         Base and candidate; no base for what is measured of the candidate alone, which comes last.
@@ -137,6 +142,6 @@ def pair_scores(base: EvalReport, candidate: EvalReport) -> list[tuple[Score | N
     alone = {key for key in theirs if key not in ours and not find_metric(key[1]).of_base}
     if differing := sorted((ours.keys() ^ theirs.keys()) - alone):
         name, metric = differing[0]
-        which = "base" if differing[0] in ours else "candidate"
+        which = role if differing[0] in ours else "candidate"
         raise GuardError(f"{metric} on {name!r} was measured of the {which} only; evaluate both on the same settings")
     return [(score, theirs[key]) for key, score in ours.items()] + [(None, s) for k, s in theirs.items() if k in alone]

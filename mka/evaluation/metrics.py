@@ -210,11 +210,13 @@ class Fact:
     Attributes:
         part: of the report, where it stands.
         form: how it is written.
+        higher_is_better: direction.
         scale: what it is divided by first.
     """
 
     part: Literal["checkpoint", "speed"]
     form: str
+    higher_is_better: bool
     scale: float = 1.0
 
     def show(self, value: float) -> str:
@@ -223,11 +225,11 @@ class Fact:
 
 
 FACTS: Mapping[str, Fact] = {
-    "layers": Fact("checkpoint", "{:,.0f}"),
-    "parameters": Fact("checkpoint", "{:,.1f} M", 1e6),
-    "bytes": Fact("checkpoint", "{:,.1f} MB", 1e6),
-    "prefill_tokens_per_second": Fact("speed", "{:,.1f} tokens/s"),
-    "decode_tokens_per_second": Fact("speed", "{:,.1f} tokens/s"),
+    "layers": Fact("checkpoint", "{:,.0f}", False),
+    "parameters": Fact("checkpoint", "{:,.1f} M", False, 1e6),
+    "bytes": Fact("checkpoint", "{:,.1f} MB", False, 1e6),
+    "prefill_tokens_per_second": Fact("speed", "{:,.1f} tokens/s", True),
+    "decode_tokens_per_second": Fact("speed", "{:,.1f} tokens/s", True),
 }
 
 

@@ -27,6 +27,11 @@ def asks_speed(settings: GateSettings) -> bool:
     return any(rule.metric in FACTS and FACTS[rule.metric].part == "speed" for rule in settings.rules)
 
 
+def asks_control(settings: GateSettings) -> bool:
+    """Whether a rule is about the control, which is measured beside base and candidate."""
+    return any(rule.better_than is not None for rule in settings.rules)
+
+
 def check_rules(gate: GateSettings, evaluation: Measurement | None = None, where: str = "recipe") -> None:
     """Refuse rules about what there is not.
 

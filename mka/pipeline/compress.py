@@ -9,7 +9,7 @@ from typing import Any
 
 from mka.evaluation.scores import EvalReport
 from mka.export.folder import export_folder
-from mka.pipeline.evaluate import BASE, open_reports
+from mka.pipeline.evaluate import ROLES, open_reports
 from mka.pipeline.foresee import COMPANIONS_NBYTES, candidate_nbytes
 from mka.pipeline.job import Job
 from mka.pipeline.pipeline import run
@@ -33,6 +33,7 @@ class Compression:
         plan: what was merged.
         base: measurements of the base, or its facts alone.
         candidate: the same of the candidate.
+        control: measurements of the control, which is the base where nothing is rounded; None if nothing was measured.
         gate: the decision, as `mka.evaluation.gate.GateDecision.to_dict` gives it; None if it had nothing to decide on.
         seconds: stage -> seconds it took when it was made.
         alignment: facts of the refit; None if there was none.
@@ -43,6 +44,7 @@ class Compression:
     plan: MergePlan
     base: EvalReport
     candidate: EvalReport
+    control: EvalReport | None
     gate: Mapping[str, Any] | None
     seconds: Mapping[str, float]
     alignment: Mapping[str, Any] | None = None
@@ -77,12 +79,11 @@ def compress(job: Job, store: Path, output: Path, *, say: Callable[[str], Any]) 
         export_folder(find_model(found).folder / MODEL_FOLDER, partial)
         shutil.copyfile(found["report"].folder / "README.md", partial / "README.md")
         _copy_evidence(job, found, partial / EVIDENCE)
-    base, candidate = open_reports(job, found)
+    base, candidate, control = open_reports(job, found)
     seconds = {name: product.seconds for name, product in found.items()}
     gate = found["gate"].facts if "gate" in found else None
-    return Compression(
-        output, open_plan(found)[0], base, candidate, gate, seconds, find_fit(found), find_healing(found)
-    )
+    plan, fits = open_plan(found)[0], (find_fit(found), find_healing(found))
+    return Compression(output, plan, base, candidate, control, gate, seconds, *fits)
 
 
 def _copy_evidence(job: Job, found: Found, folder: Path) -> None:
@@ -101,8 +102,8 @@ def _copy_evidence(job: Job, found: Found, folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
     if scores := open_scores(job, found):
         scores.save(folder / SCORES_FILE)
-    if BASE in found:
-        for role, report in zip(("base", "candidate"), open_reports(job, found)):
+    for role, report in zip(ROLES, open_reports(job, found)):
+        if report is not None and f"evaluate {role}" in found:
             (folder / f"{role}.json").write_text(report.to_json(), encoding="utf-8")
     if "gate" in found:
         (folder / "gate.json").write_text(json.dumps(dict(found["gate"].facts), indent=2) + "\n", encoding="utf-8")

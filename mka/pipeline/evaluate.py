@@ -1,4 +1,4 @@
-"""Evaluate: base and candidate measured from disk under equal conditions, then timed in turns."""
+"""Evaluate: base, candidate and control measured from disk under equal conditions, then timed in turns."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -8,14 +8,17 @@ from typing import Any
 from mka.evaluation.metrics import list_asked
 from mka.evaluation.scores import EvalReport
 from mka.model.checkpoint import Checkpoint, describe_checkpoint, open_checkpoint
+from mka.pipeline.control import describe_control, has_control
 from mka.pipeline.foresee import estimate_logits, whole_model
 from mka.pipeline.inputs import Inputs
 from mka.pipeline.job import Job
-from mka.pipeline.stage import MODEL_FOLDER, Cost, Found, Stage, find_model
+from mka.pipeline.stage import CONTROL_STAGE, MODEL_FOLDER, Cost, Found, Stage, find_model
 from mka.recipe import EvaluationSettings, ModelSource
+from mka.store.products import Product
 from mka.terminal import is_shown
 
 REPORT_FILE = "evaluation.json"
+ROLES = ("base", "candidate", "control")
 BASE, CANDIDATE = "evaluate base", "evaluate candidate"
 
 
@@ -27,8 +30,18 @@ def describe_base(job: Job) -> dict[str, Any]:
 def describe_candidate(job: Job, found: Found) -> dict[str, Any]:
     """Return the facts of the candidate, with the folder where a person finds it."""
     product = find_model(found)
-    facts = {key: value for key, value in product.facts.items() if key not in ("alignment", "healing", "loaded")}
-    return facts | {"path": str(job.output or product.folder / MODEL_FOLDER)}
+    return _describe_product(product) | {"path": str(job.output or product.folder / MODEL_FOLDER)}
+
+
+def describe_made_control(job: Job, found: Found) -> dict[str, Any]:
+    """Return the facts of the control, and what was done to its weights."""
+    product = found[CONTROL_STAGE]
+    made = {"path": str(product.folder / MODEL_FOLDER), "treatment": describe_control(job)}
+    return _describe_product(product) | made
+
+
+def _describe_product(product: Product) -> dict[str, Any]:
+    return {key: value for key, value in product.facts.items() if key not in ("alignment", "healing", "loaded")}
 
 
 def measure_checkpoint(
@@ -138,10 +151,22 @@ EVALUATE = evaluate_stage(
     ),
     held_against_base=True,
 )
+EVALUATE_CONTROL = replace(
+    evaluate_stage(
+        "evaluate control",
+        lambda job, found: found[CONTROL_STAGE].facts["digest"],
+        lambda job, found: (
+            open_checkpoint(found[CONTROL_STAGE].folder / MODEL_FOLDER, verify=False),
+            describe_made_control(job, found),
+        ),
+        held_against_base=True,
+    ),
+    wanted=has_control,
+)
 
 
 def speed_stage(digest: str | None = None, folder: Path | None = None) -> Stage:
-    """Return the stage that times base and candidate in turns.
+    """Return the stage that times base, candidate and control, if there is one, in turns.
 
     Args:
         digest: of the candidate; None: of the last model made.
@@ -156,20 +181,23 @@ def speed_stage(digest: str | None = None, folder: Path | None = None) -> Stage:
         from mka.evaluation.speed import compare_checkpoint_speed
 
         folders = {"base": job.base.path, "candidate": folder or find_model(found).folder / MODEL_FOLDER}
+        if CONTROL_STAGE in found:
+            folders["control"] = found[CONTROL_STAGE].folder / MODEL_FOLDER
         return compare_checkpoint_speed(folders, trust_remote_code=job.recipe.model.trust_remote_code, **settings(job))
+
+    def read(job: Job, found: Found) -> dict[str, str]:
+        timed = {"base": job.base.digest, "candidate": digest or find_model(found).facts["digest"]}
+        return timed | ({"control": found[CONTROL_STAGE].facts["digest"]} if CONTROL_STAGE in found else {})
 
     return Stage(
         "compare speed",
         version=1,
         stored="speed",
         wanted=lambda job: job.measured,
-        reads=lambda job, found: {
-            "base": job.base.digest,
-            "candidate": digest or find_model(found).facts["digest"],
-        },
+        reads=read,
         settings=settings,
         make=make,
-        foresee=lambda job: Cost(memory=2 * whole_model(job)),
+        foresee=lambda job: Cost(memory=(3 if has_control(job) else 2) * whole_model(job)),
     )
 
 
@@ -177,19 +205,25 @@ SPEED = speed_stage()
 
 
 def open_report(found: Found, role: str) -> EvalReport:
-    """Read what was measured of "base" or "candidate", with its speed if that was timed."""
+    """Read what was measured of "base", "candidate" or "control", with its speed if that was timed.
+
+    Where there is no control of its own, it is the base.
+    """
+    if role == "control" and EVALUATE_CONTROL.name not in found:
+        role = "base"
     report = EvalReport.load(found[f"evaluate {role}"].folder / REPORT_FILE)
     return replace(report, speed=found[SPEED.name].facts[role]) if SPEED.name in found else report
 
 
-def open_reports(job: Job, found: Found) -> tuple[EvalReport, EvalReport]:
-    """Read base and candidate with their speeds; where nothing was measured, their facts alone.
+def open_reports(job: Job, found: Found) -> tuple[EvalReport, EvalReport, EvalReport | None]:
+    """Read base, candidate and control with their speeds; where nothing was measured, facts alone and no control.
 
     Measurements are stored by content: whoever made one may have found the model in another place.
     """
     facts = {"base": describe_base(job), "candidate": describe_candidate(job, found)}
     if BASE not in found:
         bare = EvalReport(facts["base"], (), {}, {}, {})
-        return bare, replace(bare, checkpoint=facts["candidate"])
-    base, candidate = (replace(open_report(found, role), checkpoint=facts[role]) for role in ("base", "candidate"))
-    return base, candidate
+        return bare, replace(bare, checkpoint=facts["candidate"]), None
+    facts["control"] = describe_made_control(job, found) if EVALUATE_CONTROL.name in found else facts["base"]
+    base, candidate, control = (replace(open_report(found, role), checkpoint=facts[role]) for role in ROLES)
+    return base, candidate, control

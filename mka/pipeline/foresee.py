@@ -86,6 +86,16 @@ def candidate_nbytes(job: Job) -> int:
     return round(_cut_nbytes(outline, job) - saved * job.aim.layers_out / job.base.layers)
 
 
+def list_control_nbytes(job: Job) -> list[int]:
+    """Bytes of all that is written for the control, all layers kept; last, those of its own tensors."""
+    settings, outlines = job.recipe.quantize, outline_treated(job.base, job.treatments)
+    sizes = [outline.nbytes for outline in outlines[1:]]
+    if settings.scheme == "off":
+        return sizes
+    # Verification unpacks what was rounded once more.
+    return [*sizes, outlines[-1].nbytes, get_quantizer(settings.scheme).foresee(outlines[-1], settings)]
+
+
 def _cut_nbytes(checkpoint: Checkpoint, job: Job) -> int:
     """Bytes of a checkpoint with as many layers as remain, of the mean layer."""
     mean = sum(checkpoint.layer_nbytes) / checkpoint.layers

@@ -1,4 +1,4 @@
-"""Judge: the gate over both measurements."""
+"""Judge: the gate over what was measured."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,26 +6,30 @@ from typing import Any
 
 from mka.errors import GateRefused
 from mka.evaluation.gate import decide
-from mka.evaluation.rules import asks_speed
-from mka.pipeline.evaluate import BASE, CANDIDATE, SPEED, open_report
+from mka.evaluation.rules import asks_control, asks_speed
+from mka.pipeline.evaluate import BASE, CANDIDATE, EVALUATE_CONTROL, ROLES, SPEED, open_report
 from mka.pipeline.job import Job
 from mka.pipeline.stage import Cost, Found, Stage
 from mka.report.verdict import tell_checks
 
 
 def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
-    base, candidate = (open_report(found, role) for role in ("base", "candidate"))
-    return decide(base, candidate, job.recipe.gate, seed=job.recipe.seed).to_dict()
+    base, candidate, control = (open_report(found, role) for role in ROLES)
+    return decide(base, candidate, job.recipe.gate, seed=job.recipe.seed, control=control).to_dict()
 
 
 def _read(job: Job, found: Found) -> dict[str, str]:
-    names = {"base": BASE, "candidate": CANDIDATE} | ({"speeds": SPEED.name} if asks_speed(job.recipe.gate) else {})
+    gate, names = job.recipe.gate, {"base": BASE, "candidate": CANDIDATE}
+    if asks_control(gate) and EVALUATE_CONTROL.name in found:
+        names["control"] = EVALUATE_CONTROL.name
+    if asks_speed(gate):
+        names["speeds"] = SPEED.name
     return {key: found[name].digest for key, name in names.items()}
 
 
 GATE = Stage(
     "gate",
-    version=2,
+    version=3,
     wanted=lambda job: job.judged,
     reads=_read,
     settings=lambda job: job.recipe.gate.model_dump(exclude={"champion_recovery"}) | {"seed": job.recipe.seed},

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mka.pipeline.evaluate import EVALUATE, EVALUATE_BASE, SPEED
-from mka.pipeline.foresee import COMPANIONS_NBYTES, candidate_nbytes, count_tokens
+from mka.pipeline.control import CONTROL, describe_control, has_control
+from mka.pipeline.evaluate import EVALUATE, EVALUATE_BASE, EVALUATE_CONTROL, SPEED
+from mka.pipeline.foresee import COMPANIONS_NBYTES, candidate_nbytes, count_tokens, list_control_nbytes
 from mka.pipeline.heal import HEAL
 from mka.pipeline.job import Job
 from mka.pipeline.judge import GATE
@@ -19,7 +20,9 @@ from mka.pipeline.stage import RunStage
 from mka.pipeline.transform import TRANSFORM, describe_treatments
 from mka.store.products import Product
 
-PIPELINE = (OBSERVE, SCORE, PLAN, MERGE, HEAL, TRANSFORM, QUANTIZE, EVALUATE_BASE, EVALUATE, SPEED, GATE, REPORT)
+_MAKE = (OBSERVE, SCORE, PLAN, MERGE, HEAL, TRANSFORM, QUANTIZE)
+_PROVE = (CONTROL, EVALUATE_BASE, EVALUATE, EVALUATE_CONTROL, SPEED, GATE, REPORT)
+PIPELINE = (*_MAKE, *_PROVE)
 
 
 def run(
@@ -52,8 +55,8 @@ def foresee(job: Job, output: Path) -> dict[str, Any]:
     """Say what a compression would do, from facts and arithmetic alone.
 
     Returns:
-        base and candidate (layers, parameters, bytes), tokens to observe and to align on, peak memory of the stage
-        that needs most and disk of all of them in bytes, and the files that would be published.
+        base, candidate and control (layers, parameters, bytes), tokens to observe and to align on, peak memory of the
+        stage that needs most and disk of all of them in bytes, and the files that would be published.
     """
     from mka.model.checkpoint import describe_checkpoint
 
@@ -68,6 +71,7 @@ def foresee(job: Job, output: Path) -> dict[str, Any]:
             "bytes": candidate_nbytes(job),
             "quantize": recipe.quantize.scheme,
         },
+        "control": _foresee_control(job),
         "transforms": describe_treatments(job),
         "method": recipe.method.model_dump(),
         "calibration_texts": len(job.inputs.calibration.texts) if job.inputs.calibration else 0,
@@ -80,6 +84,12 @@ def foresee(job: Job, output: Path) -> dict[str, Any]:
         "files": list(dict.fromkeys(str(output / name) for cost in costs.values() for name in cost.files)),
         "stages": {name: {"memory_bytes": cost.memory, "disk_bytes": cost.disk} for name, cost in costs.items()},
     }
+
+
+def _foresee_control(job: Job) -> dict[str, Any] | None:
+    if not has_control(job):
+        return None
+    return {"treatment": describe_control(job), "layers": job.base.layers, "bytes": list_control_nbytes(job)[-1]}
 
 
 def _foresee_alignment(job: Job) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from mka.report.page import write_card, write_report
 
 def gather_evidence(job: Job, found: Found) -> ReportData:
     """Put together what page and card show."""
-    base, candidate = open_reports(job, found)
+    base, candidate, control = open_reports(job, found)
     gate = found["gate"].facts if "gate" in found else None
     inputs = job.inputs
     calibration = {"calibration_digest": inputs.calibration.digest if inputs.calibration else None}
@@ -32,6 +32,7 @@ def gather_evidence(job: Job, found: Found) -> ReportData:
         scores=open_scores(job, found),
         base=base,
         candidate=candidate,
+        control=control,
         gate=gate,
         recoveries=recover_tasks(base, candidate, seed=job.recipe.seed) if gate else (),
         provenance={
@@ -91,7 +92,7 @@ def _settings(job: Job) -> dict[str, Any]:
 
 REPORT = Stage(
     "report",
-    version=2,
+    version=3,
     reads=lambda job, found: (
         {name: product.digest for name, product in found.items()} | {"model": find_model(found).digest}
     ),

@@ -11,6 +11,8 @@ from mka.store.products import Product, find, produce, stage_key
 Found = Mapping[str, Product]
 
 STATES_FILE, SCORES_FILE, PLAN_FILE, MODEL_FOLDER = "states.safetensors", "scores.json", "plan.json", "model"
+# Its model is no step towards the candidate.
+CONTROL_STAGE = "control"
 
 
 @dataclass(frozen=True)
@@ -89,5 +91,6 @@ RunStage = Callable[[Stage, Job, Found], Product]
 
 
 def find_model(found: Found) -> Product:
-    """Return the last product that holds a model."""
-    return [product for product in found.values() if product.facts.get("model_type")][-1]
+    """Return the last product that holds a model on the way to the candidate."""
+    made = [product for name, product in found.items() if name != CONTROL_STAGE and product.facts.get("model_type")]
+    return made[-1]

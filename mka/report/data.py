@@ -20,6 +20,8 @@ class ReportData:
         plan: what was merged.
         scores: what the method saw of the layers.
         base, candidate: their measurements; checkpoint facts alone, with no scores, are enough for a card.
+        control: the base rounded alike with all layers kept; the base itself where nothing is done to the weights; None
+            where it was not measured.
         gate: ``verdict`` and ``checks``, as `mka.evaluation.gate.GateDecision.to_dict` gives them.
         recoveries: further recoveries to draw, keys as in a check, without threshold.
         provenance: base_model, revision, digest, license, calibration_digest, calibration_rev, code_commit, versions,
@@ -35,6 +37,7 @@ class ReportData:
     scores: "LayerScores | None" = None
     base: EvalReport | None = None
     candidate: EvalReport | None = None
+    control: EvalReport | None = None
     gate: Mapping[str, Any] | None = None
     recoveries: tuple[Mapping[str, Any], ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)

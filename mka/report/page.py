@@ -12,6 +12,7 @@ from mka.evaluation.scores import EvalReport
 from mka.plan.wording import describe_layer, describe_steps
 from mka.report.alignment import describe_alignment, draw_errors, layer_rows
 from mka.report.caveats import list_caveats
+from mka.report.control import describe_control, has_own_control, tell_against_control
 from mka.report.data import ReportData
 from mka.report.healing import describe_healing, draw_curve
 from mka.report.markup import escape_markdown, fence_markdown, flatten_facts
@@ -82,7 +83,7 @@ def _render(template: str, data: ReportData, **more: Any) -> str:
     engine.filters |= {"fenced": fence_markdown, "quoted": json.dumps}
     plan, base, candidate = data.plan, data.base, data.candidate
     before, after = (dict(report.generations) if report else {} for report in (base, candidate))
-    rows = result_table(base, candidate)
+    rows, control = result_table(base, candidate, data.control), data.control
     ratios = {"layer_ratio": plan.layer_ratio}
     if base and candidate and base.checkpoint.get("bytes"):
         ratios["size_ratio"] = 1 - candidate.checkpoint["bytes"] / base.checkpoint["bytes"]
@@ -91,6 +92,8 @@ def _render(template: str, data: ReportData, **more: Any) -> str:
         data=data,
         name=data.recipe.get("name") or plan.base.get("model") or "model",
         rows=rows,
+        control=describe_control(control) if control and has_own_control(base, control) else None,
+        against_control=tell_against_control(base, candidate, control),
         tiles=[found[at] for name, at in TILES if (found := [row for row in rows if re.match(name, row["quantity"])])],
         ratios=ratios,
         verdict=(data.gate or {}).get("verdict"),

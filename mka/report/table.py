@@ -1,4 +1,4 @@
-"""Base and candidate side by side: the one table that terminal, artifact, page and card show."""
+"""Base, control and candidate side by side: the one table that terminal, artifact, page and card show."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,6 +6,7 @@ from typing import Any
 
 from mka.evaluation.metrics import FACTS, find_metric, group_scores
 from mka.evaluation.scores import EvalReport, Score
+from mka.report.control import has_own_control
 
 
 def format_value(value: float, stderr: float | None = None) -> str:
@@ -20,24 +21,28 @@ def format_value(value: float, stderr: float | None = None) -> str:
     return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
 
 
-def result_table(base: EvalReport | None, candidate: EvalReport | None) -> list[dict[str, str]]:
-    """Format base and candidate side by side, the one table that terminal, artifact, page and card show.
+def result_table(
+    base: EvalReport | None, candidate: EvalReport | None, control: EvalReport | None = None
+) -> list[dict[str, str]]:
+    """Format base, control and candidate side by side, the one table that terminal, artifact, page and card show.
 
     Returns:
-        rows with keys ``quantity``, ``base``, ``candidate`` and ``ratio`` (candidate / base). ``±`` is one standard
-        error; n is in ``quantity``, as ``n = base / candidate`` where they differ. A missing figure is an en dash.
+        rows with keys ``quantity``, ``base``, ``control`` if there is one that is not the base, ``candidate`` and
+        ``ratio`` (candidate / base). ``±`` is one standard error; n is in ``quantity``, as ``n = base / candidate``
+        where they differ. A missing figure is an en dash.
     """
-    pair = (base, candidate)
+    sides = {"base": base} | ({"control": control} if has_own_control(base, control) else {}) | {"candidate": candidate}
+    reports = list(sides.values())
     rows: list[dict[str, str]] = []
 
     def add(quantity: str, values: list[Any], show: Callable[[Any], str], texts: list[str] | None = None) -> None:
-        """Add a row unless neither side has the figure."""
-        before, after = values
-        if before is None and after is None:
+        """Add a row unless no side has the figure."""
+        before, after = values[0], values[-1]
+        if all(value is None for value in values):
             return
         shown = texts or ["–" if value is None else show(value) for value in values]
         ratio = "–" if not before or after is None else f"{after / before:.3f}"
-        rows.append({"quantity": quantity, "base": shown[0], "candidate": shown[1], "ratio": ratio})
+        rows.append({"quantity": quantity, **dict(zip(sides, shown, strict=True)), "ratio": ratio})
 
     def add_scores(quantity: str, scores: list[Score | None], unit: str) -> None:
         """Add a row of measured scores with error and n."""
@@ -45,29 +50,29 @@ def result_table(base: EvalReport | None, candidate: EvalReport | None) -> list[
         texts = ["–" if score is None else format_value(score.value, score.stderr) for score in scores]
         add(f"{quantity} (n = {counts} {unit})", [score and score.value for score in scores], str, texts)
 
-    facts = [report.checkpoint if report else {} for report in pair]
+    facts = [report.checkpoint if report else {} for report in reports]
     layers, parameters, size = ([fact.get(key) for fact in facts] for key in ("layers", "parameters", "bytes"))
     add("layers", layers, FACTS["layers"].show)
     add("parameters", parameters, FACTS["parameters"].show)
     add("size", size, FACTS["bytes"].show)
     add("bits per parameter", [b and p and 8 * b / p for b, p in zip(size, parameters)], "{:.1f}".format)
-    tables = [{(s.name, s.metric): s for s in (report.scores if report else ())} for report in pair]
-    for group in group_scores({**tables[0], **tables[1]}.values()):
-        sides = {key: [table.get(key) for table in tables] for key in group.keys}
-        for (name, kind), scores in sides.items():
+    tables = [{(s.name, s.metric): s for s in (report.scores if report else ())} for report in reports]
+    for group in group_scores({key: score for table in tables for key, score in table.items()}.values()):
+        measured = {key: [table.get(key) for table in tables] for key in group.keys}
+        for (name, kind), scores in measured.items():
             row = find_metric(kind)
             add_scores(row.label.format(metric=kind, name=name), scores, row.resampled)
             for extra in row.extras:
                 figures = [score and score.extra.get(extra.key) for score in scores]
                 add(extra.label.format(name=name), figures, extra.form.format)
         # A mean over different sets of tasks would compare nothing.
-        shared = [[score for score in scores if score] for scores in sides.values() if None not in scores]
+        shared = [[score for score in scores if score] for scores in measured.values() if None not in scores]
         if (pool := group.metric.pooled) and len(shared) > 1:
             means = [mean_score(side) for side in zip(*shared)]
             add_scores(f"mean of {len(shared)} {pool}", [*means], group.metric.resampled)
     for part in ("prefill", "decode"):
         name = f"{part}_tokens_per_second"
-        add(f"{part} speed", [report.speed.get(name) if report else None for report in pair], FACTS[name].show)
+        add(f"{part} speed", [report.speed.get(name) if report else None for report in reports], FACTS[name].show)
     return rows
 
 

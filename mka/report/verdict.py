@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mka.evaluation.metrics import FACTS
+from mka.evaluation.metrics import FACTS, find_subject
 from mka.report.table import format_value
 
 VERDICTS = {
@@ -12,25 +12,30 @@ VERDICTS = {
     "fail": "a threshold is missed even at the better 95 % bound",
 }
 _SIGNS = {"recovery": "≥", "least": "≥", "most": "≤"}
-_WORDS = {"recovery": "needed", "least": "at least", "most": "at most"}
+_WORDS = {"recovery": "needed", "least": "at least", "most": "at most", "better_than": "better than"}
 
 
 def describe_check(check: Mapping[str, Any]) -> dict[str, str]:
     """Write one check of `mka.evaluation.gate.GateDecision.to_dict` as cells of a table.
 
     Returns:
-        name, figure (the recovery or the candidate's value), bounds, threshold with its sign, n, verdict.
+        name, figure (the recovery or the candidate's value), bounds, threshold with its sign, n, verdict. Against the
+        control, the threshold is its value, and the bounds are of how many times as good the candidate is.
     """
-    bound, fact = check.get("bound", "recovery"), FACTS.get(check.get("metric", ""))
+    bound, metric = check.get("bound", "recovery"), check.get("metric", "")
+    fact, lower, upper = FACTS.get(metric), check["lower"], check["upper"]
     show = fact.show if fact else (lambda value: f"{value:.3f}") if bound == "recovery" else format_value
     bare = show if fact or bound == "recovery" else "{:g}".format
-    lower, upper = check["lower"], check["upper"]
-    figure = check["recovery"] if bound == "recovery" else check["value"]
+    within, needed, tie = show, f"{_SIGNS.get(bound)} {bare(check['threshold'])}", ""
+    if bound == "better_than":
+        row = fact or find_subject(metric)
+        within, tie = "{:.3f}".format, " (1: a tie)"
+        needed = f"{'>' if row and row.higher_is_better else '<'} control {show(check['threshold'])}"
     return {
         "name": str(check["name"]),
-        "figure": show(figure),
-        "bounds": "–" if lower is None else f"{show(lower)} to {'open' if upper is None else show(upper)}",
-        "threshold": f"{_SIGNS[bound]} {bare(check['threshold'])}",
+        "figure": show(check["recovery"] if bound == "recovery" else check["value"]),
+        "bounds": "–" if lower is None else f"{within(lower)} to {'open' if upper is None else within(upper)}{tie}",
+        "threshold": needed,
         "n": "–" if check.get("n") is None else str(check["n"]),
         "verdict": str(check["verdict"]),
     }
@@ -46,8 +51,9 @@ def describe_decision(decision: Mapping[str, Any]) -> list[str]:
     for check in decision["checks"]:
         bound, row = check.get("bound", "recovery"), describe_check(check)
         low, _, high = row["bounds"].partition(" to ")
+        high, _, tie = high.partition(" ")
         kind = "recovery" if bound == "recovery" else "value"
-        within = f"bounds [{low:>6}, {high:>6}]" if high else "no interval"
+        within = f"bounds [{low:>6}, {high:>6}] {tie}".rstrip() if high else "no interval"
         needed = f"{_WORDS[bound]} {row['threshold'].partition(' ')[2]}"
         told.append((row["name"], f"{kind:<8} {row['figure']:>6}", within, needed, f"n {row['n']:>6}", row["verdict"]))
     widths = [max(map(len, column)) for column in zip(*told, strict=True)]

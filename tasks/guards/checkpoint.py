@@ -62,3 +62,8 @@ def checkpoint_table(facts: Mapping[str, Any]) -> "pd.DataFrame":
 def behind(job: Job, folder: Path, facts: Mapping[str, Any]) -> tuple[str, Any, list[Any]]:
     """What a stranger's loader found in a model that was written."""
     return "checkpoint", checkpoint_table(facts["loaded"]), checkpoint_suite(job.aim.layers_out)
+
+
+def behind_control(job: Job, folder: Path, facts: Mapping[str, Any]) -> tuple[str, Any, list[Any]]:
+    """The same of a model that keeps every layer."""
+    return "checkpoint", checkpoint_table(facts["loaded"]), checkpoint_suite(job.base.layers)

@@ -21,4 +21,5 @@ BEHIND: dict[str, Callable[[Job, Path, Mapping[str, Any]], Door]] = {
     "merge": checkpoint.behind,
     "transform": checkpoint.behind,
     "quantize": checkpoint.behind,
+    "control": checkpoint.behind_control,
 }

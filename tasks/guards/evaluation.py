@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from mka.evaluation.metrics import METRICS, find_metric
 from mka.evaluation.scores import EvalReport
-from mka.pipeline.evaluate import open_report
+from mka.pipeline.evaluate import EVALUATE_CONTROL, open_report
 from mka.pipeline.job import Job
 from mka.pipeline.stage import Found
 from tasks.guards.columns import LARGEST, expect_complete
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def evaluation_report_suite(minimum_rows: int = 2) -> list[Any]:
-    """Expectations of `evaluation_report_table`: plausible figures, under equal n on both sides."""
+    """Expectations of `evaluation_report_table`: plausible figures, under equal n on all sides."""
     gxe = import_great_expectations().expectations
     from great_expectations.expectations.row_conditions import Column
 
@@ -50,7 +50,7 @@ def evaluation_report_suite(minimum_rows: int = 2) -> list[Any]:
             column_A="n",
             column_B="n_of_other",
             ignore_row_if="neither",
-            description="Base and candidate are measured on the same items.",
+            description="All models are measured on the same items.",
         ),
     ]
 
@@ -58,21 +58,25 @@ def evaluation_report_suite(minimum_rows: int = 2) -> list[Any]:
 REPORT_COLUMNS = ("model", "name", "metric", "value", "stderr", "n", "n_of_other")
 
 
-def evaluation_report_table(base: EvalReport, candidate: EvalReport) -> "pd.DataFrame":
-    """One row per score of both reports.
+def evaluation_report_table(
+    base: EvalReport, candidate: EvalReport, control: EvalReport | None = None
+) -> "pd.DataFrame":
+    """One row per score of all reports.
 
     Returns:
-        Columns model ("base", "candidate"), name, metric, value, stderr, n, n_of_other (n of the same name and metric
-        in the other report; 0 if it is not there, n itself of what is measured of the candidate alone).
+        Columns model ("base", "candidate", "control" if there is one of its own), name, metric, value, stderr, n,
+        n_of_other (n of the same name and metric in the candidate's report, of the candidate in the base's; 0 if it is
+        not there, n itself of what is not measured of the base).
     """
     import pandas as pd
 
-    reports = {"base": base, "candidate": candidate}
+    reports = {"base": base, "candidate": candidate} | ({"control": control} if control else {})
     counts = {
         model: {(score.name, score.metric): score.n for score in report.scores} for model, report in reports.items()
     }
     rows = []
-    for model, other in (("base", "candidate"), ("candidate", "base")):
+    for model in reports:
+        other = "base" if model == "candidate" else "candidate"
         for score in reports[model].scores:
             n_of_other = counts[other].get(
                 (score.name, score.metric), 0 if find_metric(score.metric).of_base else score.n
@@ -83,5 +87,6 @@ def evaluation_report_table(base: EvalReport, candidate: EvalReport) -> "pd.Data
 
 def in_front(job: Job, found: Found) -> tuple[str, Any, list[Any]]:
     """What the gate is to decide on."""
-    table = evaluation_report_table(open_report(found, "base"), open_report(found, "candidate"))
+    control = open_report(found, "control") if EVALUATE_CONTROL.name in found else None
+    table = evaluation_report_table(open_report(found, "base"), open_report(found, "candidate"), control)
     return "evaluation_report", table, evaluation_report_suite()

@@ -12,9 +12,18 @@ from prefect.cache_policies import NO_CACHE
 
 from mka.errors import GuardError, PromotionError
 from mka.evaluation.metrics import read_check
-from mka.evaluation.rules import asks_speed, rules_against_champion
+from mka.evaluation.rules import asks_control, asks_speed, rules_against_champion
 from mka.model.checkpoint import Checkpoint, describe_checkpoint, open_checkpoint
-from mka.pipeline.evaluate import BASE, CANDIDATE, EVALUATE_BASE, SPEED, evaluate_stage, speed_stage
+from mka.pipeline.control import CONTROL
+from mka.pipeline.evaluate import (
+    BASE,
+    CANDIDATE,
+    EVALUATE_BASE,
+    EVALUATE_CONTROL,
+    SPEED,
+    evaluate_stage,
+    speed_stage,
+)
 from mka.pipeline.job import Job
 from mka.pipeline.judge import GATE
 from mka.pipeline.recipes import validate_recipe
@@ -100,11 +109,16 @@ def require_pass(run: Run, version: RegisteredVersion) -> Product:
     # Fetched whether it has been measured or not: what becomes champion is what the registry holds now.
     with fetch_version(run.place, version) as folder:
         found = {BASE: before, CANDIDATE: measure_version(run, CANDIDATE, version, lambda: folder)}
-        if asks_speed(run.job.recipe.gate):
-            found[SPEED.name] = run_stage(run, speed_stage(version.tags["candidate_digest"], folder), {})
-    gate = run_stage(run, GATE, found)
-    if gate.facts["verdict"] != "pass":
-        raise PromotionError(f"{version.label}: the gate says {gate.facts['verdict']}; {tell_checks(gate.facts)}")
+        gate = run.job.recipe.gate
+        # Its run timed the version in turns with the control: with it, that timing is found again.
+        if CONTROL.wanted(run.job) and (asks_control(gate) or asks_speed(gate)):
+            found[CONTROL.name] = run_stage(run, CONTROL, found)
+            found[EVALUATE_CONTROL.name] = run_stage(run, EVALUATE_CONTROL, found)
+        if asks_speed(gate):
+            found[SPEED.name] = run_stage(run, speed_stage(version.tags["candidate_digest"], folder), found)
+    decided = run_stage(run, GATE, found)
+    if decided.facts["verdict"] != "pass":
+        raise PromotionError(f"{version.label}: the gate says {decided.facts['verdict']}; {tell_checks(decided.facts)}")
     return found[CANDIDATE]
 
 

@@ -15,10 +15,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from mka.errors import RegistryError
-from mka.pipeline.evaluate import open_reports
+from mka.pipeline.evaluate import ROLES, open_reports
 from mka.pipeline.score import open_scores
 from mka.pipeline.stage import MODEL_FOLDER, Found, find_model
 from mka.recipe import Recipe
+from mka.report.control import tell_against_control
 from mka.store.products import Product, stage_key
 from tasks.base_model import is_worth_retrying
 from tasks.guards import guard
@@ -174,8 +175,11 @@ def _log_evidence(run: Run, found: Found) -> None:
     job = run.job
     mlflow.log_params(pd.json_normalize(job.recipe.model_dump(mode="json")).iloc[0].to_dict())
     mlflow.set_tags(_tags(run, found))
+    base, candidate, control = open_reports(job, found)
+    mlflow.set_tag("against_control", tell_against_control(base, candidate, control))
     metrics: dict[str, float] = {}
-    for role, measured in zip(("base", "candidate"), open_reports(job, found)):
+    for role, measured in zip(ROLES, (base, candidate, control)):
+        assert measured is not None
         for score in measured.scores:
             metrics[f"{role}/{score.name}/{score.metric}"] = score.value
             metrics[f"{role}/{score.name}/{score.metric}_stderr"] = score.stderr
@@ -183,6 +187,8 @@ def _log_evidence(run: Run, found: Found) -> None:
         metrics |= {f"{role}/{name}": float(measured.checkpoint[name]) for name in ("layers", "parameters", "bytes")}
     for check in found["gate"].facts["checks"]:
         bounds = {part: check[part] for part in CHECK_PARTS if check[part] is not None}
+        if check["bound"] == "better_than":
+            bounds["control"] = check["threshold"]
         metrics |= {f"gate/{check['name']}/{part}": value for part, value in bounds.items()}
     metrics["layer_ratio"] = found["plan"].facts["layer_ratio"]
     metrics["size_ratio"] = 1.0 - metrics["candidate/bytes"] / metrics["base/bytes"]
@@ -206,8 +212,9 @@ def _log_evidence(run: Run, found: Found) -> None:
     mlflow.log_dict(job.recipe.model_dump(mode="json"), "recipe.yaml")
     mlflow.log_artifacts(str(found["report"].folder), "report")
     mlflow.log_artifacts(str(found["plan"].folder), "plan")
-    for role in ("base", "candidate"):
-        mlflow.log_artifacts(str(found[f"evaluate {role}"].folder), f"evaluation/{role}")
+    for role in ROLES:
+        if f"evaluate {role}" in found:
+            mlflow.log_artifacts(str(found[f"evaluate {role}"].folder), f"evaluation/{role}")
     if open_scores(job, found) is not None:
         mlflow.log_artifacts(str(found["score"].folder), "scores")
     checks = run.place.checks / guard.PAGE
