@@ -46,6 +46,6 @@ def check_rules(gate: GateSettings, evaluation: Measurement | None = None, where
                 f"{at}: unknown metric {rule.metric!r}{nearest(rule.metric, allowed)}; allowed: {', '.join(allowed)}"
             )
         if rule.bound == "recovery" and not (row and row.of_base):
-            raise RecipeError(f"{at}: {rule.metric} has no recovery; bound it by most or least")
+            raise RecipeError(f"{at}: {rule.metric} has no recovery; bound it by most, least or better_than")
         if row and row.asked and evaluation is not None and not getattr(evaluation, row.asked):
             raise RecipeError(f"{at}: {rule.metric} is not measured; ask for it by evaluation.{row.asked}")

@@ -166,10 +166,14 @@ def test_sizes_are_read_as_people_write_them(text, number):
     [
         ([{"metric": "perplexty", "recovery": 0.5}], "'perplexty' (did you mean 'perplexity'?)"),
         ([{"metric": "byte", "most": 5}], "'byte' (did you mean 'bytes'?)"),
-        ([{"metric": "bytes", "recovery": 0.5}], "bytes has no recovery; bound it by most or least"),
-        ([{"metric": "tasks", "recovery": 0.5, "most": 1}], "exactly one of recovery, most, least must be given"),
+        ([{"metric": "bytes", "recovery": 0.5}], "bytes has no recovery; bound it by most, least or better_than"),
+        (
+            [{"metric": "tasks", "recovery": 0.5, "most": 1}],
+            "exactly one of recovery, most, least, better_than must be given",
+        ),
         ([{"metric": "tasks", "recover": 0.5}], "(did you mean 'recovery'?)"),
         ([{"metric": "bytes", "most": "250 elephants"}], "'gate.rules.0.most'"),
+        ([{"metric": "bytes", "better_than": "base"}], "better_than': Input should be 'control', got 'base'"),
     ],
 )
 def test_rules_that_cannot_be_judged_are_refused_in_one_line(rules, message):
@@ -182,9 +186,15 @@ def test_rules_and_the_thresholds_they_stand_for_exclude_each_other():
     given = {"rules": [{"metric": "bytes", "most": 5}], "task_recovery": 0.3}
     with pytest.raises(RecipeError, match="rules stand in place of task_recovery"):
         validate_recipe({"name": "x", "model": {"hub": "a/b"}, "target": {"layers": 3}, "gate": given})
-    # A recorded recipe spells out every default.
+    # A recorded recipe spells out every default, the former one of perplexity too.
     recorded = gate({"metric": "bytes", "most": 5}).model_dump(mode="json")
     assert GateSettings.model_validate(recorded) == gate({"metric": "bytes", "most": 5})
+    former = GateSettings.model_validate(recorded | {"perplexity_recovery": 0.5})
+    assert former.rules == gate({"metric": "bytes", "most": 5}).rules
+
+
+def test_what_a_gate_asks_that_says_nothing():
+    assert [rule.recovery for rule in list_rules(GateSettings())] == [0.9, 0.9]
 
 
 def test_a_rule_on_what_was_not_measured_is_refused():

@@ -170,7 +170,7 @@ def test_nothing_is_resolved_or_opened_twice_in_a_run(root, monkeypatch):
     recipe = make_recipe(root)
     monkeypatch.setattr(mka.methods, "method_settings", lambda *a, **o: (resolved.append(a[0]), resolve(*a, **o))[1])
     monkeypatch.setattr(mka.pipeline.job, "open_checkpoint", count_open)
-    for module in ("merge", "transform", "evaluate", "quantize"):
+    for module in ("merge", "transform", "evaluate", "quantize", "control"):
         monkeypatch.setattr(f"mka.pipeline.{module}.open_checkpoint", count_open)
     with showing(False):
         run(prepare(recipe, root / "work"), produce_in(root / "work/stages"))
@@ -183,7 +183,7 @@ def test_every_stage_is_told_once():
     assert len(set(names)) == len(names)
     assert names == [
         *("observe", "score", "plan", "merge", "transform", "quantize"),
-        *("evaluate base", "evaluate candidate", "compare speed", "gate", "report"),
+        *("control", "evaluate base", "evaluate candidate", "evaluate control", "compare speed", "gate", "report"),
     ]
 
 

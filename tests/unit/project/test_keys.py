@@ -36,7 +36,7 @@ RECIPE: dict[str, Any] = {
     "alignment": {"enabled": True},
 }
 # Stages whose result is a model.
-MODELS = ("merge", "transform", "quantize")
+MODELS = ("merge", "transform", "quantize", "control")
 HUB = {"folder": None, "hub": "org/one"}
 PACKAGE = {"folder": None, "package": "p==1"}
 # Key -> another valid value; where that needs company, a mapping of all that has to change with it.
@@ -93,6 +93,7 @@ OTHER: dict[str, Any] = {
     "gate.rules.recovery": {"gate": {"rules": [{"metric": "perplexity", "recovery": 0.25}]}},
     "gate.rules.most": {"gate": {"rules": [{"metric": "bytes", "most": "2MB"}]}},
     "gate.rules.least": {"gate": {"rules": [{"metric": "layers", "least": 2}]}},
+    "gate.rules.better_than": {"gate": {"rules": [{"metric": "bytes", "better_than": "control"}]}},
     "registry.name": "other",
     "registry.tracking_uri": "http://other",
     "registry.promote": "manual",
