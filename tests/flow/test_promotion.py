@@ -112,6 +112,24 @@ def test_an_undecided_candidate_is_not_promoted(project, capsys):
     assert "no previous champion" in refusal(capsys)
 
 
+def test_a_version_that_has_to_beat_the_control_is_held_against_it_again(project, capsys):
+    rules = [{"metric": "bytes", "better_than": "control"}, {"metric": "perplexity", "recovery": 0.01}]
+    changes = {"gate": {"rules": rules}, "registry__promote": "manual"}
+    assert project.run(**changes) == 0
+    metrics = project.client.get_run(project.last_run["mlflow_run_id"]).data.metrics
+    assert metrics["gate/bytes against control/value"] == metrics["candidate/bytes"]
+    assert metrics["gate/bytes against control/control"] == metrics["control/bytes"]
+    stored = {path.name for path in (project.work / "stages").glob("[!.]*")}
+    assert promote() == 0 and aliases(project)["champion"] == 1
+    # The same control, measured once; only the gate's own key may be new.
+    made = {path.name for path in (project.work / "stages").glob("[!.]*")} - stored
+    assert not [name for name in made if name.startswith(("control", "evaluate"))]
+
+    # All layers kept: as small as the control, which is not smaller.
+    assert project.run(**changes, target__layers=6) == 1
+    assert project.last_run["status"] == "refused" and project.last_run["verdict"] == "fail"
+
+
 @pytest.fixture
 def registered(project):
     """Five versions without files, as a run leaves them; nobody is champion."""

@@ -41,6 +41,7 @@ def test_a_run_leaves_a_stock_folder_evidence_and_a_version_that_mlflow_loads(pr
     assert all(set(stage) == {"seconds", "reused", "why"} for stage in facts["stages"].values())
     output = capsys.readouterr().out
     assert "gate: pass" in output and facts["report"] in output and "mlflow server" in output
+    assert "Against the control (same rounding, all layers kept): " in output
 
     from transformers import AutoModelForCausalLM
 
@@ -53,11 +54,15 @@ def test_a_run_leaves_a_stock_folder_evidence_and_a_version_that_mlflow_loads(pr
     assert version.tags["base_digest"] and version.tags["calibration_digest"] and version.tags["code_commit"]
     recorded = client(project).get_run(facts["mlflow_run_id"])
     assert recorded.data.params["target.layers"] == "5"
-    assert recorded.data.metrics["candidate/layers"] == 5
+    layers = {role: recorded.data.metrics[f"{role}/layers"] for role in ("base", "control", "candidate")}
+    assert layers == {"base": 6, "control": 6, "candidate": 5}
+    assert recorded.data.tags["against_control"] in output
     contexts = {tag.value for item in recorded.inputs.dataset_inputs for tag in item.tags if "context" in tag.key}
     assert contexts == {"calibration", "evaluation"}
     held = {item.path for item in client(project).list_artifacts(facts["mlflow_run_id"])}
     assert {"recipe.yaml", "report", "plan", "scores", "evaluation", "checks"} <= held
+    measured = {item.path for item in client(project).list_artifacts(facts["mlflow_run_id"], "evaluation")}
+    assert measured == {f"evaluation/{role}" for role in ("base", "candidate", "control")}
 
     import mlflow
 
