@@ -35,7 +35,7 @@ from mka.recipe import Recipe
 from mka.store.products import Product
 from mka.store.publishing import write_text
 from tasks.base_model import fetch_base_model
-from tasks.calibration import open_inputs, read_tables, select_alignment, select_calibration
+from tasks.calibration import open_inputs, read_tables, select_alignment, select_calibration, write_own_text
 from tasks.guards import guard
 from tasks.machine.slots import compute_slot, hold_slot
 from tasks.machine.workplace import Workplace, find_workplace
@@ -132,16 +132,21 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
     versions, tables = read_tables(place, recipe)
     log.product("tables", tables)
     name = str(flow_run.name)
-    start = {"calibration": log.product("calibration", select_calibration(place, recipe, versions, tables, name))}
+    with hold_slot(compute_slot()):
+        own_text = write_own_text(place, recipe, base.checkpoint)
+    if own_text is not None:
+        log.product("text of the base", own_text)
+    texts = select_calibration(place, recipe, versions, tables, own_text, name)
+    start = {"calibration": log.product("calibration", texts)}
     if recipe.alignment.enabled:
-        texts = select_alignment(place, recipe, base.checkpoint, versions, tables, name)
+        texts = select_alignment(place, recipe, base.checkpoint, versions, tables, own_text, name)
         start["alignment"] = log.product("alignment", texts)
     job = open_job(
         recipe,
         resolve_method(recipe.method),
         base.checkpoint,
         base.revision,
-        open_inputs(recipe, tables, start["calibration"], start.get("alignment")),
+        open_inputs(recipe, tables, start["calibration"], start.get("alignment"), own_text),
         command=log.facts["command"],
         registered=registered_address(recipe.registered_name),
         provenance=describe_provenance(recipe, versions, place.root),

@@ -9,6 +9,9 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from mka.sections import Option, Section
 
+# In the place of a table's path: text that the base writes itself.
+BASE_TEXT = Path("base")
+
 
 class ModelSource(Section):
     """Where the base model comes from: exactly one of ``hub``, ``folder`` and ``package``."""
@@ -81,7 +84,8 @@ class CalibrationTexts(Section):
 
     path: Annotated[Path, Option("--calibration")] = Field(
         Path("data/prepared/calibration.jsonl"),
-        description="Texts the method may look at: JSON lines with a `text` field, or a .txt file",
+        description="Texts the method may look at: JSON lines with a `text` field, a .txt file, or `base`: what the "
+        "base writes itself",
     )
     samples: Annotated[int, Option()] = Field(256, ge=1, description="Calibration texts taken, in the table's order")
     max_tokens: Annotated[int, Option()] = Field(64, ge=2, description="Tokens kept of each calibration text")
@@ -124,7 +128,7 @@ class AlignmentFit(Section):
 
     path: Annotated[Path, Option("--alignment-table")] = Field(
         Path("data/prepared/alignment.jsonl"),
-        description="Texts of the refit, JSON lines with `text` and `source`",
+        description="Texts of the refit, JSON lines with `text` and `source`, or `base`: what the base writes itself",
     )
     tokens: Annotated[int, Option("--align-tokens")] = Field(
         32768, ge=256, description="Tokens the refit reads, of each source by its share of the table"
@@ -159,7 +163,8 @@ class HealFit(StageSettings):
     """How what was merged is trained back towards its base, and the texts it is trained on."""
 
     path: Annotated[Path, Option("--heal-table")] = Field(
-        Path("data/prepared/alignment.jsonl"), description="Texts of the healing, JSON lines with `text` and `source`"
+        Path("data/prepared/alignment.jsonl"),
+        description="Texts of the healing, JSON lines with `text` and `source`, or `base`: what the base writes itself",
     )
     tokens: Annotated[int, Option("--heal-tokens")] = Field(
         102_400, ge=512, description="Tokens the healing reads, of each source by its share of the table"
@@ -396,7 +401,9 @@ class Recipe(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: GateSettings = GateSettings()
     registry: RegistrySettings = RegistrySettings()
-    seed: Annotated[int, Option()] = Field(0, description="Draws the items of benchmarks and the resamples")
+    seed: Annotated[int, Option()] = Field(
+        0, description="Draws the items of benchmarks, the resamples, and what the base writes itself"
+    )
 
     @property
     def reads_calibration(self) -> bool:

@@ -12,9 +12,11 @@ from prefect.cache_policies import NO_CACHE
 
 from mka.alignment.table import AlignmentTable, fit_windows, open_alignment
 from mka.errors import CalibrationError
+from mka.methods import resolve_method
 from mka.model.checkpoint import Checkpoint
-from mka.pipeline.inputs import Inputs, read_measured
-from mka.recipe import Recipe
+from mka.pipeline.inputs import Inputs, list_read, read_measured
+from mka.pipeline.written import TEXTS_FILE, as_own_text, want_text, write_table
+from mka.recipe import BASE_TEXT, Recipe
 from mka.store.products import Product, produce
 from mka.texts.calibration import load_calibration
 from mka.texts.overlap import refuse_overlap
@@ -35,20 +37,32 @@ VERSION = 1
 CALIBRATION_FILE, ALIGNMENT_FILE = "calibration.jsonl", "alignment.jsonl"
 
 
+@task(task_run_name="text of {recipe.model.label}", cache_policy=NO_CACHE)
+def write_own_text(place: Workplace, recipe: Recipe, base: Checkpoint) -> Product | None:
+    """Let the base write the tables that a recipe calls ``base``; None if it names others.
+
+    Raises:
+        CalibrationError: if nearly nothing it writes is usable.
+    """
+    read = list_read(recipe, resolve_method(recipe.method)) | {"calibration": recipe.calibration}
+    wanted = want_text(**read, seed=recipe.seed)
+    return write_table(base, recipe.model, wanted, place.stages) if wanted is not None else None
+
+
 @task(task_run_name="read tables", cache_policy=NO_CACHE)
 def read_tables(place: Workplace, recipe: Recipe) -> tuple[dict[str, Version], Product]:
-    """Look up every table the recipe names at its DVC revision and copy them aside.
+    """Look up every table the recipe names at its DVC revision and copy them aside; the base's own text has none.
 
     Raises:
         CalibrationError: if a table or the revision does not exist.
     """
     evaluation = recipe.evaluation
-    paths = [recipe.calibration.path]
+    paths = [recipe.calibration.path] if recipe.calibration.path != BASE_TEXT else []
     paths += [p for p in (evaluation.text, evaluation.overlap_index) if p is not None]
     if evaluation.tasks and evaluation.tasks_folder is not None:
         paths.append(evaluation.tasks_folder)
     versions = resolve_versions(place, paths, recipe.calibration.rev)
-    if recipe.alignment.enabled:
+    if recipe.alignment.enabled and recipe.alignment.path != BASE_TEXT:
         versions |= _resolve_alignment(place, recipe, versions)
     return versions, copy_tables(place, versions)
 
@@ -68,7 +82,12 @@ def _resolve_alignment(place: Workplace, recipe: Recipe, others: Mapping[str, Ve
 
 @task(task_run_name="calibration set of {recipe.calibration.samples} texts", cache_policy=NO_CACHE)
 def select_calibration(
-    place: Workplace, recipe: Recipe, versions: Mapping[str, Version], copies: Product, run: str
+    place: Workplace,
+    recipe: Recipe,
+    versions: Mapping[str, Version],
+    copies: Product,
+    own_text: Product | None,
+    run: str,
 ) -> Product:
     """Take the calibration texts, after the guards of all tables.
 
@@ -77,10 +96,10 @@ def select_calibration(
         CalibrationError: if a table cannot be read or holds too few texts.
     """
     settings, evaluation = recipe.calibration, recipe.evaluation
-    used = {table_name(path): version.digest for path, version in versions.items()}
+    used = _digest_tables(versions, own_text)
 
     def make(folder: Path) -> Mapping[str, Any]:
-        source = copies.folder / table_name(settings.path)
+        source = _find_table(settings.path, copies, own_text)
         chosen = load_calibration(source, settings.samples, path=str(settings.path))
         claimed, evaluation_texts = _read_evaluation(place, recipe, copies, run)
         guard.check(
@@ -107,6 +126,7 @@ def select_alignment(
     base: Checkpoint,
     versions: Mapping[str, Version],
     copies: Product,
+    own_text: Product | None,
     run: str,
 ) -> Product:
     """Take the texts that merged layers are refitted on, after the guards of all tables.
@@ -117,11 +137,11 @@ def select_alignment(
         RecipeError: if it has no source to leave out.
     """
     settings = recipe.alignment
-    used = {table_name(path): version.digest for path, version in versions.items()} | {"base": base.digest}
+    used = _digest_tables(versions, own_text) | {"base": base.digest}
 
     def make(folder: Path) -> Mapping[str, Any]:
         claimed, evaluation_texts = _read_evaluation(place, recipe, copies, run)
-        path = copies.folder / table_name(settings.path)
+        path = _find_table(settings.path, copies, own_text)
         rows = read_rows(path)
         texts, sources = [row["text"] for row in rows], [row["source"] for row in rows]
         table = calibration_table(texts, sources, claimed)
@@ -133,6 +153,17 @@ def select_alignment(
     keyed = settings.model_dump(include={"tokens", "context", "copies", "penalty", "heldout_source"})
     keyed |= {"tasks": sorted(recipe.evaluation.tasks)}
     return produce(place.stages, "alignment", version=VERSION, settings=keyed, inputs=used, make=make)
+
+
+def _digest_tables(versions: Mapping[str, Version], own_text: Product | None) -> dict[str, str]:
+    used = {table_name(path): version.digest for path, version in versions.items()}
+    return used | ({"text of the base": own_text.digest} if own_text else {})
+
+
+def _find_table(path: Path, copies: Product, own_text: Product | None) -> Path:
+    if path == BASE_TEXT and own_text is not None:
+        return own_text.folder / TEXTS_FILE
+    return copies.folder / table_name(path)
 
 
 def _read_evaluation(place: Workplace, recipe: Recipe, copies: Product, run: str) -> tuple[dict[str, str], list[str]]:
@@ -162,7 +193,13 @@ def _read_evaluation(place: Workplace, recipe: Recipe, copies: Product, run: str
     return claimed, used
 
 
-def open_inputs(recipe: Recipe, copies: Product, calibration: Product | None, alignment: Product | None) -> Inputs:
+def open_inputs(
+    recipe: Recipe,
+    copies: Product,
+    calibration: Product | None,
+    alignment: Product | None,
+    own_text: Product | None = None,
+) -> Inputs:
     """Read what a job reads: from the private copies, and from what the guards let through.
 
     Raises:
@@ -177,4 +214,4 @@ def open_inputs(recipe: Recipe, copies: Product, calibration: Product | None, al
     if alignment is not None:
         texts = read_heldout(alignment.folder / ALIGNMENT_FILE)
         inputs = replace(inputs, alignment=AlignmentTable(texts, recipe.alignment, alignment.facts["windows"]))
-    return inputs
+    return replace(inputs, own_text=as_own_text(own_text)) if own_text is not None else inputs

@@ -13,20 +13,22 @@ from mka.methods import Planner, resolve_method
 from mka.model.checkpoint import Checkpoint
 from mka.pipeline.inputs import Inputs, check_evaluation, digest_task
 from mka.pipeline.job import Job, Opened, fetch_base, open_job
-from mka.recipe import MethodChoice
+from mka.pipeline.written import OwnText, locate_table, open_own_text, want_text
+from mka.recipe import BASE_TEXT, MethodChoice
 from mka.texts.calibration import CalibrationSet, load_calibration
 from mka.texts.overlap import refuse_overlap
 from mka.texts.positions import check_context
 from mka.texts.rows import digest_texts, read_heldout, read_rows, read_texts
 
 
-def prepare(recipe: BenchRecipe, work: Path, *, root: Path = Path(), command: str = "") -> Bench:
-    """Check a comparison against its model and its texts; runs nothing.
+def prepare(recipe: BenchRecipe, work: Path, *, root: Path = Path(), write: bool = True, command: str = "") -> Bench:
+    """Check a comparison against its model and its texts; runs nothing, but for a base that has to write texts first.
 
     Args:
         recipe: the recipe; tables are read from the working copy.
         work: work folder, where models are fetched to and parts are stored.
         root: where the recipe's relative paths start.
+        write: as for `mka.pipeline.job.prepare`.
         command: what was typed, for the record.
 
     Raises:
@@ -40,19 +42,21 @@ def prepare(recipe: BenchRecipe, work: Path, *, root: Path = Path(), command: st
     planners = {
         entry.row: resolve_method(MethodChoice(name=entry.name, settings=entry.settings)) for entry in recipe.methods
     }
-    calibration, alignment = _read_calibration(recipe, planners)
-    tables = {"calibration": calibration.texts if calibration else ()}
-    tables["alignment"] = tuple(text for group in alignment.values() for text in group)
-    _refuse_overlap(recipe, tables, paragraphs)
+    used = _list_read(recipe, planners)
+    wanted = want_text(**used, seed=recipe.seed)
+    if wanted is None:
+        calibration, alignment, notes = _read_calibration(recipe, used, paragraphs)
     base, revision = fetch_base(recipe.model, work)
     check_context(recipe.evaluation.context, base.config.get("max_position_embeddings"))
+    if wanted is not None:
+        with open_own_text(base, recipe.model, wanted, work / "stages", write=write) as own_text:
+            calibration, alignment, notes = _read_calibration(recipe, used, paragraphs, own_text)
     table, opened = AlignmentTable(alignment, recipe.alignment), Opened(keep=True)
     jobs = _open_jobs(recipe, planners, base, revision, Inputs(calibration, table if alignment else None), opened)
     digests = {f"text {name}": digest_texts(body) for name, body in texts.items()}
     settings = recipe.evaluation
     digests |= {f"task {task}": digest_task(settings.tasks_folder, task, settings.shots) for task in settings.tasks}
     digests["alignment"] = table.digest
-    notes = {name: _count_near_copies(tables, body) for name, body in paragraphs.items()}
     return Bench(recipe, base, revision, calibration, alignment, texts, digests, notes, work, command, jobs, opened)
 
 
@@ -64,8 +68,10 @@ def _resolve_paths(recipe: BenchRecipe, root: Path) -> BenchRecipe:
     return at_root(recipe, "output", "picture").model_copy(
         update={
             "model": at_root(recipe.model, "folder"),
-            "calibration": at_root(recipe.calibration, "path"),
-            "alignment": at_root(recipe.alignment, "path"),
+            **{
+                name: section if section.path == BASE_TEXT else at_root(section, "path")
+                for name, section in (("calibration", recipe.calibration), ("alignment", recipe.alignment))
+            },
             "evaluation": at_root(recipe.evaluation, "tasks_folder", "overlap_index"),
             "texts": tuple(at_root(text, "path") for text in recipe.texts),
         }
@@ -89,18 +95,36 @@ def _read_text(text: TextSource) -> tuple[list[str], list[str]]:
     return chosen, chosen
 
 
-def _read_calibration(
-    recipe: BenchRecipe, planners: Mapping[str, Planner]
-) -> tuple[CalibrationSet | None, Mapping[str, Sequence[str]]]:
-    calibration, alignment = None, {}
+def _list_read(recipe: BenchRecipe, planners: Mapping[str, Planner]) -> dict[str, Any]:
+    """Return the sections whose tables of texts are read, by their names in the recipe."""
+    used: dict[str, Any] = {}
     if any(planner.needs or planner.reads_texts for planner in planners.values()):
-        calibration = load_calibration(recipe.calibration.path, recipe.calibration.samples)
+        used["calibration"] = recipe.calibration
     if any(cell.aligned for cell in recipe.cells):
         fitted = [e.name for e in recipe.methods if planners[e.row].method.fit and True in e.alignment]
         if fitted:
             raise RecipeError(f"method {fitted[0]!r} fits its own correction; alignment: true is for methods without")
-        alignment = read_heldout(recipe.alignment.path)
-    return calibration, alignment
+        used["alignment"] = recipe.alignment
+    return used
+
+
+def _read_calibration(
+    recipe: BenchRecipe,
+    used: Mapping[str, Any],
+    measured: Mapping[str, Sequence[str]],
+    own_text: OwnText | None = None,
+) -> tuple[CalibrationSet | None, Mapping[str, Sequence[str]], dict[str, str]]:
+    """Return the texts methods look at, those of the refits, and per measured text a note on near-copies in both."""
+    calibration, alignment, settings = None, {}, recipe.calibration
+    if "calibration" in used:
+        file = locate_table(settings.path, own_text)
+        calibration = load_calibration(file, settings.samples, path=str(settings.path))
+    if "alignment" in used:
+        alignment = read_heldout(locate_table(recipe.alignment.path, own_text))
+    tables = {"calibration": calibration.texts if calibration else ()}
+    tables["alignment"] = tuple(text for group in alignment.values() for text in group)
+    _refuse_overlap(recipe, tables, measured)
+    return calibration, alignment, {name: _count_near_copies(tables, body) for name, body in measured.items()}
 
 
 def _open_jobs(

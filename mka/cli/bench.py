@@ -43,7 +43,7 @@ def bench(recipe: Path, only: str | None, readme: bool, dry_run: bool) -> Outcom
     if not dry_run:
         make_work(find_work())
     with quiet_libraries():
-        prepared = prepare(loaded, find_work(), command=shlex.join(["mka", "bench", str(recipe)]))
+        prepared = prepare(loaded, find_work(), write=not dry_run, command=shlex.join(["mka", "bench", str(recipe)]))
         if dry_run:
             return show_foresight(foresee_bench(prepared, only))
         results = run_bench(prepared, only=only, say=say)

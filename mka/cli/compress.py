@@ -52,8 +52,9 @@ def compress(
 
     DIR becomes a stock folder that transformers loads, with the card in README.md and plan, scores, measurements and
     report.html in DIR/evidence; it is published whole or not at all. Perplexity is measured on --text, or on
-    data/prepared/heldout.jsonl where that exists. Calibration texts that evaluation uses are refused. A candidate that
-    the gate fails is written all the same, its card says so, and the exit code is 1.
+    data/prepared/heldout.jsonl where that exists. Calibration texts that evaluation uses are refused. Where `base`
+    stands for a table, or no table was named and the project's own is not there, the base writes its text itself. A
+    candidate that the gate fails is written all the same, its card says so, and the exit code is 1.
     """
     from mka.pipeline.compress import compress as run
     from mka.pipeline.job import prepare
@@ -66,10 +67,13 @@ def compress(
     if evaluated and measured.text is None and not measured.tasks and not measured.generation:
         heldout = default_of("evaluation.text")
         click.echo(f"note: nothing will be measured: no {heldout}, no --text, no --tasks, no --generation", err=True)
+    recipe, missing = stand_in_for_missing(recipe)
+    if missing:
+        click.echo(f"note: no {' and no '.join(map(str, missing))}: the base writes its own text for it", err=True)
     if not dry_run:
         make_work(find_work())
     with quiet_libraries(recipe.quantize.scheme != "off"):
-        job = prepare(recipe, find_work(), evaluate=evaluated, command=typed(), output=output)
+        job = prepare(recipe, find_work(), evaluate=evaluated, write=not dry_run, command=typed(), output=output)
         if dry_run:
             facts = foresee(job, output)
             return Outcome(facts, show_foresight(job, facts))
@@ -131,6 +135,26 @@ def choose_healing(asked: Mapping[str, Any]) -> dict[str, Any]:
     return {"heal.mode": "distil"} if given and "mode" not in given else {}
 
 
+def stand_in_for_missing(recipe: "Recipe") -> tuple["Recipe", list[Path]]:
+    """Let the base write the texts that a recipe reads from the project's own tables, where those are not there.
+
+    A table that somebody named is left alone: that it is missing is a mistake then.
+
+    Returns:
+        The recipe, and the tables that are missing.
+    """
+    from mka.methods import resolve_method
+    from mka.pipeline.inputs import list_read
+    from mka.recipe import BASE_TEXT
+
+    missing: dict[str, Path] = {}
+    for name, section in list_read(recipe, resolve_method(recipe.method)).items():
+        if "path" not in section.model_fields_set and not section.path.is_file():
+            missing[name] = section.path
+            recipe = recipe.model_copy(update={name: section.model_copy(update={"path": BASE_TEXT})})
+    return recipe, list(dict.fromkeys(missing.values()))
+
+
 def show_foresight(job: "Job", facts: dict[str, Any]) -> str:
     """Say what a dry run found."""
     before, after = facts["base"], facts["candidate"]
@@ -141,6 +165,7 @@ def show_foresight(job: "Job", facts: dict[str, Any]) -> str:
         ["parameters", f"{before['parameters'] / 1e6:,.1f} M -> about {after['parameters'] / 1e6:,.1f} M"],
         ["size", f"{before['bytes'] / 1e6:,.1f} MB -> about {after['bytes'] / 1e6:,.1f} MB ({after['quantize']})"],
         ["method", f"{recipe.method.name} {recipe.method.settings or ''}".strip()],
+        *([["written", describe_writing(facts["to_write"])]] if facts["to_write"] else []),
         ["observed", f"{facts['calibration_tokens']:,} tokens of {facts['calibration_texts']} texts"],
         *([["transformed", facts["transforms"]]] if facts["transforms"] else []),
         *([["aligned", describe_alignment_plan(facts["alignment"])]] if facts["alignment"] else []),
@@ -166,6 +191,9 @@ def describe_measured(facts: Mapping[str, Any]) -> str:
 def describe_control_plan(facts: Mapping[str, Any]) -> str:
     """Say what the control would be."""
     return f"{facts['treatment']}, all {facts['layers']} layers, about {facts['bytes'] / 1e6:,.1f} MB"
+def describe_writing(facts: dict[str, Any]) -> str:
+    """Say what the base would write."""
+    return f"first, by the base: {facts['tokens']:,} tokens in about {facts['texts']} texts, seed {facts['seed']}"
 
 
 def describe_alignment_plan(facts: dict[str, Any]) -> str:

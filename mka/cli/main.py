@@ -21,6 +21,7 @@ from mka.cli.observe import observe
 from mka.cli.plan import plan
 from mka.cli.report import report
 from mka.cli.score import score
+from mka.cli.write import write
 from mka.errors import MkaError
 from mka.terminal import SHARED_MACHINE
 
@@ -88,7 +89,7 @@ def cli(context: click.Context, progress: bool | None) -> None:
         click.echo(context.get_help())
 
 
-for command in (compress, methods, observe, score, plan, merge, heal, evaluate, report, export, bench, clean):
+for command in (compress, methods, write, observe, score, plan, merge, heal, evaluate, report, export, bench, clean):
     cli.add_command(command)
 
 

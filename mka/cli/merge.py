@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from mka.cli.console import examples, reports
-from mka.cli.models import open_model
+from mka.cli.models import open_with_table
 from mka.cli.options import (
     FILE,
     Command,
@@ -58,8 +58,9 @@ def merge(model: str, plan_file: Path, output: Path, asked: dict[str, Any]) -> O
     fitting = build_section(AlignmentSettings, {"rev": None} | pick(asked, "alignment"))
     require_align(fitting.enabled, asked)
     made = MergePlan.load(plan_file)
-    table = open_alignment(fitting.path, fitting, ()) if fitting.enabled else None
-    base, source = open_model(model, asked)
+    base, source, table = open_with_table(
+        model, asked, lambda file: open_alignment(file, fitting, ()), alignment=fitting if fitting.enabled else None
+    )
     check_plan_fits(made, base)
     check_alignable(made, fitting.enabled)
     folds = load_folds(made, plan_file)

@@ -1,15 +1,18 @@
 """The model that was typed, and the work folder it is fetched to."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mka.cli.options import pick
 
 if TYPE_CHECKING:
     from mka.model.checkpoint import Checkpoint
-    from mka.recipe import ModelSource
+    from mka.recipe import AlignmentFit, CalibrationTexts, ModelSource
+
+
+Table = TypeVar("Table")
 
 
 def find_work() -> Path:
@@ -42,3 +45,40 @@ def open_model(model: str, asked: Mapping[str, Any]) -> tuple["Checkpoint", "Mod
 
     source = name_source(model, asked)
     return fetch_base(source, find_work())[0], source
+
+
+def open_with_table(
+    model: str,
+    asked: Mapping[str, Any],
+    read: Callable[[Path], Table],
+    *,
+    calibration: "CalibrationTexts | None" = None,
+    alignment: "AlignmentFit | None" = None,
+) -> tuple["Checkpoint", "ModelSource", Table | None]:
+    """Fetch and open MODEL, and read the table that one section names, if one is given.
+
+    A table is read first: for one that is not there nothing is fetched. What the base writes itself is read last.
+
+    Args:
+        model: see `name_source`.
+        asked: see `name_source`.
+        read: reads the table from a file.
+        calibration: the section, or
+        alignment: the section.
+
+    Raises:
+        MkaError: if the model cannot be had or the table cannot be read.
+    """
+    from mka.pipeline.written import as_own_text, want_text, write_table
+    from mka.store.publishing import make_work
+    from mka.terminal import quiet_libraries
+
+    section = calibration or alignment
+    wanted = want_text(calibration, alignment, seed=0)
+    table = read(section.path) if section is not None and wanted is None else None
+    checkpoint, source = open_model(model, asked)
+    if wanted is not None:
+        make_work(find_work())
+        with quiet_libraries():
+            table = read(as_own_text(write_table(checkpoint, source, wanted, find_work() / "stages")).file)
+    return checkpoint, source, table

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from mka.cli.console import examples, reports
-from mka.cli.models import open_model
+from mka.cli.models import open_with_table
 from mka.cli.options import FILE, Command, build_section, model_argument, pick, recipe_options
 from mka.store.publishing import check_free, write_file
 from mka.terminal import Outcome, quiet_libraries
@@ -32,8 +32,10 @@ def observe(model: str, output: Path, asked: dict[str, Any]) -> Outcome:
 
     check_free(output)
     settings = build_section(CalibrationSettings, {"rev": None} | pick(asked, "calibration"))
-    texts = load_calibration(settings.path, settings.samples)
-    checkpoint, source = open_model(model, asked)
+    checkpoint, source, texts = open_with_table(
+        model, asked, lambda file: load_calibration(file, settings.samples), calibration=settings
+    )
+    assert texts is not None
     with quiet_libraries():
         states = observe_checkpoint(checkpoint, texts, settings, source)
     write_file(output, states.save)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from mka.cli.console import examples, reports
-from mka.cli.models import open_model
+from mka.cli.models import open_with_table
 from mka.cli.options import FILE, Command, build_section, model_argument, pick, recipe_options
 from mka.errors import PlanError, RecipeError
 from mka.store.publishing import check_free, write_file
@@ -56,8 +56,12 @@ def plan(model: str, scores: Path | None, output: Path, asked: dict[str, Any]) -
     elif planner.method.score is not None:
         raise RecipeError(f"method {planner.name!r} plans from scores; run mka score and give --scores FILE")
     looking = build_section(CalibrationSettings, pick(asked, "calibration"))
-    texts = load_calibration(looking.path, looking.samples) if "calibration.path" in asked else None
-    checkpoint, source = open_model(model, asked)
+    checkpoint, source, texts = open_with_table(
+        model,
+        asked,
+        lambda file: load_calibration(file, looking.samples),
+        calibration=looking if "calibration.path" in asked else None,
+    )
     aim = resolve_aim(target, checkpoint)
     with quiet_libraries():
         with open_planner_oracles(planner, checkpoint, texts, looking, source) as oracles:

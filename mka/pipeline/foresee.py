@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from mka.model.checkpoint import Checkpoint
 from mka.pipeline.job import Job
+from mka.texts.writing import BATCH, LONGEST
 from mka.transforms import get_quantizer, outline_treated
 
 # Tokenizer, configuration, card and report: what a folder holds beside its weights.
@@ -53,6 +54,15 @@ def estimate_states(job: Job, lengths: Sequence[int] | None = None) -> int:
     lengths = count_tokens(job) if lengths is None else lengths
     hidden = job.base.config["hidden_size"]
     return (job.base.layers + 1) * len(lengths) * hidden * 4 + 2 * sum(lengths) * hidden * width_of(job)
+
+
+def estimate_writing(job: Job) -> int:
+    """Bytes of what the base needs to write its own text: all weights, and the cache of one batch; 0 if it is there."""
+    if job.inputs.own_text is None or not job.inputs.own_text.foreseen:
+        return 0
+    # Keys and values are at most as wide as the hidden states.
+    cached = 2 * job.base.layers * job.base.config["hidden_size"] * width_of(job)
+    return whole_model(job) + BATCH * LONGEST * cached
 
 
 def estimate_logits(job: Job) -> int:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from mka.alignment.table import AlignmentTable, open_alignment
 from mka.errors import RecipeError
@@ -11,11 +12,13 @@ from mka.evaluation.task_tables import list_tables
 from mka.evaluation.tasks import check_tasks
 from mka.healing.table import HealingTable, open_healing
 from mka.methods import Planner
+from mka.pipeline.written import OwnText, locate_table, want_text
 from mka.recipe import Measurement, Recipe
 from mka.store.sums import file_sha256
 from mka.texts.calibration import CalibrationSet, load_calibration
 from mka.texts.overlap import refuse_overlap
 from mka.texts.rows import digest_texts, read_heldout, read_texts
+from mka.texts.writing import Wanted
 from mka.transforms import CALIBRATION, list_needs
 
 
@@ -32,6 +35,7 @@ class Inputs:
         tasks_folder: tables of the tasks; None if they come from the hub.
         digests: what evaluation reads, by name; "heldout" and one "task NAME" each.
         generation: items of copying, retrieval and repetition each; 0 if they are not measured.
+        own_text: what the base wrote itself, if a table is that; already read into those above.
     """
 
     calibration: CalibrationSet | None = None
@@ -42,6 +46,7 @@ class Inputs:
     tasks_folder: Path | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
     generation: int = 0
+    own_text: OwnText | None = None
 
     @property
     def measures(self) -> bool:
@@ -49,8 +54,28 @@ class Inputs:
         return bool(self.heldout or self.tasks or self.generation)
 
 
-def read_inputs(recipe: Recipe, planner: Planner, *, evaluate: bool = True) -> Inputs:
-    """Read the tables a recipe names from the working copy.
+def reads_calibration(recipe: Recipe, planner: Planner) -> bool:
+    """Whether anything looks at the calibration texts."""
+    return bool(planner.needs) or recipe.reads_calibration or CALIBRATION in list_needs(recipe)
+
+
+def list_read(recipe: Recipe, planner: Planner) -> dict[str, Any]:
+    """Return the sections whose tables of texts are read, by their names in the recipe."""
+    used = {
+        "calibration": reads_calibration(recipe, planner),
+        "alignment": recipe.alignment.enabled,
+        "heal": recipe.heal.mode != "off",
+    }
+    return {name: getattr(recipe, name) for name, read in used.items() if read}
+
+
+def want_own_text(recipe: Recipe, planner: Planner) -> Wanted | None:
+    """Return how much text the base has to write before a recipe's tables can be read; None if none is its own."""
+    return want_text(**list_read(recipe, planner), seed=recipe.seed)
+
+
+def read_inputs(recipe: Recipe, planner: Planner, *, evaluate: bool = True, own_text: OwnText | None = None) -> Inputs:
+    """Read the tables a recipe names from the working copy, and those that are the base's own text.
 
     Raises:
         RecipeError: on an unknown task or a missing table.
@@ -58,17 +83,20 @@ def read_inputs(recipe: Recipe, planner: Planner, *, evaluate: bool = True) -> I
     """
     measured = read_measured(recipe.evaluation, recipe.evaluation.text, recipe.evaluation.tasks_folder, evaluate)
     settings = recipe.calibration
-    calibrated = planner.needs or recipe.reads_calibration or CALIBRATION in list_needs(recipe)
-    calibration = load_calibration(settings.path, settings.samples) if calibrated else None
+    calibration, alignment = None, None
+    if reads_calibration(recipe, planner):
+        file = locate_table(settings.path, own_text)
+        calibration = load_calibration(file, settings.samples, path=str(settings.path))
     used: list[str] = []
     healed = recipe.heal.mode != "off"
     if evaluate and (calibration is not None or recipe.alignment.enabled or healed):
         used = [*(t for group in measured.heldout.values() for t in group), *_task_texts(recipe.evaluation)]
     if calibration is not None:
         refuse_overlap(calibration.texts, used)
-    alignment = open_alignment(recipe.alignment.path, recipe.alignment, used) if recipe.alignment.enabled else None
-    healing = open_healing(recipe.heal.path, recipe.heal, used) if healed else None
-    return replace(measured, calibration=calibration, alignment=alignment, healing=healing)
+    if recipe.alignment.enabled:
+        alignment = open_alignment(locate_table(recipe.alignment.path, own_text), recipe.alignment, used)
+    healing = open_healing(locate_table(recipe.heal.path, own_text), recipe.heal, used) if healed else None
+    return replace(measured, calibration=calibration, alignment=alignment, healing=healing, own_text=own_text)
 
 
 def read_measured(settings: Measurement, text: Path | None, tasks_folder: Path | None, evaluate: bool = True) -> Inputs:

@@ -11,7 +11,8 @@ from mka.evaluation.tasks import check_tasks
 from mka.healing.table import cut_healing
 from mka.methods import Planner, check_alignment, resolve_method
 from mka.model.checkpoint import Checkpoint, open_checkpoint
-from mka.pipeline.inputs import Inputs, read_inputs
+from mka.pipeline.inputs import Inputs, check_evaluation, read_inputs, want_own_text
+from mka.pipeline.written import open_own_text
 from mka.plan.target import Aim, resolve_target
 from mka.recipe import ModelSource, Recipe, Target
 from mka.sources.fetch import materialize, resolve_revision
@@ -107,13 +108,22 @@ def fetch_base(source: ModelSource, work: Path) -> tuple[Checkpoint, str]:
     return open_checkpoint(folder), resolve_revision(source, folder)
 
 
-def prepare(recipe: Recipe, work: Path, *, evaluate: bool = True, command: str = "", output: Path | None = None) -> Job:
-    """Check a recipe against its model and its tables; runs nothing.
+def prepare(
+    recipe: Recipe,
+    work: Path,
+    *,
+    evaluate: bool = True,
+    write: bool = True,
+    command: str = "",
+    output: Path | None = None,
+) -> Job:
+    """Check a recipe against its model and its tables; runs nothing, but for a base that has to write a table first.
 
     Args:
         recipe: the recipe; tables are read from the working copy.
         work: work folder, where models are fetched to.
         evaluate: whether base and candidate are to be measured.
+        write: whether the base writes; else texts that say nothing stand in for what it has not written yet.
         command: what was typed.
         output: where the result will be published.
 
@@ -122,9 +132,16 @@ def prepare(recipe: Recipe, work: Path, *, evaluate: bool = True, command: str =
     """
     planner = resolve_method(recipe.method)
     check_alignment(planner, recipe.alignment.enabled)
-    inputs = read_inputs(recipe, planner, evaluate=evaluate)
+    wanted = want_own_text(recipe, planner)
+    if wanted is None:
+        inputs = read_inputs(recipe, planner, evaluate=evaluate)
     base, revision = fetch_base(recipe.model, work)
     check_feasible(recipe, base)
+    if wanted is not None:
+        if evaluate:  # writing takes minutes; what can be refused before is
+            check_evaluation(recipe.evaluation, recipe.evaluation.text, recipe.evaluation.tasks_folder)
+        with open_own_text(base, recipe.model, wanted, work / "stages", write=write) as own_text:
+            inputs = read_inputs(recipe, planner, evaluate=evaluate, own_text=own_text)
     if inputs.alignment is not None:
         inputs = replace(inputs, alignment=fit_windows(inputs.alignment, base))
     if inputs.healing is not None:

@@ -6,7 +6,13 @@ from typing import Any
 
 from mka.pipeline.control import CONTROL, describe_control, has_control
 from mka.pipeline.evaluate import EVALUATE, EVALUATE_BASE, EVALUATE_CONTROL, SPEED
-from mka.pipeline.foresee import COMPANIONS_NBYTES, candidate_nbytes, count_tokens, list_control_nbytes
+from mka.pipeline.foresee import (
+    COMPANIONS_NBYTES,
+    candidate_nbytes,
+    count_tokens,
+    estimate_writing,
+    list_control_nbytes,
+)
 from mka.pipeline.heal import HEAL
 from mka.pipeline.job import Job
 from mka.pipeline.judge import GATE
@@ -55,7 +61,7 @@ def foresee(job: Job, output: Path) -> dict[str, Any]:
     """Say what a compression would do, from facts and arithmetic alone.
 
     Returns:
-        base, candidate and control (layers, parameters, bytes), tokens to observe and to align on, peak memory of the
+        base, candidate and control (layers, parameters, bytes), tokens to write, to observe and to align on, peak memory of the
         stage that needs most and disk of all of them in bytes, and the files that would be published.
     """
     from mka.model.checkpoint import describe_checkpoint
@@ -78,8 +84,9 @@ def foresee(job: Job, output: Path) -> dict[str, Any]:
         "calibration_tokens": sum(count_tokens(job)),
         "alignment": _foresee_alignment(job),
         "healing": _foresee_healing(job),
+        "to_write": _foresee_writing(job),
         "evaluated": job.measured,
-        "memory_bytes": max(cost.memory for cost in costs.values()),
+        "memory_bytes": max(estimate_writing(job), *(cost.memory for cost in costs.values())),
         "disk_bytes": sum(cost.disk for cost in costs.values()) + candidate_nbytes(job) + COMPANIONS_NBYTES,
         "files": list(dict.fromkeys(str(output / name) for cost in costs.values() for name in cost.files)),
         "stages": {name: {"memory_bytes": cost.memory, "disk_bytes": cost.disk} for name, cost in costs.items()},
@@ -108,3 +115,8 @@ def _foresee_healing(job: Job) -> dict[str, Any] | None:
         return None
     cost = HEAL.foresee(job)
     return {"mode": settings.mode, "tokens": settings.tokens, "sources": len(table.texts), "memory_bytes": cost.memory}
+
+
+def _foresee_writing(job: Job) -> dict[str, Any] | None:
+    text = job.inputs.own_text
+    return {name: text.facts[name] for name in ("tokens", "texts", "seed")} if text and text.foreseen else None

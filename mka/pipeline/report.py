@@ -43,6 +43,7 @@ def gather_evidence(job: Job, found: Found) -> ReportData:
             **calibration,
             **alignment,
             **healing,
+            **({"text_of_the_base": inputs.own_text.describe()} if inputs.own_text else {}),
             **({"transformed": describe_treatments(job)} if job.treatments else {}),
             **job.provenance,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),

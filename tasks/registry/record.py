@@ -21,11 +21,13 @@ from mka.pipeline.stage import MODEL_FOLDER, Found, find_model
 from mka.recipe import Recipe
 from mka.report.control import tell_against_control
 from mka.store.products import Product, stage_key
+from mka.store.sums import file_sha256
 from tasks.base_model import is_worth_retrying
 from tasks.guards import guard
 from tasks.machine.workplace import Workplace
 from tasks.registry.tracking import CANDIDATE, COMPLETE, EXPERIMENT, connect_registry, registry_address
 from tasks.stages import Run
+from tasks.versioned import Version
 
 VERSION = 1
 # Of a check, what the registry keeps; "value" stands where a rule is not about recovery.
@@ -193,21 +195,21 @@ def _log_evidence(run: Run, found: Found) -> None:
     metrics["layer_ratio"] = found["plan"].facts["layer_ratio"]
     metrics["size_ratio"] = 1.0 - metrics["candidate/bytes"] / metrics["base/bytes"]
     mlflow.log_metrics({name: float(value) for name, value in metrics.items() if value == value})
-    contexts = {str(job.recipe.calibration.path): "calibration"}
+    contexts = {job.recipe.calibration.path: "calibration"}
     if job.inputs.alignment is not None:
-        contexts.setdefault(str(job.recipe.alignment.path), "alignment")
+        contexts.setdefault(job.recipe.alignment.path, "alignment")
     if job.recipe.evaluation.text is not None:
-        contexts[str(job.recipe.evaluation.text)] = "evaluation"
+        contexts[job.recipe.evaluation.text] = "evaluation"
     for path, context in contexts.items():
-        table = pd.read_json(run.tables.folder / Path(path).name, lines=True, dtype=False)
-        dataset = mlflow.data.from_pandas(
-            table, source=path, name=Path(path).stem, digest=run.versions[path].digest[:36]
-        )
-        tags = {
-            "dvc_rev": run.versions[path].rev or "working copy",
-            "dvc_path": path,
-            "hash": run.versions[path].digest,
-        }
+        file = run.tables.folder / path.name
+        version = run.versions.get(str(path))
+        if version is None:
+            assert job.inputs.own_text is not None
+            file = job.inputs.own_text.file
+            version = Version(str(path), "written by the base", file_sha256(file))
+        table = pd.read_json(file, lines=True, dtype=False)
+        dataset = mlflow.data.from_pandas(table, source=str(path), name=path.stem, digest=version.digest[:36])
+        tags = {"dvc_rev": version.rev or "working copy", "dvc_path": str(path), "hash": version.digest}
         mlflow.log_input(dataset, context=context, tags=tags)
     mlflow.log_dict(job.recipe.model_dump(mode="json"), "recipe.yaml")
     mlflow.log_artifacts(str(found["report"].folder), "report")

@@ -27,7 +27,10 @@ from mka.store.sums import file_sha256, verify_sums
 ROOT = Path(__file__).parents[3]
 SAMPLES = 60
 HEAVY = {"torch", "transformers", "pandas", "scipy", "matplotlib", "datasets", "lm_eval", "mlflow", "prefect"}
-STAGES = ("compress", "methods", "observe", "score", "plan", "merge", "evaluate", "report", "export", "bench", "clean")
+STAGES = (
+    *("compress", "methods", "write", "observe", "score", "plan", "merge", "evaluate", "report", "export", "bench"),
+    "clean",
+)
 
 
 @pytest.fixture(scope="module")
