@@ -12,7 +12,7 @@ from mka.evaluation.task_tables import list_tables
 from mka.evaluation.tasks import check_tasks
 from mka.healing.table import HealingTable, open_healing
 from mka.methods import Planner
-from mka.pipeline.written import OwnText, locate_table, want_text
+from mka.pipeline.written import OwnText, locate_table, refuse_used, want_text
 from mka.recipe import Measurement, Recipe
 from mka.store.sums import file_sha256
 from mka.texts.calibration import CalibrationSet, load_calibration
@@ -89,8 +89,10 @@ def read_inputs(recipe: Recipe, planner: Planner, *, evaluate: bool = True, own_
         calibration = load_calibration(file, settings.samples, path=str(settings.path))
     used: list[str] = []
     healed = recipe.heal.mode != "off"
-    if evaluate and (calibration is not None or recipe.alignment.enabled or healed):
+    if evaluate and (calibration is not None or recipe.alignment.enabled or healed or own_text is not None):
         used = [*(t for group in measured.heldout.values() for t in group), *_task_texts(recipe.evaluation)]
+    if own_text is not None:
+        refuse_used(own_text, used)
     if calibration is not None:
         refuse_overlap(calibration.texts, used)
     if recipe.alignment.enabled:

@@ -1,16 +1,18 @@
 """The base's own text as a table: what ``path: base`` names, for every section that reads texts."""
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mka.errors import CalibrationError
 from mka.model.checkpoint import Checkpoint
 from mka.recipe import BASE_TEXT, AlignmentFit, CalibrationTexts, HealFit, ModelSource
 from mka.store.products import Product, find, produce
-from mka.texts.rows import format_rows, read_heldout
+from mka.texts.overlap import refuse_overlap
+from mka.texts.rows import format_rows, read_heldout, read_texts
 from mka.texts.writing import FEWEST_TOKENS, KINDS, Wanted
 
 TEXTS_FILE = "texts.jsonl"
@@ -42,6 +44,19 @@ class OwnText:
 def locate_table(path: Path, own_text: OwnText | None) -> Path:
     """Return the file of a table that a recipe names: the base's own text for ``base``, any other as it is."""
     return own_text.file if path == BASE_TEXT and own_text is not None else path
+
+
+def refuse_used(own_text: OwnText, measured: Iterable[str]) -> None:
+    """Refuse text of the base that evaluation uses: a model may know a benchmark by heart.
+
+    Raises:
+        CalibrationError: if there is any, whatever of the table will be read.
+    """
+    try:
+        refuse_overlap(read_texts(own_text.file), measured)
+    except CalibrationError as error:
+        found = str(error).removesuffix("; remove them")
+        raise CalibrationError(f"text of the base: {found}; another seed makes other text") from None
 
 
 def want_text(
