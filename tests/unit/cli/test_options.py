@@ -40,6 +40,7 @@ COMMANDS = {
     "observe": CALIBRATION | {"--batch-size": "calibration.batch_size"} | MODEL,
     "score": METHOD,
     "plan": METHOD | TARGET | CALIBRATION | {"--batch-size": "calibration.batch_size"} | MODEL,
+    "write": {"--seed": "seed"} | MODEL,
     "merge": ALIGNMENT | QUANTIZE | MODEL,
     "evaluate": EVALUATION | {"--batch-size": "evaluation.batch_size"} | MODEL,
 }
