@@ -70,7 +70,7 @@ def promote(
         resolve_method(recipe.method),
         base.checkpoint,
         base.revision,
-        open_inputs(recipe, tables, None, None),
+        open_inputs(recipe, tables, {}, None),
         command=command,
     )
     run = Run(place, job, str(flow_run.name), versions, tables)

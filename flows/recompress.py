@@ -35,7 +35,14 @@ from mka.recipe import Recipe
 from mka.store.products import Product
 from mka.store.publishing import write_text
 from tasks.base_model import fetch_base_model
-from tasks.calibration import open_inputs, read_tables, select_alignment, select_calibration, write_own_text
+from tasks.calibration import (
+    open_inputs,
+    read_tables,
+    select_alignment,
+    select_calibration,
+    select_healing,
+    write_own_text,
+)
 from tasks.guards import guard
 from tasks.machine.slots import compute_slot, hold_slot
 from tasks.machine.workplace import Workplace, find_workplace
@@ -141,12 +148,15 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
     if recipe.alignment.enabled:
         texts = select_alignment(place, recipe, base.checkpoint, versions, tables, own_text, name)
         start["alignment"] = log.product("alignment", texts)
+    if recipe.heal.mode != "off":
+        texts = select_healing(place, recipe, base.checkpoint, versions, tables, own_text, name)
+        start["healing"] = log.product("healing", texts)
     job = open_job(
         recipe,
         resolve_method(recipe.method),
         base.checkpoint,
         base.revision,
-        open_inputs(recipe, tables, start["calibration"], start.get("alignment"), own_text),
+        open_inputs(recipe, tables, start, own_text),
         command=log.facts["command"],
         registered=registered_address(recipe.registered_name),
         provenance=describe_provenance(recipe, versions, place.root),

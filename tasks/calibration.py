@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from prefect.cache_policies import NO_CACHE
 
 from mka.alignment.table import AlignmentTable, fit_windows, open_alignment
 from mka.errors import CalibrationError
+from mka.healing.table import HealingTable, cut_healing, open_healing
 from mka.methods import resolve_method
 from mka.model.checkpoint import Checkpoint
 from mka.pipeline.inputs import Inputs, list_read, read_measured
 from mka.pipeline.written import TEXTS_FILE, as_own_text, want_text, write_table
-from mka.recipe import BASE_TEXT, Recipe
+from mka.recipe import BASE_TEXT, AlignmentSettings, HealSettings, Recipe
 from mka.store.products import Product, produce
 from mka.texts.calibration import load_calibration
 from mka.texts.overlap import refuse_overlap
@@ -33,8 +34,8 @@ from tasks.guards.texts import (
 from tasks.machine.workplace import Workplace
 from tasks.versioned import Version, copy_tables, resolve_versions, table_name
 
-VERSION = 1
-CALIBRATION_FILE, ALIGNMENT_FILE = "calibration.jsonl", "alignment.jsonl"
+VERSION = 2
+CALIBRATION_FILE, TABLE_FILE = "calibration.jsonl", "table.jsonl"
 
 
 @task(task_run_name="text of {recipe.model.label}", cache_policy=NO_CACHE)
@@ -62,19 +63,24 @@ def read_tables(place: Workplace, recipe: Recipe) -> tuple[dict[str, Version], P
     if evaluation.tasks and evaluation.tasks_folder is not None:
         paths.append(evaluation.tasks_folder)
     versions = resolve_versions(place, paths, recipe.calibration.rev)
-    if recipe.alignment.enabled and recipe.alignment.path != BASE_TEXT:
-        versions |= _resolve_alignment(place, recipe, versions)
+    if recipe.alignment.enabled:
+        versions |= _resolve_table(place, recipe.alignment, "alignment", versions)
+    if recipe.heal.mode != "off":
+        versions |= _resolve_table(place, recipe.heal, "heal", versions)
     return versions, copy_tables(place, versions)
 
 
-def _resolve_alignment(place: Workplace, recipe: Recipe, others: Mapping[str, Version]) -> dict[str, Version]:
-    settings = recipe.alignment
-    found = resolve_versions(place, [settings.path], settings.rev, "alignment.rev")
+def _resolve_table(
+    place: Workplace, settings: AlignmentSettings | HealSettings, section: str, others: Mapping[str, Version]
+) -> dict[str, Version]:
+    if settings.path == BASE_TEXT:
+        return {}
+    found = resolve_versions(place, [settings.path], settings.rev, f"{section}.rev")
     # Copies lie side by side under their names.
     for other in others.values():
         if table_name(other.path) == table_name(settings.path) and found[str(settings.path)] != other:
             raise CalibrationError(
-                f"alignment table {settings.path} has the name of {other.path}, which is read at another place or "
+                f"{section} table {settings.path} has the name of {other.path}, which is read at another place or "
                 "revision; rename one of them, or give both the same revision"
             )
     return found
@@ -137,22 +143,85 @@ def select_alignment(
         RecipeError: if it has no source to leave out.
     """
     settings = recipe.alignment
-    used = _digest_tables(versions, own_text) | {"base": base.digest}
 
-    def make(folder: Path) -> Mapping[str, Any]:
-        claimed, evaluation_texts = _read_evaluation(place, recipe, copies, run)
-        path = _find_table(settings.path, copies, own_text)
-        rows = read_rows(path)
-        texts, sources = [row["text"] for row in rows], [row["source"] for row in rows]
-        table = calibration_table(texts, sources, claimed)
-        guard.check("alignment", table, calibration_suite(1), place.checks, run)
-        chosen = fit_windows(open_alignment(path, settings, evaluation_texts), base)
-        shutil.copyfile(path, folder / ALIGNMENT_FILE)
-        return {"digest": chosen.digest, "texts": len(texts), "windows": dict(chosen.windows)}
+    def choose(file: Path, measured: list[str]) -> dict[str, Any]:
+        chosen = fit_windows(open_alignment(file, settings, measured), base)
+        return {"digest": chosen.digest, "windows": dict(chosen.windows)}
 
     keyed = settings.model_dump(include={"tokens", "context", "copies", "penalty", "heldout_source"})
-    keyed |= {"tasks": sorted(recipe.evaluation.tasks)}
-    return produce(place.stages, "alignment", version=VERSION, settings=keyed, inputs=used, make=make)
+    tables = Tables(versions, copies, own_text)
+    return _select(place, recipe, base, tables, run, "alignment", settings.path, keyed, choose)
+
+
+@task(task_run_name="healing table of {recipe.heal.tokens} tokens", cache_policy=NO_CACHE)
+def select_healing(
+    place: Workplace,
+    recipe: Recipe,
+    base: Checkpoint,
+    versions: Mapping[str, Version],
+    copies: Product,
+    own_text: Product | None,
+    run: str,
+) -> Product:
+    """Take the texts that the merged model is healed on, after the guards of all tables.
+
+    Raises:
+        GuardError: if a table breaks an expectation, e.g. a text that evaluation uses.
+        CalibrationError: if a table cannot be read, or is too short.
+        RecipeError: if it has no source to leave out.
+    """
+    settings = recipe.heal
+
+    def choose(file: Path, measured: list[str]) -> dict[str, Any]:
+        chosen = open_healing(file, settings, measured)
+        return {"digest": chosen.digest, "windows": dict(cut_healing(chosen, base).windows)}
+
+    keyed = settings.model_dump(include={"tokens", "context", "heldout_source", "heldout_tokens"})
+    tables = Tables(versions, copies, own_text)
+    return _select(place, recipe, base, tables, run, "healing", settings.path, keyed, choose)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Where texts are read from.
+
+    Attributes:
+        versions: what each of the recipe's tables holds at its revision.
+        copies: private copies of them.
+        own_text: what the base wrote; None if no table is that.
+    """
+
+    versions: Mapping[str, Version]
+    copies: Product
+    own_text: Product | None
+
+
+def _select(
+    place: Workplace,
+    recipe: Recipe,
+    base: Checkpoint,
+    tables: Tables,
+    run: str,
+    kind: str,
+    named: Path,
+    keyed: Mapping[str, Any],
+    choose: Callable[[Path, list[str]], Mapping[str, Any]],
+) -> Product:
+    """Guard a table of texts by source and take it over; ``choose(file, evaluation texts)`` says what is in it."""
+    used = _digest_tables(tables.versions, tables.own_text) | {"base": base.digest}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        claimed, evaluation_texts = _read_evaluation(place, recipe, tables.copies, run)
+        file = _find_table(named, tables.copies, tables.own_text)
+        rows = read_rows(file)
+        texts, sources = [row["text"] for row in rows], [row["source"] for row in rows]
+        guard.check(kind, calibration_table(texts, sources, claimed), calibration_suite(1), place.checks, run)
+        facts = choose(file, evaluation_texts)
+        shutil.copyfile(file, folder / TABLE_FILE)
+        return {"texts": len(texts), **facts}
+
+    settings = {**keyed, "tasks": sorted(recipe.evaluation.tasks)}
+    return produce(place.stages, kind, version=VERSION, settings=settings, inputs=used, make=make)
 
 
 def _digest_tables(versions: Mapping[str, Version], own_text: Product | None) -> dict[str, str]:
@@ -193,25 +262,28 @@ def _read_evaluation(place: Workplace, recipe: Recipe, copies: Product, run: str
     return claimed, used
 
 
-def open_inputs(
-    recipe: Recipe,
-    copies: Product,
-    calibration: Product | None,
-    alignment: Product | None,
-    own_text: Product | None = None,
-) -> Inputs:
+def open_inputs(recipe: Recipe, copies: Product, chosen: Mapping[str, Product], own_text: Product | None) -> Inputs:
     """Read what a job reads: from the private copies, and from what the guards let through.
+
+    Args:
+        recipe: the recipe.
+        copies: private copies of its tables.
+        chosen: of "calibration", "alignment" and "healing" those that there are.
+        own_text: what the base wrote; None if no table is that.
 
     Raises:
         RecipeError: on an unknown task or a missing table.
     """
     text, folder = recipe.evaluation.text, recipe.evaluation.tasks_folder
     text, folder = (copies.folder / table_name(path) if path is not None else None for path in (text, folder))
-    inputs = read_measured(recipe.evaluation, text, folder)
-    if calibration is not None:
-        chosen = load_calibration(calibration.folder / CALIBRATION_FILE, calibration.facts["texts"])
-        inputs = replace(inputs, calibration=chosen)
-    if alignment is not None:
-        texts = read_heldout(alignment.folder / ALIGNMENT_FILE)
-        inputs = replace(inputs, alignment=AlignmentTable(texts, recipe.alignment, alignment.facts["windows"]))
-    return replace(inputs, own_text=as_own_text(own_text)) if own_text is not None else inputs
+    found: dict[str, Any] = {}
+    if (product := chosen.get("calibration")) is not None:
+        found["calibration"] = load_calibration(product.folder / CALIBRATION_FILE, product.facts["texts"])
+    if (product := chosen.get("alignment")) is not None:
+        texts = read_heldout(product.folder / TABLE_FILE)
+        found["alignment"] = AlignmentTable(texts, recipe.alignment, product.facts["windows"])
+    if (product := chosen.get("healing")) is not None:
+        found["healing"] = HealingTable(read_heldout(product.folder / TABLE_FILE), recipe.heal)
+    if own_text is not None:
+        found["own_text"] = as_own_text(own_text)
+    return replace(read_measured(recipe.evaluation, text, folder), **found)

@@ -15,10 +15,11 @@ from tabulate import tabulate
 
 from mka.pipeline.evaluate import open_reports
 from mka.pipeline.job import Job
-from mka.pipeline.report import find_fit
+from mka.pipeline.report import find_fit, find_healing
 from mka.pipeline.stage import Found
 from mka.report.alignment import summarise_alignment
 from mka.report.control import tell_against_control
+from mka.report.healing import summarise_healing
 from mka.report.table import result_table
 from mka.report.verdict import describe_decision
 from tasks.registry.tracking import registered_address
@@ -58,6 +59,8 @@ def print_summary(run: Run, found: Found, facts: Mapping[str, Any]) -> None:
     print(f"± is one standard error.{subset}")
     if (fit := find_fit(found)) is not None:
         print(summarise_alignment(fit))
+    if (healing := find_healing(found)) is not None:
+        print(summarise_healing(healing))
     print(tell_against_control(base, candidate, control))
     print()
     print("\n".join(describe_decision(found["gate"].facts)))

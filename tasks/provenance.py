@@ -22,13 +22,15 @@ def read_code_commit(root: Path) -> str:
 
 
 def describe_provenance(recipe: Recipe, versions: Mapping[str, Version], root: Path) -> dict[str, str]:
-    """Return the commits that calibration and alignment tables were read at, or "working copy", and the code's.
+    """Return the commits that tables of texts were read at, or "working copy", and the code's.
 
     A table that the base wrote has no commit: the base's digest, the seed and the code decide it.
     """
     tables = {"calibration_rev": recipe.calibration.path}
     if recipe.alignment.enabled:
         tables["alignment_rev"] = recipe.alignment.path
+    if recipe.heal.mode != "off":
+        tables["healing_rev"] = recipe.heal.path
     found = {
         key: "written by the base" if path == BASE_TEXT else versions[str(path)].rev or "working copy"
         for key, path in tables.items()

@@ -191,6 +191,8 @@ def describe_measured(facts: Mapping[str, Any]) -> str:
 def describe_control_plan(facts: Mapping[str, Any]) -> str:
     """Say what the control would be."""
     return f"{facts['treatment']}, all {facts['layers']} layers, about {facts['bytes'] / 1e6:,.1f} MB"
+
+
 def describe_writing(facts: dict[str, Any]) -> str:
     """Say what the base would write."""
     return f"first, by the base: {facts['tokens']:,} tokens in about {facts['texts']} texts, seed {facts['seed']}"

@@ -61,8 +61,8 @@ def foresee(job: Job, output: Path) -> dict[str, Any]:
     """Say what a compression would do, from facts and arithmetic alone.
 
     Returns:
-        base, candidate and control (layers, parameters, bytes), tokens to write, to observe and to align on, peak memory of the
-        stage that needs most and disk of all of them in bytes, and the files that would be published.
+        base, candidate and control (layers, parameters, bytes), tokens to write, to observe, to align and to heal on,
+        memory of the stage that needs most and disk of all of them in bytes, and the files that would be published.
     """
     from mka.model.checkpoint import describe_checkpoint
 

@@ -19,6 +19,7 @@ BEHIND: dict[str, Callable[[Job, Path, Mapping[str, Any]], Door]] = {
     "score": scores.behind,
     "plan": plan.behind,
     "merge": checkpoint.behind,
+    "heal": checkpoint.behind,
     "transform": checkpoint.behind,
     "quantize": checkpoint.behind,
     "control": checkpoint.behind_control,

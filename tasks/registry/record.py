@@ -16,6 +16,7 @@ from prefect.cache_policies import NO_CACHE
 
 from mka.errors import RegistryError
 from mka.pipeline.evaluate import ROLES, open_reports
+from mka.pipeline.report import find_healing
 from mka.pipeline.score import open_scores
 from mka.pipeline.stage import MODEL_FOLDER, Found, find_model
 from mka.recipe import Recipe
@@ -156,6 +157,7 @@ def _tags(run: Run, found: Found) -> dict[str, str]:
     """What ties a version to where it came from."""
     job = run.job
     alignment = {"alignment_digest": job.inputs.alignment.digest} if job.inputs.alignment else {}
+    healing = {"healing_digest": job.inputs.healing.digest} if job.inputs.healing else {}
     return {
         "base_model": job.recipe.model.label,
         "base_revision": job.revision,
@@ -163,6 +165,7 @@ def _tags(run: Run, found: Found) -> dict[str, str]:
         "candidate_digest": find_model(found).facts["digest"],
         "calibration_digest": found["calibration"].facts["digest"],
         **alignment,
+        **healing,
         **{key: str(value) for key, value in job.provenance.items()},
         "recipe": job.recipe.name,
         "method": job.recipe.method.name,
@@ -195,9 +198,14 @@ def _log_evidence(run: Run, found: Found) -> None:
     metrics["layer_ratio"] = found["plan"].facts["layer_ratio"]
     metrics["size_ratio"] = 1.0 - metrics["candidate/bytes"] / metrics["base/bytes"]
     mlflow.log_metrics({name: float(value) for name, value in metrics.items() if value == value})
+    for point in (find_healing(found) or {}).get("curve", ()):
+        noted = {f"heal/{name}": point[name] for name in ("loss", "rate", "heldout") if name in point}
+        mlflow.log_metrics(noted, step=point["step"])
     contexts = {job.recipe.calibration.path: "calibration"}
     if job.inputs.alignment is not None:
         contexts.setdefault(job.recipe.alignment.path, "alignment")
+    if job.inputs.healing is not None:
+        contexts.setdefault(job.recipe.heal.path, "healing")
     if job.recipe.evaluation.text is not None:
         contexts[job.recipe.evaluation.text] = "evaluation"
     for path, context in contexts.items():

@@ -23,7 +23,7 @@ def test_a_run_on_text_of_its_base_writes_it_once_guards_it_and_tells(project):
     manifest = json.loads(calibration.read_text())
     assert manifest["facts"]["digest"] == digest_texts(texts[:60])
     assert set(manifest["inputs"]) == {"heldout.jsonl", "text of the base"}
-    (alignment,) = project.work.glob("stages/alignment-*/alignment.jsonl")
+    (alignment,) = project.work.glob("stages/alignment-*/table.jsonl")
     assert alignment.read_bytes() == table.read_bytes()
     page = next(project.work.glob("stages/report-*/report.html")).read_text()
     assert "written by the base" in page and f"in {len(texts)} texts, seed 0" in page
