@@ -1,11 +1,12 @@
-"""One cell of a comparison: planned, merged, measured from disk by a stranger's loader; each part stored by content.
+"""One cell of a comparison: planned, merged, healed, measured from disk by a stranger's loader.
 
-The merged folder is deleted once it is measured; what stays are plans, scores and figures.
+Each part is stored by content. The model's folder is deleted once it is measured; what stays are plans, scores and
+figures.
 """
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ from mka.bench.measure import MeasuredModel, measure
 from mka.bench.parts import Bench, Get, Measured, NotStored, Part
 from mka.bench.recipe import Cell
 from mka.model.checkpoint import describe_checkpoint
+from mka.pipeline.heal import HEAL
 from mka.pipeline.job import Job
 from mka.pipeline.merge import MERGE
 from mka.pipeline.pipeline import run
 from mka.pipeline.stage import MODEL_FOLDER, Found, Stage
 from mka.store.products import Product, discard, name_folder, read_use
 
-# What is known of a merged model once its folder is gone; measurements go by its digest.
-FACTS = replace(MERGE, name="facts", stored="bench-facts", version=1)
+# What is known of a model once its folder is gone, by the stage that made it; measurements go by its digest.
+FACTS = {stage.name: replace(stage, name="facts", stored="bench-facts", version=1) for stage in (MERGE, HEAL)}
 
 
 class _Changed(Exception):
@@ -100,31 +102,51 @@ def _walk(bench: Bench, cell: Cell, stored: bool = False) -> Measured:
         found = run(job, run_stage, until="plan")
     seconds = {name: product.seconds for name, product in found.items()}
     reused = all(product.reused for product in found.values())
-    with _borrow_model(bench, job, found, stored) as borrowed:
-        with bench.building:
-            merged = run_stage(FACTS, job, found) if stored else borrowed.describe()
-        model = MeasuredModel(bench, lambda: borrowed.open(merged))
-        seconds["align" if cell.aligned else "merge"] = merged.facts["seconds"]
+    with ExitStack() as stack:
+        borrowed = None
+        for stage in (MERGE, *([HEAL] if cell.healed else [])):
+            borrowed = stack.enter_context(_borrow_model(bench, job, found, stage, borrowed, stored))
+            with bench.building:
+                made = run_stage(FACTS[stage.name], job, found) if stored else borrowed.describe()
+            seconds["align" if stage is MERGE and cell.aligned else stage.name] = made.facts["seconds"]
+            reused = reused and made.reused
+            found = {**found, stage.name: made}
+        assert borrowed is not None
+        last = borrowed
+        model = MeasuredModel(bench, lambda: last.open(made))
         get = Part.find if stored else Part.produce
-        return measure(bench, cell, model, merged.facts, seconds, get, reused=reused and merged.reused)
+        return measure(bench, cell, model, made.facts, seconds, get, reused=reused)
 
 
 @dataclass
 class _Borrowed:
-    """The merged model of one cell: made when it is needed, and removed afterwards if nobody else has use for it."""
+    """A model of one cell: made when it is needed, and removed afterwards if nobody else has use for it.
+
+    Attributes:
+        bench: the comparison.
+        job: of the cell.
+        found: the products before it; of a model before it, what is known of that.
+        stage: what makes it.
+        before: the model it is made of; None if it is made of the base.
+        marker: notes that it was made for a comparison.
+    """
 
     bench: Bench
     job: Job
     found: Found
+    stage: Stage
+    before: "_Borrowed | None"
     marker: Path
     last_use: int | None = None
 
     def _make(self) -> Product:
-        folder = name_folder(self.bench.stages, "merge", MERGE.key(self.job, self.found))
-        own = self.marker.exists()
+        folder = name_folder(self.bench.stages, self.stage.name, self.stage.key(self.job, self.found))
+        own, found = self.marker.exists(), self.found
         if not own and not folder.exists():
             self.marker.write_text(folder.name, encoding="utf-8")
-        product = MERGE.produce(self.job, self.found, self.bench.stages)
+        if self.before is not None and not folder.exists():
+            found = {**found, self.before.stage.name: self.before._make()}
+        product = self.stage.produce(self.job, found, self.bench.stages)
         if product.reused and not own:  # somebody else has made it meanwhile
             self.marker.unlink(missing_ok=True)
         self.last_use = read_use(product.folder)
@@ -137,7 +159,7 @@ class _Borrowed:
             product = self._make()
             return {**product.facts, "seconds": product.seconds}
 
-        return FACTS.produce(self.job, self.found, self.bench.stages, write)
+        return FACTS[self.stage.name].produce(self.job, self.found, self.bench.stages, write)
 
     def open(self, facts: Product) -> Path:
         """Return the model's folder; made again if it is gone.
@@ -159,12 +181,14 @@ class _Borrowed:
 
 
 @contextmanager
-def _borrow_model(bench: Bench, job: Job, found: Found, stored: bool) -> Iterator[_Borrowed]:
-    """Have the merged model of a cell within the block; nobody else measures the same one meanwhile."""
+def _borrow_model(
+    bench: Bench, job: Job, found: Found, stage: Stage, before: _Borrowed | None, stored: bool
+) -> Iterator[_Borrowed]:
+    """Have a model of a cell within the block; nobody else measures the same one meanwhile."""
     from filelock import FileLock
 
-    marker = bench.work / "bench" / MERGE.key(job, found)[:16]
-    borrowed = _Borrowed(bench, job, found, marker)
+    marker = bench.work / "bench" / stage.key(job, found)[:16]
+    borrowed = _Borrowed(bench, job, found, stage, before, marker)
     if stored:
         yield borrowed
         return

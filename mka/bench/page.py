@@ -162,7 +162,7 @@ def _scores_table(comparison: Comparison, group: Group) -> Table:
 
 def _costs(comparison: Comparison) -> list[str]:
     targets = comparison.targets
-    rows, aligned = [], []
+    rows, aligned, healed = [], [], []
     for row in comparison.rows:
         cells = [comparison.cells.get((row, target)) for target in targets]
         there = [cell for cell in cells if cell is not None]
@@ -180,6 +180,10 @@ def _costs(comparison: Comparison) -> list[str]:
                 spans = [facts[name] for name in ("tokens", "teacher_seconds", "seconds", "probe_seconds")]
                 times = (facts["seconds"] + facts["probe_seconds"]) / facts["teacher_seconds"]
                 aligned.append([row, str(cell.cell.layers), *(format_value(float(v)) for v in spans), f"{times:.2f}"])
+            if facts := cell.facts.get("healing"):
+                assert cell.cell is not None
+                fall = [f"{facts[name]:.3f}" for name in ("start", "best")]
+                healed.append([row, str(cell.cell.layers), f"{facts['tokens']:,}", *fall, f"{facts['seconds']:.0f}"])
     which = " / ".join(map(str, targets))
     lines = [
         f"Seconds at {which} layers, as they were when each part was made. Hidden states and scores are made once for "
@@ -195,6 +199,13 @@ def _costs(comparison: Comparison) -> list[str]:
             "language-model head.",
             "",
             *_markdown(([*headers, "both / teacher"], aligned)),
+        ]
+    if healed:
+        headers = ["healed", "layers", "tokens", "divergence before", "after", "healing, s"]
+        lines += [
+            "Divergence is KL(base || model) in nats per token on the source that healing does not train on.",
+            "",
+            *_markdown((headers, healed)),
         ]
     return lines
 

@@ -13,9 +13,9 @@ from typing import Any
 from mka.bench.recipe import BenchRecipe, Cell
 from mka.evaluation.scores import Score
 from mka.model.checkpoint import Checkpoint
+from mka.pipeline.inputs import Inputs
 from mka.pipeline.job import Job, Opened
 from mka.store.products import Product, find, produce, stage_key
-from mka.texts.calibration import CalibrationSet
 
 # Raised by hand when the meaning of a part changes. What comes before measuring are stages of the pipeline.
 VERSIONS = {"text": 1, "task": 1, "generation": 1}
@@ -70,10 +70,9 @@ class Bench:
         recipe: what to compare.
         base: the opened base checkpoint.
         revision: what pins it.
-        calibration: the texts methods look at; None if none looks.
-        alignment: source -> texts of the refits; empty if no cell is aligned.
+        inputs: the texts that methods, refits and healing look at; None each where no cell does.
         texts: name -> held-out texts.
-        digests: of "alignment", each "text NAME" and each "task NAME".
+        digests: of each "text NAME" and each "task NAME".
         notes: per text, how many calibration texts share a run of words with it, in words.
         work: work folder.
         command: what makes all of it again, for the record.
@@ -86,8 +85,7 @@ class Bench:
     recipe: BenchRecipe
     base: Checkpoint
     revision: str
-    calibration: CalibrationSet | None
-    alignment: Mapping[str, Sequence[str]]
+    inputs: Inputs
     texts: Mapping[str, Sequence[str]]
     digests: Mapping[str, str]
     notes: Mapping[str, str]
@@ -114,9 +112,9 @@ class Measured:
     Attributes:
         cell: which; None for the base.
         scores: name and metric -> score; tasks and generation only where they are measured.
-        seconds: observe, score, plan, merge or align, and measure: what each took when it was made.
-        facts: digest, layers, parameters and bytes of the checkpoint; ``alignment``: what a refit
-            took.
+        seconds: observe, score, plan, merge or align, heal, and measure: what each took when it was made.
+        facts: digest, layers, parameters and bytes of the checkpoint; ``alignment`` and ``healing``: what a refit and
+            a healing took.
         conditions: those of every measurement.
         reused: whether nothing had to be made.
     """

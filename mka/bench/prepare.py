@@ -9,13 +9,14 @@ from mka.alignment.table import AlignmentTable
 from mka.bench.parts import Bench
 from mka.bench.recipe import BenchRecipe, TextSource
 from mka.errors import CalibrationError, RecipeError
+from mka.healing.table import HealingTable, cut_healing
 from mka.methods import Planner, resolve_method
 from mka.model.checkpoint import Checkpoint
 from mka.pipeline.inputs import Inputs, check_evaluation, digest_task
 from mka.pipeline.job import Job, Opened, fetch_base, open_job
 from mka.pipeline.written import OwnText, locate_table, open_own_text, want_text
 from mka.recipe import BASE_TEXT, MethodChoice
-from mka.texts.calibration import CalibrationSet, load_calibration
+from mka.texts.calibration import load_calibration
 from mka.texts.overlap import refuse_overlap
 from mka.texts.positions import check_context
 from mka.texts.rows import digest_texts, read_heldout, read_rows, read_texts
@@ -45,19 +46,18 @@ def prepare(recipe: BenchRecipe, work: Path, *, root: Path = Path(), write: bool
     used = _list_read(recipe, planners)
     wanted = want_text(**used, seed=recipe.seed)
     if wanted is None:
-        calibration, alignment, notes = _read_calibration(recipe, used, paragraphs)
+        inputs, notes = _read_calibration(recipe, used, paragraphs)
     base, revision = fetch_base(recipe.model, work)
     check_context(recipe.evaluation.context, base.config.get("max_position_embeddings"))
     if wanted is not None:
         with open_own_text(base, recipe.model, wanted, work / "stages", write=write) as own_text:
-            calibration, alignment, notes = _read_calibration(recipe, used, paragraphs, own_text)
-    table, opened = AlignmentTable(alignment, recipe.alignment), Opened(keep=True)
-    jobs = _open_jobs(recipe, planners, base, revision, Inputs(calibration, table if alignment else None), opened)
+            inputs, notes = _read_calibration(recipe, used, paragraphs, own_text)
+    opened = Opened(keep=True)
+    jobs = _open_jobs(recipe, planners, base, revision, inputs, opened)
     digests = {f"text {name}": digest_texts(body) for name, body in texts.items()}
     settings = recipe.evaluation
     digests |= {f"task {task}": digest_task(settings.tasks_folder, task, settings.shots) for task in settings.tasks}
-    digests["alignment"] = table.digest
-    return Bench(recipe, base, revision, calibration, alignment, texts, digests, notes, work, command, jobs, opened)
+    return Bench(recipe, base, revision, inputs, texts, digests, notes, work, command, jobs, opened)
 
 
 def _resolve_paths(recipe: BenchRecipe, root: Path) -> BenchRecipe:
@@ -70,7 +70,8 @@ def _resolve_paths(recipe: BenchRecipe, root: Path) -> BenchRecipe:
             "model": at_root(recipe.model, "folder"),
             **{
                 name: section if section.path == BASE_TEXT else at_root(section, "path")
-                for name, section in (("calibration", recipe.calibration), ("alignment", recipe.alignment))
+                for name in ("calibration", "alignment", "heal")
+                for section in (getattr(recipe, name),)
             },
             "evaluation": at_root(recipe.evaluation, "tasks_folder", "overlap_index"),
             "texts": tuple(at_root(text, "path") for text in recipe.texts),
@@ -105,6 +106,8 @@ def _list_read(recipe: BenchRecipe, planners: Mapping[str, Planner]) -> dict[str
         if fitted:
             raise RecipeError(f"method {fitted[0]!r} fits its own correction; alignment: true is for methods without")
         used["alignment"] = recipe.alignment
+    if amounts := [cell.healed for cell in recipe.cells if cell.healed]:
+        used["heal"] = recipe.heal.model_copy(update={"tokens": max(amounts)})
     return used
 
 
@@ -113,18 +116,22 @@ def _read_calibration(
     used: Mapping[str, Any],
     measured: Mapping[str, Sequence[str]],
     own_text: OwnText | None = None,
-) -> tuple[CalibrationSet | None, Mapping[str, Sequence[str]], dict[str, str]]:
-    """Return the texts methods look at, those of the refits, and per measured text a note on near-copies in both."""
-    calibration, alignment, settings = None, {}, recipe.calibration
+) -> tuple[Inputs, dict[str, str]]:
+    """Return the texts that methods, refits and healing look at, and per measured text a note on near-copies there."""
+    calibration, alignment, healing, settings = None, None, None, recipe.calibration
     if "calibration" in used:
         file = locate_table(settings.path, own_text)
         calibration = load_calibration(file, settings.samples, path=str(settings.path))
     if "alignment" in used:
-        alignment = read_heldout(locate_table(recipe.alignment.path, own_text))
-    tables = {"calibration": calibration.texts if calibration else ()}
-    tables["alignment"] = tuple(text for group in alignment.values() for text in group)
+        alignment = AlignmentTable(read_heldout(locate_table(recipe.alignment.path, own_text)), recipe.alignment)
+    if "heal" in used:
+        healing = HealingTable(read_heldout(locate_table(recipe.heal.path, own_text)), recipe.heal)
+    tables: dict[str, Sequence[str]] = {"calibration": calibration.texts if calibration else ()}
+    for kind, table in (("alignment", alignment), ("healing", healing)):
+        tables[kind] = tuple(text for group in table.texts.values() for text in group) if table else ()
     _refuse_overlap(recipe, tables, measured)
-    return calibration, alignment, {name: _count_near_copies(tables, body) for name, body in measured.items()}
+    notes = {name: _count_near_copies(tables, body) for name, body in measured.items()}
+    return Inputs(calibration, alignment, healing), notes
 
 
 def _open_jobs(
@@ -140,7 +147,10 @@ def _open_jobs(
     for cell in recipe.cells:
         plain, planner = recipe.recipe_for(cell), planners[cell.entry.row]
         table = replace(inputs.alignment, settings=plain.alignment) if cell.aligned and inputs.alignment else None
-        used = replace(inputs, alignment=table)
+        healing = replace(inputs.healing, settings=plain.heal) if cell.healed and inputs.healing else None
+        if healing is not None:
+            cut_healing(healing, base)  # refuses what healing itself would refuse later
+        used = replace(inputs, alignment=table, healing=healing)
         jobs[cell.key] = open_job(plain, planner, base, revision, used, opened=opened)
     return jobs
 

@@ -1,4 +1,4 @@
-"""The recipe of a comparison: methods × targets × alignment, and the texts and tasks they are measured on."""
+"""The recipe of a comparison: methods × targets × alignment × healing, and the texts and tasks they are measured on."""
 
 import re
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ from mka.recipe import (
     CalibrationSettings,
     CalibrationTexts,
     EvaluationSettings,
+    HealFit,
+    HealSettings,
     Measurement,
     MethodChoice,
     ModelSource,
@@ -30,6 +32,7 @@ class MethodEntry(Section):
     settings: dict[str, Any] = Field(default_factory=dict)
     label: str | None = Field(None, min_length=1, description="Its row in the tables; default: name and settings")
     alignment: tuple[bool, ...] = Field((False,), min_length=1, description="Measured without, with, or both")
+    heal: tuple[int, ...] = Field((0,), min_length=1, description="Tokens healed on, each a row; 0: not healed")
     targets: tuple[int, ...] | None = Field(None, description="Layers that remain; default: those of all methods")
     ours: bool = Field(False, description="Compared with the best of those that are not")
 
@@ -38,6 +41,13 @@ class MethodEntry(Section):
     def _distinct(cls, value: tuple[bool, ...]) -> tuple[bool, ...]:
         if len(set(value)) < len(value):
             raise ValueError("names the same twice; allowed: [false], [true], [false, true]")
+        return value
+
+    @field_validator("heal")
+    @classmethod
+    def _distinct_amounts(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) < len(value) or min(value) < 0:
+            raise ValueError("must be different numbers of tokens, 0 for a row that is not healed")
         return value
 
     @property
@@ -109,6 +119,7 @@ class BenchRecipe(Section):
     model: ModelSource
     calibration: CalibrationTexts = CalibrationTexts()
     alignment: AlignmentFit = AlignmentFit()
+    heal: HealFit = HealFit()
     protect_first: int = Field(2, ge=0, description="Layers at the start that no method touches")
     protect_last: int = Field(1, ge=0, description="Layers at the end that no method touches")
     targets: tuple[int, ...] = Field(min_length=1, description="Layers that remain")
@@ -135,12 +146,13 @@ class BenchRecipe(Section):
 
     @property
     def cells(self) -> tuple["Cell", ...]:
-        """Methods in the order given; of each the targets from most layers to fewest, without alignment first."""
+        """Methods in the order given; of each the targets from most layers to fewest, the less repaired first."""
         return tuple(
-            Cell(entry, layers, aligned)
+            Cell(entry, layers, aligned, healed)
             for entry in self.methods
             for layers in sorted(set(entry.targets or self.targets), reverse=True)
             for aligned in sorted(entry.alignment)
+            for healed in sorted(entry.heal)
         )
 
     def recipe_for(self, cell: "Cell") -> Recipe:
@@ -152,6 +164,11 @@ class BenchRecipe(Section):
             method=MethodChoice(name=cell.entry.name, settings=cell.entry.settings),
             target=Target(layers=cell.layers, protect_first=self.protect_first, protect_last=self.protect_last),
             alignment=AlignmentSettings(**self.alignment.model_dump(), rev=None, enabled=cell.aligned),
+            heal=HealSettings(
+                **self.heal.model_dump() | ({"tokens": cell.healed} if cell.healed else {}),
+                rev=None,
+                mode="distil" if cell.healed else "off",
+            ),
             evaluation=EvaluationSettings(
                 **self.evaluation.model_dump(exclude={"task_targets"}), text=None, prompts=()
             ),
@@ -161,16 +178,18 @@ class BenchRecipe(Section):
 
 @dataclass(frozen=True)
 class Cell:
-    """One candidate of the comparison: a method, the layers that remain, with or without alignment."""
+    """One candidate of the comparison: a method, the layers that remain, with or without alignment and healing."""
 
     entry: MethodEntry
     layers: int
     aligned: bool
+    healed: int = 0
 
     @property
     def row(self) -> str:
         """Its row in the tables."""
-        return self.entry.row + (", aligned" if self.aligned else "")
+        healed = f", healed on {self.healed:,} tokens" if self.healed else ""
+        return self.entry.row + (", aligned" if self.aligned else "") + healed
 
     @property
     def key(self) -> str:

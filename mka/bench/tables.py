@@ -103,6 +103,7 @@ def to_document(comparison: Comparison) -> dict[str, Any]:
                 "ours": entry.ours,
                 "layers": at[1],
                 "aligned": measured.cell.aligned,
+                "healed": measured.cell.healed,
                 "scores": _scores(measured),
                 "ratios": {check: vars(found[at]) for check, found in comparison.ratios.items() if at in found},
                 "seconds": dict(measured.seconds),
@@ -136,7 +137,6 @@ def describe_conditions(comparison: Comparison) -> list[tuple[str, str]]:
     def all_of(show: Callable[[Mapping[str, Any]], Any]) -> str:
         return "; ".join(dict.fromkeys(str(show(condition)) for condition in everything))
 
-    aligned = {m.cell.row: m for m in comparison.results.measured if m.cell and m.cell.aligned}
     rows = [
         ("model", f"{recipe.model.label}, {bench.base.layers} layers, digest {bench.base.digest[:16]}"),
         ("revision", bench.revision),
@@ -145,14 +145,19 @@ def describe_conditions(comparison: Comparison) -> list[tuple[str, str]]:
         ("intervals", f"95 %, {recipe.resamples:,} paired resamples of windows (of items in each task)"),
         ("seed", str(recipe.seed)),
     ]
-    if bench.calibration:
+    inputs = bench.inputs
+    if inputs.calibration:
         c = recipe.calibration
-        what = f"{len(bench.calibration.texts)} texts of at most {c.max_tokens} tokens, digest "
-        what += f"{bench.calibration.digest[:16]}; searches on {c.search_tokens} tokens"
+        what = f"{len(inputs.calibration.texts)} texts of at most {c.max_tokens} tokens, digest "
+        what += f"{inputs.calibration.digest[:16]}; searches on {c.search_tokens} tokens"
         rows.append(("calibration", what))
-    if aligned:
-        what = f"at most {recipe.alignment.tokens:,} tokens of {len(bench.alignment)} sources, "
-        rows.append(("alignment", what + f"digest {bench.digests['alignment'][:16]}"))
+    if inputs.alignment:
+        what = f"at most {recipe.alignment.tokens:,} tokens of {len(inputs.alignment.texts)} sources, "
+        rows.append(("alignment", what + f"digest {inputs.alignment.digest[:16]}"))
+    if inputs.healing:
+        h = recipe.heal
+        what = f"{h.train}, windows of {h.context}, {h.batch} per step, {len(inputs.healing.texts)} sources of which "
+        rows.append(("healing", what + f"one only measures, digest {inputs.healing.digest[:16]}"))
     rows += [
         ("precision", recipe.model.dtype),
         ("device", all_of(lambda c: c["device"])),

@@ -33,7 +33,7 @@ def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
 
 def _read(job: Job, found: Found) -> dict[str, str]:
     table = {"texts": job.inputs.healing.digest} if job.inputs.healing else {}
-    return {"model": find_model(found).digest, "base": job.base.digest, "plan": found["plan"].digest} | table
+    return {"model": find_model(found).facts["digest"], "base": job.base.digest, "plan": found["plan"].digest} | table
 
 
 def _settings(job: Job) -> dict[str, Any]:

@@ -47,9 +47,10 @@ def send_bench(recipe: BenchRecipe, bench: Bench) -> SentBench:
 
 
 def digest_inputs(bench: Bench) -> str:
-    """Digest what is read from disk: base, calibration texts, measured texts, tables of tasks."""
-    calibration = bench.calibration.digest if bench.calibration else None
-    found = [bench.base.digest, bench.revision, calibration, dict(bench.digests)]
+    """Digest what is read from disk: base, texts that are looked at, measured texts, tables of tasks."""
+    inputs = bench.inputs
+    tables = [table.digest if table else None for table in (inputs.calibration, inputs.alignment, inputs.healing)]
+    found = [bench.base.digest, bench.revision, *tables, dict(bench.digests)]
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 

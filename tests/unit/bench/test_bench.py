@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 from support.bench import TINY, make_bench_folder, write_bench_recipe
+from support.models import make_texts
 
 import mka.bench.measure
 import mka.bench.run
+import mka.healing.heal
 import mka.pipeline.merge
 from mka.bench.cells import find_base, find_cell
 from mka.bench.prepare import prepare
@@ -24,6 +26,7 @@ from mka.evidence.oracles import Loss
 from mka.model.checkpoint import open_checkpoint
 from mka.model.loading import load_model
 from mka.pipeline.merge import write_merged
+from mka.pipeline.pipeline import run as run_pipeline
 from mka.plan.plan import MergePlan, keep_layers
 from mka.recipe import EvaluationSettings
 from mka.terminal import showing
@@ -302,6 +305,43 @@ def test_alignment_is_handed_its_texts_by_source_and_tells_its_cost(root, monkey
     (root / "alignment.jsonl").write_text(json.dumps({"text": "w9 w8 w7", "source": "more"}) + "\n")
     run(root, methods=methods)
     assert [sources for _, sources, *_ in calls] == [["words"], ["more"]]
+
+
+HEAL = {"context": 16, "heldout_tokens": 256, "rate": 3e-3}
+
+
+def test_healing_is_an_axis_and_a_healed_cell_goes_on_from_the_merged_one(root, monkeypatch):
+    rows = [
+        json.dumps({"text": text, "source": f"source {number % 2}"})
+        for number, text in enumerate(make_texts(200, seed=9))
+    ]
+    (root / "two.jsonl").write_text("\n".join(rows) + "\n")
+    changes = {
+        "heal": {"path": "two.jsonl", **HEAL},
+        "methods": [{"name": "sleb", "heal": [0, 512, 1024]}],
+        "targets": [4],
+    }
+    found = run(root, **changes)
+    assert [m.cell.row for m in found.measured] == [
+        "sleb",
+        "sleb, healed on 512 tokens",
+        "sleb, healed on 1,024 tokens",
+    ]
+    plain, short, long = found.measured
+    assert plain.facts["digest"] != short.facts["digest"] != long.facts["digest"]
+    assert short.facts["healing"]["start"] == pytest.approx(long.facts["healing"]["start"], rel=1e-6)
+    assert long.facts["healing"]["tokens"] == 1024 and "heal" in long.seconds and "heal" not in plain.seconds
+    assert not list((root / "work" / "stages").glob("merge-*")) and not list((root / "work" / "stages").glob("heal-*"))
+    monkeypatch.setattr(mka.healing.heal, "heal_checkpoint", lambda *_, **__: pytest.fail("healed twice"))
+    again = run(root, **changes)
+    assert [m.scores for m in again.measured] == [m.scores for m in found.measured]
+    assert all(m.reused for m in again.measured)
+    # The stage by itself makes the same model.
+    monkeypatch.undo()
+    bench = open_bench(root, **changes)
+    job = bench.jobs["sleb, healed on 512 tokens at 4"]
+    made = run_pipeline(job, lambda stage, job, found: stage.produce(job, found, root / "own"), until="heal")
+    assert made["heal"].facts["digest"] == short.facts["digest"]
 
 
 def test_a_dry_run_lists_cells_and_runs_nothing(root, capsys):
