@@ -147,7 +147,8 @@ def test_the_stages_one_by_one_make_what_compress_makes(mka_, compress_arguments
 def test_compress_publishes_a_stock_folder_with_its_evidence(mka_, compress_arguments, tmp_path):
     output = tmp_path / "results" / "out"
     said = mka_(*compress_arguments, "--quantize", "int8", "--group-size", 32, "--output", output)
-    names = ("base.json", "candidate.json", "gate.json", "plan.json", "recipe.yaml", "report.html", "scores.json")
+    names = ("base.json", "candidate.json", "control.json", "gate.json", "plan.json")
+    names += ("recipe.yaml", "report.html", "scores.json")
     files = {f for f in list_tree(output) if "/" in f}
     assert files == {f"evidence/{name}" for name in names}
     assert list_tree(output.parent)[0] == "out" and len(list(output.parent.iterdir())) == 1
