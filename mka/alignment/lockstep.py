@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from mka.alignment.refit import Refit, token_weights
+from mka.alignment.refit import Refit, relative_error, token_weights
 from mka.model.decoder import as_decoder
 from mka.model.families import Family
 from mka.model.parts import ATTENTION, MLP, check_parts, run_part
@@ -205,7 +205,11 @@ class Alignment:
             student = half.fit_writer(student, target, WRITERS[part.kind] * penalty)
             facts |= half.facts
         tensors = {name: value.detach() for name, value in made.state_dict().items()}
-        return student, tensors, facts | {"error": _relative_error(student, group.after)}
+        return (
+            student,
+            tensors,
+            facts | {"error": float(relative_error(student, group.after, token_weights(group.after)))},
+        )
 
     def _build(self, layer: MergedLayer) -> tuple[torch.nn.Module, tuple[tuple[int, ...], tuple[int, ...]]]:
         """Return a new layer as the plan has it before any refit, and the source layers of its two halves."""
@@ -223,10 +227,3 @@ class Alignment:
             elif self.family.mlp.owns(name):
                 value.copy_(state[halves[1][0]][name])
         return made, halves
-
-
-def _relative_error(student: torch.Tensor, target: torch.Tensor) -> float:
-    """Return the weighted squared distance of the student's states from the base's, relative to those."""
-    weights = token_weights(target)  # (S, T)
-    wrong = ((student - target).square().sum(-1) * weights).sum(dtype=torch.float64)  # (S, T, D) -> (S, T) -> ()
-    return float(wrong / (target.square().sum(-1) * weights).sum(dtype=torch.float64))

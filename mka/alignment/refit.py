@@ -172,3 +172,15 @@ def token_weights(target: torch.Tensor) -> torch.Tensor:
     energy = target.float().square().sum(-1)
     weights = 1.0 / energy.clamp_min(CLIP * float(energy.median()))
     return weights / weights.mean()
+
+
+def relative_error(student: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the weighted squared distance of states from the base's, relative to those, a float64 scalar.
+
+    Args:
+        student: the states, (S, T, D).
+        target: the base's, (S, T, D).
+        weights: of the tokens, (S, T); see `token_weights`.
+    """
+    wrong = ((student - target).square().sum(-1) * weights).sum(dtype=torch.float64)  # (S, T, D) -> (S, T) -> ()
+    return wrong / (target.square().sum(-1) * weights).sum(dtype=torch.float64)
