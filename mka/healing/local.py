@@ -26,7 +26,7 @@ from mka.recipe import HealFit
 
 VERSION = 1
 # Where the recipe says null.
-RATE = 3e-4
+RATE = 1e-4
 # Times each layer reads the windows, and measurements on those held out meanwhile.
 PASSES = 4
 MEASUREMENTS = 12
