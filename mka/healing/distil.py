@@ -17,7 +17,7 @@ import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mka.errors import NumericsError
-from mka.healing.student import Student, check_student, count_shared
+from mka.healing.student import Student
 from mka.healing.table import HealingWindows
 from mka.model.checkpoint import Checkpoint
 from mka.model.families import get_family
@@ -62,6 +62,7 @@ def distil(
     source: ModelSource,
     scratch: Path,
     *,
+    shared: int | None,
     seed: int = 0,
 ) -> Distilled:
     """Train a student to follow its base's logits.
@@ -70,21 +71,19 @@ def distil(
 
     Args:
         base: the teacher.
-        student: made of it; unquantized.
+        student: made of it; see `mka.healing.student.check_student`.
         windows: of `mka.healing.table.cut_healing`.
         settings: what is trained, how fast.
         source: how the base is loaded.
         scratch: folder of the Trainer's checkpoints; a run that was killed goes on from the last one in it.
+        shared: of `mka.healing.student.count_shared`.
         seed: of the order of the windows and of the positions compared.
 
     Raises:
-        CheckpointError: if the student cannot follow this base, or equals it.
         PlanError: if the layers have parts that cannot be healed.
         NumericsError: if the training diverges before anything is better than the start.
     """
-    check_student(base, student)
     check_parts(base.family.parts, TREATS, "healing", base.family.model_type)
-    shared = count_shared(base, student)
     teacher, _ = load_model(base.path, source.dtype, source.trust_remote_code)
     pupil, _ = load_model(student.path, "float32", source.trust_remote_code)
     first = find_first_trained(student.layers, settings.train, shared)

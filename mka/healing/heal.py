@@ -1,11 +1,13 @@
 """One healing, of whichever kind: a model and its base to a stock folder and the facts of the training."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mka.healing.student import check_student, count_shared, measure_divergence
 from mka.healing.table import HealingTable, HealingWindows, cut_healing
-from mka.model.checkpoint import Checkpoint
+from mka.model.checkpoint import Checkpoint, open_checkpoint
 from mka.model.verification import verify_checkpoint
 from mka.recipe import HealSettings, ModelSource
 from mka.terminal import show_progress
@@ -50,13 +52,54 @@ def heal_checkpoint(
         OutputError: if it cannot be written.
     """
     windows = cut_healing(table, base)
-    facts = {"mode": settings.mode} | _describe_windows(windows)
+    check_student(base, student)
+    shared = count_shared(base, student)
+    facts: dict[str, Any] = {"mode": settings.mode} | _describe_windows(windows)
+    if settings.mode == "local":
+        found, made = _heal_locally(base, student, ends, windows, settings, source, output, seed)
+        return found, facts | made
     from mka.healing.distil import distil
 
-    made = distil(base, student, windows, settings, source, scratch, seed=seed)
+    done = distil(base, student, windows, settings, source, scratch, shared=shared, seed=seed)
     with show_progress("write healed", student.nbytes, "B", scale=True) as advance:
-        found = replace_tensors(student, made.tensors, output, verify=verify_checkpoint, on_tensor=advance)
-    return found, {**facts, **made.facts}
+        found = replace_tensors(student, done.tensors, output, verify=verify_checkpoint, on_tensor=advance)
+    return found, {**facts, **done.facts}
+
+
+def _heal_locally(
+    base: Checkpoint,
+    student: Checkpoint,
+    ends: Sequence[int],
+    windows: HealingWindows,
+    settings: HealSettings,
+    source: ModelSource,
+    output: Path,
+    seed: int,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    from mka.healing.folder import write_healed
+    from mka.healing.local import RATE, heal_locally
+    from mka.model.loading import open_decoder
+
+    started, layers = time.perf_counter(), []
+    options = (source.dtype, source.trust_remote_code)
+    with open_decoder(base, *options) as (teacher, _):
+        with open_decoder(student, *options) as (pupil, _):
+            before = measure_divergence(teacher, pupil, windows.heldout)
+            total = base.layers * windows.train.numel()
+            with show_progress("heal layers", total, "tok") as advance:
+
+                def tensors() -> Iterator[Mapping[str, Any]]:
+                    pair = (teacher, pupil, ends, windows.train, windows.heldout, settings)
+                    for healed in heal_locally(*pair, seed=seed, on_tokens=advance):
+                        layers.append(dict(healed.facts))
+                        yield healed.tensors
+
+                found = write_healed(student, tensors(), output, verify=verify_checkpoint)
+        with open_decoder(open_checkpoint(output, verify=False), *options) as (pupil, _):
+            after = measure_divergence(teacher, pupil, windows.heldout)
+    facts = {"tokens": windows.tokens, "rate": settings.rate or RATE, "layers": layers, "start": before, "best": after}
+    ended = {"ended": "all layers done", "kept": "best", "seconds": round(time.perf_counter() - started, 1)}
+    return found, facts | ended
 
 
 def _describe_windows(windows: HealingWindows) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from mka.errors import CheckpointError
 from mka.model.checkpoint import Checkpoint
 from mka.model.decoder import Decoder
-from mka.model.readout import read_logits
+from mka.model.readout import read_logits, read_out, sum_divergence
 from mka.model.walk import Batch
 
 # Positions whose logits are in memory at a time where nothing is trained.
@@ -66,6 +66,30 @@ def count_shared(base: Checkpoint, student: Checkpoint) -> int | None:
         if shared == base.layers and agree(family.norm_tensor) and agree(family.head_tensor):
             raise CheckpointError(f"{student.path} equals its base {base.path}; there is nothing to heal")
     return shared
+
+
+@torch.inference_mode()
+def measure_divergence(base: Decoder, student: Decoder, windows: torch.Tensor) -> float:
+    """Return KL(base || student), nats per token, of two decoders that are walked layer by layer.
+
+    Args:
+        base: a decoder.
+        student: another, of the same vocabulary.
+        windows: token ids, (H, T).
+    """
+    finals = []
+    for decoder in (base, student):
+        states, contexts = decoder.enter(windows)
+        batch = Batch(torch.empty(0), torch.empty(0), states, contexts)
+        for index, layer in enumerate(decoder.layers):
+            with decoder.hold(index):
+                batch.states = batch.run(layer, index)
+        finals.append(decoder.norm(batch.states).flatten(0, 1))  # (H, T, D) -> (H T, D)
+    total = 0.0
+    with base.hold_head(), student.hold_head():
+        for wanted, given in zip(*(states.split(ROWS) for states in finals)):
+            total += sum_divergence(read_out(base, wanted), read_out(student, given))
+    return total / windows.numel()
 
 
 class Student(torch.nn.Module):

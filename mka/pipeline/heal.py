@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mka.model.checkpoint import open_checkpoint
-from mka.pipeline.foresee import merged_nbytes, whole_model
+from mka.pipeline.foresee import largest_layer, merged_nbytes, whole_model
 from mka.pipeline.job import Job
 from mka.pipeline.merge import describe_model
 from mka.pipeline.plan import open_plan
@@ -37,19 +37,24 @@ def _read(job: Job, found: Found) -> dict[str, str]:
 
 
 def _settings(job: Job) -> dict[str, Any]:
-    from mka.healing.distil import VERSION  # imports torch
+    from mka.healing import distil, local  # import torch
 
+    version = (local if job.recipe.heal.mode == "local" else distil).VERSION
     keyed = job.recipe.heal.model_dump(exclude={"path", "rev", "checkpointing"})
-    return keyed | {"dtype": job.recipe.model.dtype, "seed": job.recipe.seed, "version": VERSION}
+    return keyed | {"dtype": job.recipe.model.dtype, "seed": job.recipe.seed, "version": version}
 
 
 def _foresee(job: Job) -> Cost:
-    settings = job.recipe.heal
+    settings, files = job.recipe.heal, ("evidence/healing.json",)
+    if settings.mode == "local":
+        from mka.healing.local import estimate_memory
+
+        memory = estimate_memory(settings.tokens + settings.heldout_tokens, job.base, job.recipe.model.dtype)
+        return Cost(2 * largest_layer(job) + memory, merged_nbytes(job), files)
     student = round(4 * sum(t.parameters for t in job.base.tensors.values()) * merged_nbytes(job) / job.base.nbytes)
     rows = max(256, round(settings.positions * settings.batch * settings.context))
     logits = LOGITS * rows * job.base.config["vocab_size"] * 4
     disk = merged_nbytes(job) + 2 * 3 * student
-    files = ("evidence/healing.json",)
     return Cost(memory=whole_model(job) + TRAINED * student + logits, disk=disk, files=files)
 
 

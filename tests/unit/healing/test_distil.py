@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from mka.errors import CalibrationError, CheckpointError, NumericsError, RecipeError
 from mka.healing import distil as distilling
 from mka.healing.distil import choose_trained, distil, find_first_trained, find_last
-from mka.healing.student import Student, count_shared
+from mka.healing.student import Student, check_student, count_shared
 from mka.healing.table import HealingTable, cut_healing
 from mka.model.checkpoint import open_checkpoint
 from mka.plan.plan import MergePlan, keep_layers
@@ -41,7 +41,9 @@ def pair(tmp_path_factory):
 
 def heal(base, student, scratch, **changes):
     given = table(**changes)
-    return distil(base, student, cut_healing(given, base), given.settings, SOURCE, scratch)
+    check_student(base, student)
+    shared = count_shared(base, student)
+    return distil(base, student, cut_healing(given, base), given.settings, SOURCE, scratch, shared=shared)
 
 
 def divergence(base, student, windows):
