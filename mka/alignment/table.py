@@ -105,9 +105,6 @@ def find_heldout(windows: Mapping[str, int], settings: AlignmentFit) -> str:
 def estimate_memory(table: AlignmentTable, checkpoint: Checkpoint, source: ModelSource, competing: int) -> int:
     """Estimate what a walk holds beside the model, in bytes.
 
-    Six arrays of hidden states, tokens x D, and one of features, tokens x F, in the precision of the forward passes;
-    F is the width of the MLP, of all layers that compete together. Three (F, F) matrices of moments in float64.
-
     Args:
         table: of `fit_windows`.
         checkpoint: the base.
@@ -116,7 +113,21 @@ def estimate_memory(table: AlignmentTable, checkpoint: Checkpoint, source: Model
     """
     width, inner = checkpoint.config["hidden_size"], competing * checkpoint.config["intermediate_size"]
     size = 4 if source.dtype == "float32" else 2
-    tokens = round((1 + table.settings.copies) * table.tokens)
+    return walk_nbytes(round((1 + table.settings.copies) * table.tokens), width, inner, size)
+
+
+def walk_nbytes(tokens: int, width: int, inner: int, size: int) -> int:
+    """Estimate what a walk over so many tokens holds beside the model, in bytes.
+
+    Six arrays of hidden states, tokens x D, and one of features, tokens x F, in the precision of the forward passes;
+    three (F, F) matrices of moments in float64.
+
+    Args:
+        tokens: fitted on or walked along.
+        width: D.
+        inner: F, the width of the MLP, of all layers that compete together.
+        size: bytes of one number of a forward pass.
+    """
     return tokens * (6 * width + inner) * size + 3 * inner * inner * 8
 
 

@@ -73,6 +73,6 @@ def plan(model: str, scores: Path | None, output: Path, asked: dict[str, Any]) -
     write_file(output, lambda path: path.write_text(made.to_json(), encoding="utf-8"))
     steps = [f"{number:3}. {line}" for number, line in enumerate(describe_steps(made), 1)] or ["nothing changes"]
     head = f"{made.label}: {made.layers_in} layers become {made.layers_out}"
-    if made.spent is not None:
-        head += f"; {made.spent} forward tokens spent"
+    if "spent" in made.search:
+        head += f"; {made.search['spent']:,.0f} forward tokens spent"
     return Outcome(json.loads(made.to_json()) | {"output": str(output)}, "\n".join([head, *steps, str(output)]))

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mka.errors import CalibrationError
-from mka.evidence.needs import DIVERGENCE, LOSS, OUTPUT_SIMILARITY, REOBSERVE, RUNNING, TRIALS
+from mka.evidence.needs import DIVERGENCE, LOSS, OUTPUT_SIMILARITY, REOBSERVE, REPAIRS, RUNNING, TRIALS
 from mka.evidence.states import HiddenStates
 from mka.model.checkpoint import Checkpoint
 from mka.plan.plan import MergedLayer
@@ -94,6 +94,8 @@ def make_oracles(
     }
     if TRIALS in needs:
         made[TRIALS] = _make_trials(model, tokenizer, texts, options)
+    if REPAIRS in needs:
+        made[REPAIRS] = _make_repairs(model, tokenizer, texts, options)
     if REOBSERVE in needs:
         made[REOBSERVE] = lambda layers: observe_texts(
             model, tokenizer, texts, settings, f"observe {len(layers)} layers", layers
@@ -105,16 +107,35 @@ def _make_trials(model: Any, tokenizer: Any, texts: Sequence[str], options: Any)
     import torch
 
     from mka.alignment.trials import COPIES, AlignedTrials
-    from mka.texts.windows import make_copies, pack_windows
+    from mka.texts.windows import make_copies
 
     fitted, heldout = (max(1, tokens // options.context) for tokens in (options.tokens, options.heldout_tokens))
-    windows = pack_windows(tokenizer, texts, options.context, fitted + heldout)
-    if len(windows) < fitted + heldout:
-        raise CalibrationError(
-            f"{len(windows)} windows of {options.context} tokens in the calibration set, {fitted + heldout} needed; "
-            f"give more samples, or lower the method's tokens, heldout_tokens or context"
-        )
+    windows = _pack_enough(tokenizer, texts, options.context, fitted + heldout, "tokens, heldout_tokens or context")
     # A trial is not fitted on copies: fitted on one, it hides which layers copy (DECISIONS.md).
-    copies = make_copies(torch.tensor(windows[:fitted]), COPIES if options.copying else 0)
-    windows = torch.cat([torch.tensor(windows), copies])
+    copies = make_copies(windows[:fitted], COPIES if options.copying else 0)
+    windows = torch.cat([windows, copies])
     return AlignedTrials(model, windows, heldout + len(copies), copies=len(copies), copying=options.copying)
+
+
+def _make_repairs(model: Any, tokenizer: Any, texts: Sequence[str], options: Any) -> Any:
+    from mka.evidence.repairs import MeasuredRepairs
+
+    fits = options.aligned_tokens if options.repair == "aligned" else 0
+    measured, fitted = (tokens // options.context for tokens in (options.tokens[-1], fits))
+    windows = _pack_enough(tokenizer, texts, options.context, measured + fitted, "tokens, aligned_tokens or context")
+    return MeasuredRepairs(model, windows[:measured], windows[measured:])
+
+
+def _pack_enough(tokenizer: Any, texts: Sequence[str], context: int, needed: int, keys: str) -> Any:
+    """Cut so many windows, (needed, T); refuses fewer, naming the settings that ask for less."""
+    import torch
+
+    from mka.texts.windows import pack_windows
+
+    windows = pack_windows(tokenizer, texts, context, needed)
+    if len(windows) < needed:
+        raise CalibrationError(
+            f"{len(windows)} windows of {context} tokens in the calibration set, {needed} needed; "
+            f"give more samples, or lower the method's {keys}"
+        )
+    return torch.tensor(windows)

@@ -13,8 +13,9 @@ DIVERGENCE = "divergence"
 LOSS = "loss"
 OUTPUT_SIMILARITY = "output_similarity"
 TRIALS = "trials"
+REPAIRS = "repairs"
 # What runs the model, or models planned of it, while a method plans.
-RUNNING = frozenset({REOBSERVE, DIVERGENCE, LOSS, OUTPUT_SIMILARITY, TRIALS})
+RUNNING = frozenset({REOBSERVE, DIVERGENCE, LOSS, OUTPUT_SIMILARITY, TRIALS, REPAIRS})
 
 
 class Measure(Protocol):
@@ -43,6 +44,25 @@ class Trials(Protocol):
         ...
 
 
+class Repairs(Protocol):
+    """KL(base || model made of these output layers) on calibration tokens, nats per token, before and after a repair.
+
+    What each costs is what `mka.plan.budget` counts.
+    """
+
+    def observe(self) -> HiddenStates:
+        """Hidden states of the base on the measured tokens; it is run once, for this and for all that follows."""
+        ...
+
+    def divergence(self, layers: Sequence[MergedLayer], tokens: int) -> float:
+        """Without repair, on the first so many of the measured tokens."""
+        ...
+
+    def aligned(self, layers: Sequence[MergedLayer]) -> float:
+        """Refitted on further tokens as an alignment does, on all measured tokens."""
+        ...
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What a method may look at; only what its ``needs`` asked for is there.
@@ -57,6 +77,7 @@ class Evidence:
         output_similarity: mean cosine, over calibration texts, of the final hidden states of the base and of the model
             made of these output layers.
         trials: what single changes of the base cost; see `Trials`.
+        repairs: what whole configurations cost before and after a repair; see `Repairs`.
         on_progress: called with the number of units done, for a progress bar.
     """
 
@@ -68,4 +89,5 @@ class Evidence:
     loss: Measure | None = None
     output_similarity: Measure | None = None
     trials: Trials | None = None
+    repairs: Repairs | None = None
     on_progress: Callable[[int], Any] | None = None

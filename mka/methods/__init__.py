@@ -20,6 +20,7 @@ from mka.transforms.fold import Folds
 # A row per method: the name in recipes, and the module that holds its METHOD.
 _METHODS = {
     "aligned": "mka.methods.aligned",
+    "evolution": "mka.methods.evolution",
     "laco": "mka.methods.laco",
     "linearpatch": "mka.methods.linearpatch",
     "mka": "mka.methods.mka",
@@ -153,7 +154,7 @@ class Planner:
         made = self.method.decide(evidence, scores, aim, self.settings)
         label, settings = self.method.label, self.dump_settings()
         return MergePlan(
-            self.name, label, evidence.layers, made.layers, made.steps, settings, base or {}, spent=made.spent
+            self.name, label, evidence.layers, made.layers, made.steps, settings, base or {}, search=dict(made.facts)
         )
 
 

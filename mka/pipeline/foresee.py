@@ -1,7 +1,9 @@
 """What a job will cost, from facts and arithmetic alone: the pieces its stages reckon with."""
 
 from collections.abc import Sequence
+from typing import Any
 
+from mka.alignment.table import walk_nbytes
 from mka.model.checkpoint import Checkpoint
 from mka.pipeline.job import Job
 from mka.texts.writing import BATCH, LONGEST
@@ -63,6 +65,25 @@ def estimate_writing(job: Job) -> int:
     # Keys and values are at most as wide as the hidden states.
     cached = 2 * job.base.layers * job.base.config["hidden_size"] * width_of(job)
     return whole_model(job) + BATCH * LONGEST * cached
+
+
+def estimate_search(job: Job, settings: Any) -> int:
+    """Bytes of what a search over whole configurations keeps and refits.
+
+    What enters every layer, for all measured tokens, with two windows' logits; and of an alignment what
+    `mka.alignment.table.estimate_memory` reckons with.
+
+    Args:
+        job: what is done.
+        settings: of a method that needs `mka.evidence.needs.REPAIRS`.
+    """
+    measured, config = settings.tokens[-1], job.base.config
+    entering = (job.base.layers + 1) * measured * config["hidden_size"] * width_of(job)
+    logits = LOGIT_COPIES * 4 * settings.context * config["vocab_size"]
+    if settings.repair == "none":
+        return entering + logits
+    walked, inner = measured + settings.aligned_tokens, config["intermediate_size"]
+    return entering + logits + walk_nbytes(walked, config["hidden_size"], inner, width_of(job))
 
 
 def estimate_logits(job: Job) -> int:

@@ -9,17 +9,19 @@ from typing import Any
 from mka.errors import PlanError
 from mka.evidence.cuts import CutEvidence, find_cuts
 from mka.evidence.gather import open_oracles
-from mka.evidence.needs import RUNNING, TRIALS, Evidence
+from mka.evidence.journal import JOURNAL_FILE, Journal, RecalledRepairs
+from mka.evidence.needs import REPAIRS, RUNNING, TRIALS, Evidence
 from mka.evidence.states import LayerScores
 from mka.methods import Planner
 from mka.model.checkpoint import Checkpoint
-from mka.pipeline.foresee import estimate_states, head_nbytes, largest_layer, width_of
+from mka.pipeline.foresee import estimate_search, estimate_states, head_nbytes, largest_layer, width_of
 from mka.pipeline.job import Job
 from mka.pipeline.score import open_scores
 from mka.pipeline.stage import PLAN_FILE, Cost, Found, Stage
 from mka.plan.plan import MergePlan
 from mka.plan.target import Aim
 from mka.recipe import CalibrationSettings, ModelSource
+from mka.store.products import find_scratch
 from mka.terminal import show_progress
 from mka.texts.calibration import CalibrationSet
 from mka.transforms.fold import Folds, bind_folds, folds_path, load_folds, require_finite, serialise_folds
@@ -51,6 +53,7 @@ def plan_layers(
     scores: LayerScores | None,
     source: ModelSource,
     oracles: Mapping[str, Any],
+    journal: Path | None = None,
 ) -> MergePlan:
     """Plan.
 
@@ -61,11 +64,16 @@ def plan_layers(
         scores: of `mka.pipeline.score.score_layers`.
         source: how the base is called.
         oracles: what `open_planner_oracles` gave; plans for several targets may share them.
+        journal: file that keeps what a search has measured, for one that goes on after it was killed; named by
+            everything that decides the plan.
 
     Raises:
         PlanError: if protection and layer kinds leave nothing to merge.
+        OutputError: if the journal cannot be written.
     """
     evidence = Evidence(checkpoint.layers, checkpoint.kinds, **oracles)
+    if evidence.repairs is not None and journal is not None:
+        evidence = replace(evidence, repairs=RecalledRepairs(evidence.repairs, Journal(journal)))
     base = {"model": source.label, "digest": checkpoint.digest, "model_type": checkpoint.family.model_type}
     with show_progress("plan merges", *planner.method.units(checkpoint.layers, aim, planner.settings)) as advance:
         return planner.plan(replace(evidence, on_progress=advance), scores, aim, base)
@@ -132,7 +140,8 @@ def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
     with job.opened.borrow(
         owner, lambda: open_planner_oracles(planner, job.base, calibration, looking, source)
     ) as oracles:
-        plan = plan_layers(planner, job.aim, job.base, open_scores(job, found), source, oracles)
+        scores, journal = open_scores(job, found), find_scratch(folder) / JOURNAL_FILE
+        plan = plan_layers(planner, job.aim, job.base, scores, source, oracles, journal)
     folds = fit_folds(planner, plan, job.base, calibration, looking, source)
     write_plan(bind_folds(plan, folds), folds, folder / PLAN_FILE)
     return {"layers_in": plan.layers_in, "layers_out": plan.layers_out, "layer_ratio": plan.layer_ratio}
@@ -153,7 +162,7 @@ def _settings(job: Job) -> dict[str, Any]:
     if planner.reads_texts:
         keyed |= job.recipe.calibration.model_dump(include={"max_tokens", "pooling", "search_tokens"})
         keyed |= {"dtype": job.recipe.model.dtype}
-    if TRIALS in planner.needs:
+    if planner.needs & {TRIALS, REPAIRS}:
         from mka.alignment.lockstep import VERSION  # imports torch
 
         keyed["alignment_version"] = VERSION
@@ -166,9 +175,11 @@ def _foresee(job: Job) -> Cost:
         files.append("evidence/plan.folds.safetensors")
     if not job.planner.reads_texts:
         return Cost(files=tuple(files))
+    memory = 2 * largest_layer(job) + estimate_states(job) + head_nbytes(job)
+    if REPAIRS in job.planner.needs:
+        return Cost(memory + estimate_search(job, job.planner.settings), files=tuple(files))
     # What enters every layer is kept for the tokens of a search.
-    entering = job.base.layers * job.recipe.calibration.search_tokens * job.base.config["hidden_size"] * width_of(job)
-    memory = 2 * largest_layer(job) + estimate_states(job) + entering + head_nbytes(job)
+    memory += job.base.layers * job.recipe.calibration.search_tokens * job.base.config["hidden_size"] * width_of(job)
     return Cost(memory=memory, files=tuple(files))
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 from mka.errors import PlanError
@@ -95,14 +96,17 @@ class Step:
 
 
 class Decision(NamedTuple):
-    """What a method decides: one `MergedLayer` per output layer, in order, and the steps that led there, in order.
+    """What a method decides.
 
-    ``spent`` are the forward tokens a search with a budget took; None where none was kept.
+    Attributes:
+        layers: one `MergedLayer` per output layer, in order.
+        steps: the steps that led there, in order.
+        facts: JSON-able, what a search spent and tried; empty where nothing was searched.
     """
 
     layers: tuple[MergedLayer, ...]
     steps: tuple[Step, ...] = ()
-    spent: int | None = None
+    facts: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,7 @@ class MergePlan:
         settings: the method's resolved settings.
         base: facts of the base checkpoint (model, digest).
         folds: SHA-256 of the folds it is written with (`mka.transforms.fold`); None if it needs none.
-        spent: forward tokens the search took, models measured times tokens each was measured on; None if the method
-            keeps no such budget.
+        search: what a search for it spent and tried; empty where nothing was searched.
     """
 
     method: str
@@ -130,7 +133,7 @@ class MergePlan:
     settings: Mapping[str, Any] = field(default_factory=dict)
     base: Mapping[str, Any] = field(default_factory=dict)
     folds: str | None = None
-    spent: int | None = None
+    search: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse a plan that is not well formed.
@@ -183,6 +186,8 @@ class MergePlan:
         """Serialise with every field named, in the documented format (docs/formats.md)."""
         body = {"format": FORMAT, **asdict(self), "layers_out": self.layers_out, "removed": list(self.removed)}
         body["layers"] = [layer.to_dict() for layer in self.layers]
+        if not self.search:  # other plans are what they were before there was a search
+            del body["search"]
         return json.dumps(body, indent=2) + "\n"
 
     @classmethod
@@ -211,7 +216,7 @@ class MergePlan:
                 settings=body["settings"],
                 base=body["base"],
                 folds=body.get("folds"),
-                spent=body.get("spent"),
+                search=body.get("search", {}),
             )
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"{where}: not a plan ({type(error).__name__}: {error})") from None

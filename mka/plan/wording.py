@@ -20,8 +20,9 @@ def describe_layer(output: int, layer: MergedLayer) -> str:
 def describe_steps(plan: MergePlan) -> list[str]:
     """Say in words what was decided, in order."""
     made = {source: layer for layer in plan.layers for source in layer.sources}
-    # Methods that try merges say what they chose by in their settings.
-    measure = "divergence" if plan.settings.get("selection") in ("divergence", "both") else "similarity"
+    # Methods that try merges say what they chose by in their settings; a search compares nothing else.
+    tried = plan.settings.get("selection") in ("divergence", "both")
+    measure = "divergence" if tried or plan.search else "similarity"
 
     def say(step: Step) -> str:
         if not step.right:

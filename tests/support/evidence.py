@@ -21,12 +21,18 @@ LOOKING = CalibrationSettings(samples=40, max_tokens=24, search_tokens=200)
 IDS = (torch.arange(1, 25) * 31 % 97).reshape(2, 12)
 # Settings under which a method takes another road; a method not named here has one.
 SMALL = {"tokens": 256, "heldout_tokens": 64, "context": 16}
+SEARCH = {"budget": 4000, "tokens": [32, 64], "aligned_tokens": 128, "context": 16, "offspring": 4, "survivors": 2}
 ROADS = {
     "aligned": (
         SMALL,
         {**SMALL, "operator": "keep", "selection": "divergence"},
         {**SMALL, "operator": "average", "proposed": 1.0},
         {"selection": "similarity"},
+    ),
+    "evolution": (
+        SEARCH,
+        {**SEARCH, "repair": "none"},
+        {**SEARCH, "proposal": "random"},
     ),
     "mka": (
         {},
@@ -37,7 +43,9 @@ ROADS = {
     "policy_gradient": ({"budget": 5000}, {"budget": 5000, "start": "uniform", "objective": "divergence"}),
 }
 METHODS = [(name, settings) for name in method_names() for settings in ROADS.get(name, ({},))]
-METHOD_IDS = ["-".join([name, *(str(v) for k, v in settings.items() if k not in SMALL)]) for name, settings in METHODS]
+METHOD_IDS = [
+    "-".join([name, *(str(v) for k, v in settings.items() if k not in SMALL | SEARCH)]) for name, settings in METHODS
+]
 every_method = pytest.mark.parametrize(("name", "settings"), METHODS, ids=METHOD_IDS)
 every_family = pytest.mark.parametrize("family", FAMILY_NAMES)
 

@@ -185,8 +185,8 @@ def test_the_budget_is_kept_and_told(objective):
     plan = plan_with(Aim(4), budget=1234, samples=5, objective=objective, **{objective: measured})
     # 123 models of 10 tokens, less the base's own pass: 24 rounds of 5.
     assert len(measured.asked) == 120
-    assert plan.spent == 10 * (120 + (objective == "divergence")) <= 1234
-    assert MergePlan.from_json(plan.to_json()).spent == plan.spent
+    assert plan.search["spent"] == 10 * (120 + (objective == "divergence")) <= 1234
+    assert MergePlan.from_json(plan.to_json()).search == plan.search
 
 
 @pytest.mark.parametrize(("objective", "least"), [("loss", 100), ("divergence", 110)])
@@ -194,13 +194,13 @@ def test_too_small_a_budget_says_what_is_needed(objective, least):
     options = {"samples": 5, "objective": objective, objective: Recorded([1.0] * 6)}
     with pytest.raises(PlanError, match=f"budget of {least - 1} forward tokens is too small: .* need {least};"):
         plan_with(Aim(4), budget=least - 1, **options)
-    assert plan_with(Aim(4), budget=least, **options).spent == least
+    assert plan_with(Aim(4), budget=least, **options).search["spent"] == least
 
 
 def test_where_protection_leaves_no_choice_nothing_is_run():
     loss = Recorded([1.0] * 6)
     plan = plan_with(Aim(3, 2, 1), loss=loss)
-    assert plan.removed == (2, 3, 4) and loss.asked == [] and plan.spent == 0
+    assert plan.removed == (2, 3, 4) and loss.asked == [] and plan.search["spent"] == 0
     assert plan_with(Aim(6), loss=loss, budget=1).is_identity
 
 
