@@ -114,7 +114,10 @@ class _Sweep:
         self.busy = False
 
     def locked(self, area: str, pattern: re.Pattern[str]) -> None:
-        """Clean a folder of results: a lock ``.NAME.lock`` each, of unfinished ones ``.partial-*`` and ``.scratch``."""
+        """Clean a folder of results: a lock ``.NAME.lock`` each, of unfinished ones ``.partial-*`` and ``.scratch``.
+
+        What an unfinished one has in its scratch folder serves whoever goes on with it, so that only age removes it.
+        """
         folder = self.root / area
         entries = [path for path in self._list(folder) if not path.is_symlink()]
         for name in sorted({owner for path in entries if pattern.fullmatch(owner := _owner(path.name))}):

@@ -9,7 +9,7 @@ from support.evidence import ROADS, aligned_tensors, every_family, every_method,
 from support.models import FAMILY_NAMES, LAYERS, save_model
 
 from mka.errors import PlanError, RecipeError
-from mka.evidence.needs import DIVERGENCE, HIDDEN_STATES, LOSS, OUTPUT_SIMILARITY, REOBSERVE, TRIALS
+from mka.evidence.needs import DIVERGENCE, HIDDEN_STATES, LOSS, OUTPUT_SIMILARITY, REOBSERVE, REPAIRS, TRIALS
 from mka.methods import get_method, method_names, method_settings
 from mka.model.checkpoint import open_checkpoint
 from mka.model.families import get_family, layer_kinds
@@ -93,7 +93,7 @@ def test_a_method_gets_by_with_what_it_asked_for(name, settings, models, texts):
     """``gather`` gives nothing else, so only the names have to be checked; scores are of the documented kind."""
     method, options = get_method(name), method_settings(name, settings)
     needs = method.needs(options)
-    assert needs <= {HIDDEN_STATES, REOBSERVE, DIVERGENCE, LOSS, OUTPUT_SIMILARITY, TRIALS}
+    assert needs <= {HIDDEN_STATES, DIVERGENCE, LOSS, OUTPUT_SIMILARITY, REOBSERVE, REPAIRS, TRIALS}
     assert (HIDDEN_STATES in needs) == (method.score is not None)
     assert method.plan_settings <= set(method.settings.model_fields)
     scores, _ = score_and_plan(models["llama"], name, settings, Aim(5), texts)
