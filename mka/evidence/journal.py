@@ -24,22 +24,23 @@ class Journal:
         """Read what is there; a line that was cut off is dropped.
 
         Raises:
-            OutputError: if the file cannot be read or written.
+            OutputError: if the file cannot be read or written, or holds something else.
         """
         self.path = path
         self._known: dict[str, float] = {}
         whole = 0
         try:
             for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
-                try:
-                    entry = json.loads(line)
-                    self._known[entry["of"]] = entry["value"]
-                except (ValueError, KeyError, TypeError):
+                if not line.endswith(b"\n"):
                     break
+                entry = json.loads(line)
+                self._known[entry["of"]] = entry["value"]
                 whole += len(line)
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as file:
                 file.truncate(whole)
+        except (ValueError, KeyError, TypeError):
+            raise OutputError(f"journal {path} is damaged in line {len(self._known) + 1}; remove it") from None
         except OSError as error:
             raise OutputError(f"journal {path} cannot be written: {error.strerror or error}") from None
 

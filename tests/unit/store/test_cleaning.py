@@ -235,3 +235,16 @@ def test_other_folders_are_refused(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(OutputError, match=r"does not look like a work folder.*MKA_WORK"):
             clean(folder, MONTH)
+
+
+def test_a_journal_of_an_unfinished_result_goes_by_age_and_not_while_it_is_written(work):
+    name = "plan-" + 16 * "a"
+    journal = work / "stages" / f".{name}.journal"
+    journal.write_text("measured")
+    age(journal, 29)
+    assert gone(work) == {} and journal.exists()
+    age(journal, 31)
+    with FileLock(work / "stages" / f".{name}.lock"):
+        assert gone(work) == {} and journal.exists()
+    assert gone(work) == {f"stages/.{name}.journal": "unfinished search"}
+    assert paths(work) == {"stages"}
