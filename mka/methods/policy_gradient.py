@@ -164,7 +164,9 @@ def decide(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: S
         influence = scores.values[free.start : free.stop] if settings.start == "influence" else None
         importance[free] = descend(measure, begin(influence, len(free), kept), rounds, settings)
     decision = delete_least_important(importance, aim)
-    return decision._replace(facts={"budget": settings.budget, "spent": (rounds * settings.samples + extra) * measured.tokens if kept else 0})
+    return decision._replace(
+        facts={"budget": settings.budget, "spent": (rounds * settings.samples + extra) * measured.tokens if kept else 0}
+    )
 
 
 METHOD = Method(

@@ -12,7 +12,7 @@ from mka.evidence.states import HiddenStates, LayerScores
 from mka.methods import method_settings, resolve_method
 from mka.methods.evolution import propose
 from mka.plan.configurations import Space
-from mka.plan.plan import MergedLayer, identity_layers, keep_layers
+from mka.plan.plan import MergedLayer, identity_layers
 from mka.plan.target import Aim
 from mka.plan.wording import describe_steps
 from mka.recipe import MethodChoice
@@ -23,7 +23,7 @@ AIM = Aim(7, 1, 1)
 
 
 def gone(layers):
-    return {i for i in range(LAYERS)} - {source for layer in layers for source in layer.sources}
+    return set(range(LAYERS)) - {source for layer in layers for source in layer.sources}
 
 
 class Tables:
@@ -118,11 +118,8 @@ def test_the_budget_is_counted_to_the_token_and_kept(budget, proposal, largest):
     counts = {f"divergence:{n}": sum(level == n for level, _ in repairs.asked) for n in (32, 64)}
     counts["aligned"] = sum(level == "aligned" for level, _ in repairs.asked)
     assert plan.search["measurements"] == {"base": 1, **counts}
-    assert (
-        plan.search["configurations"]
-        == counts["divergence:32"]
-        == len(set(repairs.asked[i][1] for i in range(len(repairs.asked)) if repairs.asked[i][0] == 32))
-    )
+    tried = [layers for level, layers in repairs.asked if level == 32]
+    assert plan.search["configurations"] == len(tried) == len(set(tried))
     # Whatever went up the first step, somebody of it reached the top.
     assert counts["aligned"] >= plan.search["generations"] >= 1
 
@@ -225,11 +222,9 @@ def test_every_score_proposes_what_it_stands_for():
 def test_groups_that_cannot_make_up_the_target_are_not_proposed():
     states = Tables(COSTS).observe()
     tight = Space("a" * LAYERS, Aim(3, 1, 1), 2)  # pairs alone leave 6
-    assert all(
-        layers in tight.list_blocks() or all(x.is_copy for x in layers)
-        for layers in propose(tight, states, np.eye(LAYERS))
-    )
-    assert len(list(propose(tight, states, np.eye(LAYERS)))) == 4 + len(tight.list_blocks())
+    proposed = list(propose(tight, states, np.eye(LAYERS)))
+    assert all(layer.is_copy for layers in proposed for layer in layers)
+    assert len(proposed) == 4 + len(tight.list_blocks())
 
 
 @pytest.mark.parametrize(
@@ -248,8 +243,12 @@ def test_settings_that_make_no_search_are_refused(given, said):
     assert "\n" not in str(refused.value)
 
 
+def test_a_target_of_all_layers_spends_nothing():
+    repairs = Tables(COSTS)
+    plan = search(repairs, Aim(LAYERS))
+    assert plan.layers == identity_layers(LAYERS) and plan.search == {} and repairs.asked == []
+
+
 def test_scores_of_another_model_are_refused():
     with pytest.raises(PlanError, match="scores are of 4 layers, the model has 10"):
         search(Tables(COSTS), similarity=np.eye(4))
-    assert search(Tables(COSTS), Aim(LAYERS)).layers == identity_layers(LAYERS)
-    assert keep_layers(range(LAYERS)) == identity_layers(LAYERS)

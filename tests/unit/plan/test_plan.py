@@ -134,3 +134,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
 def test_the_reference_codes_plan_says_what_it_really_is():
     assert "tail deletion" in get_method("reference_code").label
     assert "merges nothing" in get_method("reference_code").label
+
+
+def test_a_plan_keeps_what_its_search_spent_and_others_have_no_such_field():
+    searched = make_plan(((0,), (1.0,)), search={"budget": 10, "spent": 2.5, "measurements": {"base": 1}})
+    assert MergePlan.from_json(searched.to_json()) == searched
+    plain = json.loads(make_plan(((0,), (1.0,))).to_json())
+    assert "search" not in plain and MergePlan.from_json(json.dumps(plain)).search == {}

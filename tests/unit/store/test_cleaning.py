@@ -237,14 +237,17 @@ def test_other_folders_are_refused(tmp_path):
             clean(folder, MONTH)
 
 
-def test_a_journal_of_an_unfinished_result_goes_by_age_and_not_while_it_is_written(work):
+def test_the_scratch_folder_of_an_unfinished_result_goes_by_age_and_not_while_it_is_written(work):
     name = "plan-" + 16 * "a"
-    journal = work / "stages" / f".{name}.journal"
-    journal.write_text("measured")
-    age(journal, 29)
-    assert gone(work) == {} and journal.exists()
-    age(journal, 31)
+    scratch = work / "stages" / f".{name}.scratch"
+    scratch.mkdir()
+    (scratch / "journal.jsonl").write_text("measured")
+    age(scratch / "journal.jsonl", 29)
+    age(scratch, 29)
+    assert gone(work) == {} and scratch.exists()
+    age(scratch / "journal.jsonl", 31)
+    age(scratch, 31)
     with FileLock(work / "stages" / f".{name}.lock"):
-        assert gone(work) == {} and journal.exists()
-    assert gone(work) == {f"stages/.{name}.journal": "unfinished search"}
+        assert gone(work) == {} and scratch.exists()
+    assert gone(work) == {f"stages/.{name}.scratch": "unfinished result"}
     assert paths(work) == {"stages"}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mka.errors import OutputError
-from mka.store.products import MANIFEST, find_journal, produce, stage_key
+from mka.store.products import MANIFEST, find_scratch, produce, stage_key
 
 ROOT = Path(__file__).parents[3]
 WHAT = {"version": 1, "settings": {"a": 1}, "inputs": {"base": "d1"}}
@@ -258,13 +258,14 @@ def test_a_killed_process_leaves_no_result_and_nobody_waits_for_it(tmp_path):
     assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == [product.folder]
 
 
-def test_a_journal_outlives_a_failed_maker_and_goes_with_the_result(tmp_path):
+def test_a_scratch_folder_outlives_a_failed_maker_and_goes_with_the_result(tmp_path):
     found = []
 
     def note(folder):
-        journal = find_journal(folder)
-        found.append(journal.read_text() if journal.exists() else None)
-        journal.write_text("so far")
+        note = find_scratch(folder) / "note"
+        found.append(note.read_text() if note.exists() else None)
+        note.parent.mkdir(exist_ok=True)
+        note.write_text("so far")
         if len(found) < 3:
             raise RuntimeError("killed")
         return {}
@@ -273,8 +274,9 @@ def test_a_journal_outlives_a_failed_maker_and_goes_with_the_result(tmp_path):
         with pytest.raises(RuntimeError):
             make(tmp_path, note)
     # Something else that is made meanwhile neither finds nor removes it.
-    make(tmp_path, lambda folder: {"there": find_journal(folder).exists()}, version=2)
+    make(tmp_path, lambda folder: {"there": find_scratch(folder).exists()}, version=2)
     product = make(tmp_path, note)
     assert found == [None, "so far", "so far"]
-    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".journal")] == []
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".scratch")] == []
     assert [path.name for path in product.folder.iterdir()] == [MANIFEST]
+    assert find_scratch(product.folder) == find_scratch(product.folder.with_name(f".{product.folder.name}.partial-1"))
