@@ -182,7 +182,7 @@ def test_every_stage_is_told_once():
     names = [stage.name for stage in PIPELINE]
     assert len(set(names)) == len(names)
     assert names == [
-        *("observe", "score", "plan", "merge", "transform", "quantize"),
+        *("observe", "score", "plan", "merge", "heal", "transform", "quantize"),
         *("control", "evaluate base", "evaluate candidate", "evaluate control", "compare speed", "gate", "report"),
     ]
 

@@ -12,6 +12,7 @@ from support.models import make_tiny_model, save_model
 from mka.alignment.table import AlignmentTable
 from mka.bench.recipe import BenchRecipe, validate_bench
 from mka.corpora.params import Params
+from mka.healing.table import HealingTable
 from mka.methods import resolve_method
 from mka.model.checkpoint import open_checkpoint
 from mka.pipeline.inputs import Inputs
@@ -34,9 +35,10 @@ RECIPE: dict[str, Any] = {
     # Of its settings the one that makes a method look at the model again while it plans.
     "method": {"settings": {"weights": "line-search"}},
     "alignment": {"enabled": True},
+    "heal": {"mode": "distil"},
 }
 # Stages whose result is a model.
-MODELS = ("merge", "transform", "quantize", "control")
+MODELS = ("merge", "heal", "transform", "quantize", "control")
 HUB = {"folder": None, "hub": "org/one"}
 PACKAGE = {"folder": None, "package": "p==1"}
 # Key -> another valid value; where that needs company, a mapping of all that has to change with it.
@@ -71,6 +73,19 @@ OTHER: dict[str, Any] = {
     "alignment.penalty": 9.0,
     "alignment.heldout_source": "one",
     "alignment.rev": "v1",
+    "heal.path": "other.jsonl",
+    "heal.tokens": 999,
+    "heal.train": "lora",
+    "heal.rate": 0.5,
+    "heal.context": 99,
+    "heal.batch": 9,
+    "heal.positions": 0.5,
+    "heal.heldout_source": "one",
+    "heal.heldout_tokens": 999,
+    "heal.patience": 9,
+    "heal.checkpointing": True,
+    "heal.mode": "local",
+    "heal.rev": "v1",
     "transforms.name": {"transforms": [{"name": "cast", "settings": {"dtype": "float16"}}]},
     "transforms.settings": {"transforms": [{"name": "cast", "settings": {"dtype": "bfloat16"}}]},
     "quantize.scheme": {"quantize": {"scheme": "int8", "group_size": 32}},
@@ -119,6 +134,17 @@ OTHER_BENCH: dict[str, Any] = {key: value for key, value in OTHER.items() if key
     "alignment.copies": 0.9,
     "alignment.penalty": 9.0,
     "alignment.heldout_source": "one",
+    "heal.path": "other.jsonl",
+    "heal.tokens": 999,
+    "heal.train": "lora",
+    "heal.rate": 0.5,
+    "heal.context": 99,
+    "heal.batch": 9,
+    "heal.positions": 0.5,
+    "heal.heldout_source": "one",
+    "heal.heldout_tokens": 999,
+    "heal.patience": 9,
+    "heal.checkpointing": True,
     "protect_first": 0,
     "protect_last": 0,
     "targets": [4, 3],
@@ -126,6 +152,7 @@ OTHER_BENCH: dict[str, Any] = {key: value for key, value in OTHER.items() if key
     "methods.settings": {"methods": [METHOD | {"name": "mka", "settings": {"coordinates": 3}}]},
     "methods.label": {"methods": [METHOD | {"label": "other"}]},
     "methods.alignment": {"methods": [METHOD | {"alignment": [True]}]},
+    "methods.heal": {"methods": [METHOD | {"heal": [512]}]},
     "methods.targets": {"methods": [METHOD | {"targets": [3]}]},
     "methods.ours": {"methods": [METHOD | {"ours": True}]},
     "texts.name": {"texts": [TEXT | {"name": "other"}]},
@@ -156,6 +183,7 @@ OTHER_BENCH: dict[str, Any] = {key: value for key, value in OTHER.items() if key
 # way in does with the result: no stage's result depends on how they are spelled.
 ELSEWHERE = {
     *("name", "calibration.path", "calibration.samples", "calibration.batch_size", "calibration.rev"),
+    *("heal.path", "heal.rev", "heal.checkpointing"),
     *("alignment.path", "alignment.rev", "evaluation.text", "evaluation.tasks_folder", "evaluation.overlap_index"),
     *("gate.champion_recovery", "model.hub", "model.revision", "model.folder", "model.package", "model.sha256"),
     *("model.trust_remote_code", "registry.name", "registry.tracking_uri", "registry.promote", "registry.approvers"),
@@ -173,7 +201,8 @@ def list_stage_keys(recipe: Recipe, base: Any) -> dict[str, str]:
     """Return what keys the result of every stage that a recipe's job has, the report's apart: it shows the recipe."""
     table = AlignmentTable({"words": ["w1"]}, recipe.alignment) if recipe.alignment.enabled else None
     texts = CalibrationSet(("w1",), ("words",), "digest", "texts.jsonl")
-    inputs = Inputs(texts, table, {"words": ["w1"]}, recipe.evaluation.tasks, None, {})
+    healing = HealingTable({"words": ["w1"]}, recipe.heal)
+    inputs = Inputs(texts, table, healing, {"words": ["w1"]}, recipe.evaluation.tasks, None, {})
     job = open_job(recipe, resolve_method(recipe.method), base, "revision", inputs)
     # Products whose digests are the keys they were made under: a change goes on to what is made of them.
     found: dict[str, Product] = {}
