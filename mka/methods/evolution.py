@@ -204,7 +204,7 @@ class Search:
         """Return what so many candidates cost at most from a step of the ladder on."""
         return sum(min(candidates, rung.kept) * rung.cost(self.dearest) for rung in self.ladder[first:])
 
-    def raise_generation(self, candidates: Iterable[Configuration]) -> bool:
+    def climb(self, candidates: Iterable[Configuration]) -> bool:
         """Take candidates up the ladder, as many as the budget takes all the way; False if that is none."""
         found: list[tuple[float, Configuration]] = []
         first, *others = self.ladder
@@ -260,8 +260,8 @@ def decide(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: S
     budget.spend("base", base)
     rng = np.random.default_rng(settings.seed)
     if settings.proposal == "evolution":
-        search.raise_generation(propose(space, repairs.observe(), scores.values))
-    while search.raise_generation(islice(_next_candidates(space, search, settings, rng), settings.offspring)):
+        search.climb(propose(space, repairs.observe(), scores.values))
+    while search.climb(islice(_next_candidates(space, search, settings, rng), settings.offspring)):
         pass
     assert search.best is not None
     layers, value = search.best
