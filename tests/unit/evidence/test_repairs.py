@@ -7,13 +7,18 @@ import pytest
 import torch
 from support.alignments import draw_windows, make_sharp_model
 from support.candidates import build_candidate
-from support.models import LAYERS, make_tiny_model
+from support.models import LAYERS, make_texts, make_tiny_model, make_tokenizer
 
 from mka.alignment.lockstep import Alignment
-from mka.errors import NumericsError
+from mka.errors import CalibrationError, NumericsError
+from mka.evidence.gather import make_oracles
+from mka.evidence.needs import REPAIRS
 from mka.evidence.repairs import MeasuredRepairs
+from mka.methods import method_settings
 from mka.plan.budget import count_run
 from mka.plan.plan import MergedLayer, identity_layers, keep_layers
+from mka.recipe import CalibrationSettings
+from mka.texts.windows import pack_windows
 
 T = 16
 MEASURED, FITTED = draw_windows(4, length=T, seed=1), draw_windows(12, length=T, seed=2)
@@ -108,3 +113,20 @@ def test_what_destroys_the_model_is_named(model):
     repairs = MeasuredRepairs(broken, MEASURED, FITTED)
     with pytest.raises(NumericsError):
         repairs.divergence(keep_layers([0, 1, 2, 3, 5]), T)
+
+
+def test_windows_are_dealt_without_overlap_and_too_little_text_is_refused():
+    model, settings = make_tiny_model("llama"), CalibrationSettings()
+    texts = make_texts(40, seed=4)
+    options = method_settings("evolution", {"context": 16, "tokens": [16, 32], "aligned_tokens": 48})
+    made = make_oracles(frozenset({REPAIRS}), options, model, make_tokenizer(), texts, settings)[REPAIRS]
+    expected = torch.tensor(pack_windows(make_tokenizer(), texts, 16, 5))
+    assert torch.equal(made.measured, expected[:2]) and torch.equal(made.fitted, expected[2:])
+    unrepaired = options.model_copy(update={"repair": "none"})
+    made = make_oracles(frozenset({REPAIRS}), unrepaired, model, make_tokenizer(), texts, settings)[REPAIRS]
+    assert torch.equal(made.measured, expected[:2]) and made.fitted.shape == (0, 16)
+    with pytest.raises(CalibrationError, match="windows of 16 tokens in the calibration set, 5 needed") as refused:
+        make_oracles(frozenset({REPAIRS}), options, model, make_tokenizer(), texts[:2], settings)
+    assert "\n" not in str(refused.value) and "lower the method's tokens, aligned_tokens or context" in str(
+        refused.value
+    )
