@@ -40,9 +40,9 @@ from pathlib import Path
 from typing import Any
 
 SCRATCH = Path(tempfile.gettempdir()).resolve() / "mka-unchanged"
-VARYING = re.compile(r"seconds|speed|started|created|run_id|^run$|^rev$|^commit$|per_second")
+VARYING = re.compile(r"seconds|speed|started|created|run_id|^run$|^rev$|^commit$|per_second|against_control")
 SCRUBBED = re.compile(
-    r"\d{4}-\d\d-\d\dT[\d:+.]+|\b[\d.,]+ s\b|\b[\d.]+ times the base|(prefill|decode) speed.*"
+    r"\d{4}-\d\d-\d\dT[\d:+.]+|\b[\d.,]+ s\b|\b[\d.]+ times the base|(prefill|decode) speed.*|Against the .*"
     r"|\b[0-9a-f]{40}\b(\+changes)?|\breport-[0-9a-f]{16}"
 )
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3")
