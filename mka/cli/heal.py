@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mka.cli.console import examples, reports
-from mka.cli.models import find_work, open_model
+from mka.cli.models import find_work, open_model, open_with_table
 from mka.cli.options import FILE, Command, build_section, model_argument, output_folder, pick, recipe_options
 from mka.store.publishing import check_free, make_work
 from mka.terminal import Outcome, quiet_libraries
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 HOW = (
     "'distil': the base's logits are followed through the whole model; 'local': its hidden states, layer by layer in "
-    "bounded memory.  [default: distil]"
+    "bounded memory. Without it: distil."
 )
 
 
@@ -63,14 +63,16 @@ def heal(model: str, base_model: str, plan_file: Path | None, output: Path, aske
     settings = build_section(HealSettings, {"rev": None, "mode": "distil"} | pick(asked, "heal"))
     if settings.mode == "off":
         raise click.UsageError("--mode off leaves nothing to do; give distil or local.")
-    table = open_healing(settings.path, settings, ())
+    seed = int(asked.get("seed", 0))
     student, _ = open_model(model, asked)
-    base, source = open_model(base_model, asked)
+    base, source, table = open_with_table(
+        base_model, asked, lambda file: open_healing(file, settings, ()), heal=settings, seed=seed
+    )
+    assert table is not None
     check_student(base, student)
     plan = read_plan(plan_file, student, base, required=settings.mode == "local")
     work = find_work()
     make_work(work)
-    seed = int(asked.get("seed", 0))
     with quiet_libraries():
         cut_healing(table, base)
 

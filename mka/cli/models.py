@@ -9,7 +9,7 @@ from mka.cli.options import pick
 
 if TYPE_CHECKING:
     from mka.model.checkpoint import Checkpoint
-    from mka.recipe import AlignmentFit, CalibrationTexts, ModelSource
+    from mka.recipe import AlignmentFit, CalibrationTexts, HealFit, ModelSource
 
 
 Table = TypeVar("Table")
@@ -54,6 +54,8 @@ def open_with_table(
     *,
     calibration: "CalibrationTexts | None" = None,
     alignment: "AlignmentFit | None" = None,
+    heal: "HealFit | None" = None,
+    seed: int = 0,
 ) -> tuple["Checkpoint", "ModelSource", Table | None]:
     """Fetch and open MODEL, and read the table that one section names, if one is given.
 
@@ -64,7 +66,9 @@ def open_with_table(
         asked: see `name_source`.
         read: reads the table from a file.
         calibration: the section, or
-        alignment: the section.
+        alignment: the section, or
+        heal: the section.
+        seed: of what the base writes itself.
 
     Raises:
         MkaError: if the model cannot be had or the table cannot be read.
@@ -73,8 +77,8 @@ def open_with_table(
     from mka.store.publishing import make_work
     from mka.terminal import quiet_libraries
 
-    section = calibration or alignment
-    wanted = want_text(calibration, alignment, seed=0)
+    section = calibration or alignment or heal
+    wanted = want_text(calibration, alignment, heal, seed=seed)
     table = read(section.path) if section is not None and wanted is None else None
     checkpoint, source = open_model(model, asked)
     if wanted is not None:

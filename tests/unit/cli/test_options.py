@@ -26,6 +26,13 @@ ALIGNMENT = {
     "--align-tokens": "alignment.tokens",
     "--alignment-table": "alignment.path",
 }
+HEAL = {
+    "--heal": "heal.mode",
+    "--heal-table": "heal.path",
+    "--heal-tokens": "heal.tokens",
+    "--heal-train": "heal.train",
+    "--heal-rate": "heal.rate",
+}
 EVALUATION = {
     "--text": "evaluation.text",
     "--tasks": "evaluation.tasks",
@@ -36,12 +43,16 @@ EVALUATION = {
     "--seed": "seed",
 }
 COMMANDS = {
-    "compress": METHOD | TARGET | QUANTIZE | CALIBRATION | ALIGNMENT | EVALUATION | MODEL,
+    "compress": METHOD | TARGET | QUANTIZE | CALIBRATION | ALIGNMENT | HEAL | EVALUATION | MODEL,
     "observe": CALIBRATION | {"--batch-size": "calibration.batch_size"} | MODEL,
     "score": METHOD,
     "plan": METHOD | TARGET | CALIBRATION | {"--batch-size": "calibration.batch_size"} | MODEL,
     "write": {"--seed": "seed"} | MODEL,
     "merge": ALIGNMENT | QUANTIZE | MODEL,
+    # In their own command they need not say what they belong to.
+    "heal": {name.replace("--heal-", "--"): key for name, key in HEAL.items() if name != "--heal"}
+    | {"--mode": "heal.mode", "--seed": "seed"}
+    | MODEL,
     "evaluate": EVALUATION | {"--batch-size": "evaluation.batch_size"} | MODEL,
 }
 # What is typed -> the keys of the recipe it sets.
@@ -56,6 +67,7 @@ TYPED = {
     "--calibration c.jsonl --pooling mean": {"calibration.path": Path("c.jsonl"), "calibration.pooling": "mean"},
     "--align --alignment-table a.jsonl": {"alignment.enabled": True, "alignment.path": Path("a.jsonl")},
     "--no-align": {"alignment.enabled": False},
+    "--heal local --heal-tokens 999": {"heal.mode": "local", "heal.tokens": 999},
     "--text t.txt --tokens 99": {"evaluation.text": Path("t.txt"), "evaluation.text_tokens": 99},
     "--tasks piqa=4,boolq --tasks sciq=all": {"evaluation.tasks": {"piqa": 4, "boolq": None, "sciq": None}},
     "--tasks-folder hub": {"evaluation.tasks_folder": None},
@@ -103,6 +115,7 @@ def test_help_names_defaults_as_the_recipe_has_them(command):
         default = default_of(option.key)
         silent = option.key in ("evaluation.text", "model.trust_remote_code")
         silent |= command == "plan" and option.key in ("method.name", "calibration.path")
+        silent |= command == "heal" and option.key == "heal.mode"
         shown = "" if silent or default in (None, {}) else "no" if default is False else default
         assert option.help.partition("  [default: ")[2].removesuffix("]") == str(shown)
         assert option.help.partition("  [")[0].endswith(".") and ".." not in option.help

@@ -107,7 +107,8 @@ def test_missing_keys_are_named(missing):
 
 def test_an_unknown_method_is_refused_with_the_nearest_and_the_list():
     with pytest.raises(
-        RecipeError, match=r"unknown method 'shortgtp' \(did you mean 'shortgpt'\?\); methods: aligned, laco, "
+        RecipeError,
+        match=r"unknown method 'shortgtp' \(did you mean 'shortgpt'\?\); methods: aligned, evolution, laco, ",
     ):
         validate_recipe(recipe_with(method__name="shortgtp"))
 
