@@ -379,3 +379,45 @@ def test_recovery_picture_states_bounds_and_thresholds() -> None:
     assert "0.800 [0.750, 0.850]" in words and "need ≥ 0.5: pass" in words
     assert "0.910 [0.860, open]" in words and "need ≥ 0.9: undecided" in words
     assert "not measured" in words and "n = 50" in words
+
+
+HEALING = {
+    "mode": "distil",
+    "train": "all",
+    "first_layer": 12,
+    "tokens": 5120,
+    "windows": {"one": 12, "two": 8},
+    "context": 256,
+    "heldout_source": "<b>three</b>",
+    "heldout_tokens": 512,
+    "rate": 3e-4,
+    "steps": 5,
+    "ended": "all text read",
+    "kept": "best",
+    "start": 0.5,
+    "best": 0.25,
+    "seconds": 20.0,
+    "curve": [
+        {"step": i, "tokens": 1024 * i, "heldout": value, "loss": value, "rate": 1e-4}
+        for i, value in enumerate((0.5, 0.4, 0.33, 0.29, 0.27, 0.25))
+    ],
+}
+
+
+def test_a_healing_is_told_with_its_curve_and_its_guess_is_called_one(tmp_path: Path) -> None:
+    page = Page(write_report(report_data(healing=HEALING), tmp_path).read_text())
+    told = " ".join(page.text.split())
+    for said in ("0.500 → 0.250 nats per token", "all weights from layer 12 on", "5,120 in windows of 256", "256 tokens/s"):
+        assert said in told, said
+    assert "a guess by a power law" in told and "healing" in page.ids
+    # Names come from tables.
+    assert "512 tokens of <b>three</b>" in told
+    card = write_card(report_data(healing=HEALING), tmp_path).read_text()
+    assert "all text read; the best weights kept" in card and "<b>" not in card
+
+
+def test_a_local_healing_has_no_curve(tmp_path: Path) -> None:
+    facts = {key: value for key, value in HEALING.items() if key not in ("curve", "train", "first_layer")}
+    page = Page(write_report(report_data(healing=facts | {"mode": "local", "kept": "start"}), tmp_path).read_text())
+    told = " ".join(page.text.split())
+    assert "each layer follows the base's hidden states" in told and "the start kept" in told and "a guess" not in told
