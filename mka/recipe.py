@@ -115,7 +115,9 @@ class MethodChoice(Section):
     """Which compressor plans, and its own settings (`mka methods` lists them)."""
 
     name: Annotated[str, Option("--method")] = Field(
-        "mka", description="Who scores and plans; `mka methods` lists them"
+        "uidl",
+        description="Who scores and plans; `mka methods` lists them. Where none is named, the plan is also refitted "
+        "and healed, unless that is switched off",
     )
     settings: Annotated[
         dict[str, Any],

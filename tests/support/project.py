@@ -31,6 +31,7 @@ class Project:
     def recipe(self, **changes) -> dict:
         recipe = {
             "name": "tiny",
+            "method": {"name": "mka"},
             "model": {"folder": str(self.base)},
             "calibration": {"path": str(self.calibration), "rev": None, "samples": 60, "max_tokens": 16},
             "target": {"layers": 5, "protect_first": 1, "protect_last": 1},

@@ -51,7 +51,16 @@ def refuse(capsys, tables, base, tmp_path, monkeypatch):
     place.mkdir()
 
     def run(*extra, model=base, layers="4", calibration=tables / "calibration.jsonl", output=place / "out", code=2):
-        arguments = ["compress", str(model), "--calibration", str(calibration), "--samples", str(SAMPLES)]
+        arguments = [
+            "compress",
+            str(model),
+            "--method",
+            "mka",
+            "--calibration",
+            str(calibration),
+            "--samples",
+            str(SAMPLES),
+        ]
         arguments += ["--text", str(tables / "heldout.jsonl"), "--context", "32", "--output", str(output)]
         arguments += ["--layers", layers] if layers is not None else []
         existed = output.exists()
@@ -318,7 +327,7 @@ def test_every_command_keeps_its_hands_off_an_existing_output(capsys, unloadable
     taken.write_text("x")
     for arguments in (
         ["observe", base, "--calibration", tables / "calibration.jsonl"],
-        ["score", base, "--states", "x"],
+        ["score", base, "--method", "mka", "--states", "x"],
         ["plan", base, "--scores", "x", "--layers", "4"],
         ["merge", base, "--plan", "x"],
         ["evaluate", base, "--text", tables / "heldout.jsonl"],
@@ -360,7 +369,7 @@ def test_files_that_are_something_else(capsys, tmp_path, base, monkeypatch):
     for file in ("x.json", "list.json"):
         assert file in expect_refusal(capsys, ["merge", base, "--plan", file, "--output", "out"])
         assert file in expect_refusal(capsys, ["plan", base, "--scores", file, "--layers", "4", "--output", "out"])
-        assert file in expect_refusal(capsys, ["score", base, "--states", file, "--output", "out"])
+        assert file in expect_refusal(capsys, ["score", base, "--method", "mka", "--states", file, "--output", "out"])
         report = ["report", "--plan", file, "--base", file, "--candidate", file, "--output", "out"]
         assert file in expect_refusal(capsys, report)
     assert not (tmp_path / "out").exists()
@@ -380,7 +389,18 @@ def test_a_bug_is_not_dressed_up_as_bad_input(base, tables, tmp_path, monkeypatc
         raise ZeroDivisionError("bug")
 
     monkeypatch.setattr(mka.pipeline.observe, "observe_checkpoint", fail)
-    arguments = ["compress", base, "--calibration", tables / "calibration.jsonl", "--samples", SAMPLES, "--layers", 4]
+    arguments = [
+        "compress",
+        base,
+        "--method",
+        "mka",
+        "--calibration",
+        tables / "calibration.jsonl",
+        "--samples",
+        SAMPLES,
+        "--layers",
+        4,
+    ]
     with pytest.raises(ZeroDivisionError):
         main([str(a) for a in (*arguments, "--no-evaluate", "--output", tmp_path / "out")])
     assert sorted(f.name for f in tmp_path.iterdir()) == ["base"]

@@ -58,7 +58,16 @@ def mka_(capsys):
 
 @pytest.fixture
 def compress_arguments(llama_folder, tables):
-    arguments = ["compress", llama_folder, "--calibration", tables / "calibration.jsonl", "--samples", SAMPLES]
+    arguments = [
+        "compress",
+        llama_folder,
+        "--method",
+        "mka",
+        "--calibration",
+        tables / "calibration.jsonl",
+        "--samples",
+        SAMPLES,
+    ]
     return [*arguments, "--text", tables / "heldout.jsonl", "--context", 32, "--layers", 4]
 
 
@@ -120,7 +129,9 @@ def test_the_stages_one_by_one_make_what_compress_makes(mka_, compress_arguments
     observed = json.loads(mka_("observe", llama_folder, *calibration, "--output", states, "--json"))
     texts = make_tokenizer()(make_texts(SAMPLES))["input_ids"]
     assert observed["tokens"] == sum(map(len, texts)) and observed["layers"] == LAYERS
-    scored = json.loads(mka_("score", llama_folder, "--states", states, "--output", scores, "--json"))
+    scored = json.loads(
+        mka_("score", llama_folder, "--method", "mka", "--states", states, "--output", scores, "--json")
+    )
     planned = mka_("plan", llama_folder, "--scores", scores, "--layers", 4, "--output", plan)
     assert f"{LAYERS} layers become 4" in planned and planned.count("became one") == 2
     mka_("merge", llama_folder, "--plan", plan, "--output", tmp_path / "merged")
@@ -284,7 +295,9 @@ def test_evaluate_prints_perplexity_with_its_error_and_n(mka_, llama_folder, tab
 def test_plan_refuses_scores_that_do_not_belong(capsys, mka_, llama_folder, tables, tmp_path):
     states, scores = tmp_path / "states.safetensors", tmp_path / "scores.json"
     mka_("observe", llama_folder, "--calibration", tables / "calibration.jsonl", "--samples", 60, "--output", states)
-    said = mka_("score", llama_folder, "--states", states, "--set", "coordinates=1", "--output", scores)
+    said = mka_(
+        "score", llama_folder, "--method", "mka", "--states", states, "--set", "coordinates=1", "--output", scores
+    )
     assert "depends on the texts was not measured: that takes 100 texts" in said  # there are 60
     plan = ["plan", llama_folder, "--scores", scores, "--layers", 4, "--output", tmp_path / "plan.json"]
     for extra, expected in (
@@ -310,11 +323,13 @@ def test_scores_of_enough_texts_say_how_far_they_hang_on_them(mka_, llama_folder
     table, states, scores = tmp_path / "texts.jsonl", tmp_path / "states.safetensors", tmp_path / "scores.json"
     table.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(100)))
     mka_("observe", llama_folder, "--calibration", table, "--samples", 100, "--output", states)
-    found = json.loads(mka_("score", llama_folder, "--states", states, "--output", scores, "--json"))["stability"]
+    found = json.loads(
+        mka_("score", llama_folder, "--method", "mka", "--states", states, "--output", scores, "--json")
+    )["stability"]
     assert (found["texts"], found["halves"]) == (100, 8) and 0 <= found["best_two"] <= 8
     scores.unlink()
     told = f"over 8 half-samples of 100 texts the best pair stays the best in {found['best']}, "
-    assert told in mka_("score", llama_folder, "--states", states, "--output", scores)
+    assert told in mka_("score", llama_folder, "--method", "mka", "--states", states, "--output", scores)
 
 
 def test_a_plan_with_folds_is_two_files_that_stay_together(

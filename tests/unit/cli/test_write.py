@@ -82,7 +82,20 @@ def test_what_cannot_be_written_is_refused_in_one_line(capsys, folder, tmp_path,
 
 def test_an_installed_mka_needs_no_table(capsys, wide, work):
     """In an empty folder, with nothing named: the base writes what calibrates and what is aligned on."""
-    given = ["compress", wide, *TARGET, "--samples", 60, "--align", "--align-tokens", 2048, "--output", "out"]
+    given = [
+        "compress",
+        wide,
+        "--method",
+        "mka",
+        *TARGET,
+        "--samples",
+        60,
+        "--align",
+        "--align-tokens",
+        2048,
+        "--output",
+        "out",
+    ]
     foreseen = run(capsys, *given, "--dry-run")
     note = "note: no data/prepared/calibration.jsonl and no data/prepared/alignment.jsonl: the base writes its own text"
     assert foreseen.err.count(note) == 1 and foreseen.err.count("\n") == 2  # and that nothing will be measured
@@ -107,7 +120,7 @@ def write_heldout():
 
 
 def test_a_table_that_was_named_and_is_missing_is_a_mistake(capsys, folder, work):
-    given = ["compress", folder, *TARGET, "--output", "out"]
+    given = ["compress", folder, "--method", "mka", *TARGET, "--output", "out"]
     assert "text table not found: no.jsonl" in run(capsys, *given, "--calibration", "no.jsonl", code=2).err
     default = "data/prepared/calibration.jsonl"
     assert f"text table not found: {default}" in run(capsys, *given, "--calibration", default, code=2).err
@@ -118,7 +131,20 @@ def test_a_table_that_is_there_is_read(capsys, folder, monkeypatch):
     Path("data/prepared").mkdir(parents=True)
     rows = [json.dumps({"text": text, "source": "words"}) + "\n" for text in make_texts(60)]
     Path("data/prepared/calibration.jsonl").write_text("".join(rows))
-    said = run(capsys, "compress", folder, *TARGET, "--samples", 60, "--output", "out", "--dry-run", "--no-evaluate")
+    said = run(
+        capsys,
+        "compress",
+        folder,
+        "--method",
+        "mka",
+        *TARGET,
+        "--samples",
+        60,
+        "--output",
+        "out",
+        "--dry-run",
+        "--no-evaluate",
+    )
     assert said.err == "" and "by the base" not in said.out
 
 

@@ -42,6 +42,7 @@ def root(tmp_path, monkeypatch):
 def make_recipe(root, **changes):
     raw = {
         "name": "tiny",
+        "method": {"name": "mka"},
         "model": {"folder": str(root / "base")},
         "calibration": {**LOOKING, "rev": None},
         "target": {"layers": 4, "protect_first": 1, "protect_last": 1},

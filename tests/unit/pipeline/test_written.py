@@ -48,6 +48,7 @@ def make_recipe(base, folder, **changes):
     heldout = write_rows(folder / "heldout.jsonl", make_texts(30, seed=2), "words")
     raw = {
         "name": "tiny",
+        "method": {"name": "mka"},
         "model": {"folder": str(base.path)},
         "target": {"layers": 4},
         "calibration": {"path": "base", "samples": 60, "max_tokens": 16},

@@ -33,7 +33,7 @@ RECIPE: dict[str, Any] = {
     "model": {"folder": "models/one"},
     "target": {"layers": 4},
     # Of its settings the one that makes a method look at the model again while it plans.
-    "method": {"settings": {"weights": "line-search"}},
+    "method": {"name": "mka", "settings": {"weights": "line-search"}},
     "alignment": {"enabled": True},
     "heal": {"mode": "distil"},
 }
@@ -59,7 +59,7 @@ OTHER: dict[str, Any] = {
     "calibration.search_tokens": 99,
     "calibration.rev": "v1",
     "method.name": {"method": {"name": "shortgpt", "settings": {}}},
-    "method.settings": {"method": {"settings": {"coordinates": 3}}},
+    "method.settings": {"method": {"name": "mka", "settings": {"coordinates": 3}}},
     "target.layers": 5,
     "target.layer_ratio": {"target": {"layers": None, "layer_ratio": 0.5}},
     "target.size_ratio": {"target": {"layers": None, "size_ratio": 0.5}},

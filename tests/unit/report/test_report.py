@@ -407,7 +407,12 @@ HEALING = {
 def test_a_healing_is_told_with_its_curve_and_its_guess_is_called_one(tmp_path: Path) -> None:
     page = Page(write_report(report_data(healing=HEALING), tmp_path).read_text())
     told = " ".join(page.text.split())
-    for said in ("0.500 → 0.250 nats per token", "all weights from layer 12 on", "5,120 in windows of 256", "256 tokens/s"):
+    for said in (
+        "0.500 → 0.250 nats per token",
+        "all weights from layer 12 on",
+        "5,120 in windows of 256",
+        "256 tokens/s",
+    ):
         assert said in told, said
     assert "a guess by a power law" in told and "healing" in page.ids
     # Names come from tables.
