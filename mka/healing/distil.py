@@ -246,7 +246,6 @@ def _arguments(
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=cuda,
-        dataloader_drop_last=True,
     )
 
 

@@ -72,6 +72,17 @@ def test_the_loss_is_the_divergence_of_the_stock_models(tmp_path, family, kept):
     assert module(windows.heldout)["loss"].item() == pytest.approx(measured, rel=1e-5)
 
 
+@pytest.mark.parametrize("batch", [5, 24])
+def test_every_heldout_window_measures_whatever_the_windows_per_step(pair, tmp_path, batch):
+    """There are 16: not a multiple of 5, and fewer than 24."""
+    base, student = pair
+    made = heal(base, student, tmp_path, batch=batch)
+    windows = cut_healing(table(), base)
+    assert len(windows.heldout) == 16
+    assert made.facts["start"] == pytest.approx(divergence(base, student, windows.heldout), rel=1e-4)
+    assert made.facts["steps"] == 64 // batch
+
+
 def test_healing_brings_the_student_nearer_on_text_it_was_not_trained_on(pair, tmp_path):
     base, student = pair
     made = heal(base, student, tmp_path / "scratch")
