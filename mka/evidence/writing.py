@@ -40,17 +40,18 @@ class Written:
     dropped: Mapping[str, int] = field(default_factory=dict)
 
 
-def write_texts(model: Any, tokenizer: Any, wanted: Wanted) -> Written:
+def write_texts(model: Any, tokenizer: Any, wanted: Wanted, batch: int = BATCH) -> Written:
     """Sample texts until there are enough.
 
     A special token ends a text and is no part of it, so that none holds a mark of a chat. Left out are texts that are
     short, unreadable (bytes that are no character), repetitive, that spell a special token, or were there before; see
-    `mka.texts.writing.judge_text`. The same model, request and machine give the same texts.
+    `mka.texts.writing.judge_text`. The same model, request, batch and machine give the same texts.
 
     Args:
         model: causal language model that generates.
         tokenizer: its tokenizer.
         wanted: how much.
+        batch: texts at a time. On a GPU thousands take hardly longer than a few.
 
     Raises:
         CalibrationError: if nearly nothing the model writes is usable.
@@ -67,12 +68,16 @@ def write_texts(model: Any, tokenizer: Any, wanted: Wanted) -> Written:
     with show_progress("write texts", wanted.tokens, "tok") as advance, torch.random.fork_rng():
         torch.manual_seed(wanted.seed)
         while tokens < wanted.tokens or len(rows) < wanted.texts:
-            batch, before = list(islice(starts, BATCH)), tokens
-            sampled = _sample(model, [ids for _, ids in batch], length, sorted(special))
-            for (source, _), ids in zip(batch, sampled):
-                text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                text = text.strip().rstrip("\ufffd").rstrip()  # the last character may lack its last bytes
-                read = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            begun, before = list(islice(starts, batch)), tokens
+            sampled = _sample(model, [ids for _, ids in begun], length, sorted(special))
+            texts = [
+                tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+                for ids in sampled
+            ]
+            texts = [text.rstrip("\ufffd").rstrip() for text in texts]  # the last character may lack its last bytes
+            # All at once: a fast tokenizer takes all cores for a list.
+            every = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            for (source, _), text, read in zip(begun, texts, every):
                 if reason := judge_text(text, read, special, seen):
                     dropped[reason] += 1
                     continue

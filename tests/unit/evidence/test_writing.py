@@ -82,6 +82,15 @@ def test_tokens_are_drawn_from_the_whole_distribution_whatever_the_model_prefers
     assert abs(longer - survive) < 4 * math.sqrt(survive / len(made.rows))
 
 
+@pytest.mark.parametrize("batch", [5, 200])
+def test_texts_are_written_so_many_at_a_time(tokenizer, batch):
+    made = write_texts(make_uniform_model(), tokenizer, Wanted(1000), batch)
+    written = len(made.rows) + sum(made.dropped.values())
+    # A text has 32 tokens on average, the probability to go on is 94/97: 200 are more than enough, 5 are not.
+    assert written == 200 if batch == 200 else 5 < written < 200 and written % 5 == 0
+    assert sum(len(row["text"].split()) for row in made.rows) == made.tokens >= 1000
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_padding_a_batch_changes_no_text(family):
     """Of a model that is sure of everything: each beginning goes on as it does alone, read afresh token by token."""
