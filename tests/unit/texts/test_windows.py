@@ -29,15 +29,23 @@ def test_no_more_windows_than_wanted_and_no_more_texts_read_than_needed():
         def __init__(self):
             self.bos_token_id, self.read = PLAIN.bos_token_id, []
 
-        def __call__(self, text, **options):
-            self.read.append(text.strip())
-            return PLAIN(text, **options)
+        def __call__(self, some, **options):
+            if isinstance(some, list):  # what is asked of it otherwise is how a sequence starts
+                self.read += [text.strip() for text in some]
+            return PLAIN(some, **options)
 
     tokenizer = Counting()
     texts = [words(3, 5), words(20, 5), words(30, 5)]
     assert pack_windows(tokenizer, texts, 4, most=2) == [[3, 4, 5, 6], [7, 20, 21, 22]]
     assert texts[1] in tokenizer.read and texts[2] not in tokenizer.read
     assert pack_windows(PLAIN, texts, 4, most=9) == pack_windows(PLAIN, texts, 4)
+
+
+def test_all_windows_of_many_texts_are_those_of_one_text_after_the_other():
+    texts = [words(3 + i % 40, 1 + i % 5) for i in range(2100)]
+    one_by_one = pack_windows(PLAIN, texts, 8, most=10**6)
+    assert pack_windows(PLAIN, texts, 8) == one_by_one
+    assert len(one_by_one) == sum(1 + i % 5 for i in range(2100)) // 8
 
 
 def test_no_text_gives_no_window():
