@@ -51,7 +51,7 @@ def write_texts(model: Any, tokenizer: Any, wanted: Wanted, batch: int = BATCH) 
         model: causal language model that generates.
         tokenizer: its tokenizer.
         wanted: how much.
-        batch: texts at a time. On a GPU thousands take hardly longer than a few.
+        batch: texts at a time; a GPU that has memory for thousands is idle with few.
 
     Raises:
         CalibrationError: if nearly nothing the model writes is usable.
