@@ -31,7 +31,9 @@ def tables(tmp_path_factory):
     sources = {"one": make_texts(40, seed=2), "two": make_texts(20, seed=3), "three": make_texts(4, seed=4)}
     write_table(folder / "alignment.jsonl", **sources)
     # 16 is the shortest window; the recipe has no option for it on the command line.
-    (folder / "tiny.yaml").write_text("name: tiny\nmethod: {name: mka}\nmodel: {folder: x}\ntarget: {layers: 4}\nalignment: {context: 16}\n")
+    (folder / "tiny.yaml").write_text(
+        "name: tiny\nmethod: {name: mka}\nmodel: {folder: x}\ntarget: {layers: 4}\nalignment: {context: 16}\n"
+    )
     return folder
 
 
