@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from mka.errors import CalibrationError
@@ -45,10 +46,12 @@ def open_oracles(
     texts: Sequence[str],
     settings: CalibrationSettings,
     source: ModelSource,
+    scratch: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the parts of `Evidence` that run planned models, by their names; opens the model only for such parts.
 
-    They read its layers when they walk them, and serve within the block only. For the arguments see `make_oracles`.
+    They read its layers when they walk them, and serve within the block only. For the arguments see `make_oracles`;
+    candidates that are healed are written into a folder of their own in ``scratch``, by default the system's.
 
     Raises:
         CalibrationError: if there is too little text.
@@ -60,7 +63,8 @@ def open_oracles(
     from mka.model.loading import open_decoder
 
     with open_decoder(checkpoint, source.dtype, source.trust_remote_code) as (decoder, tokenizer):
-        yield make_oracles(needs, options, decoder, tokenizer, texts, settings)
+        base = (checkpoint, source, scratch)
+        yield make_oracles(needs, options, decoder, tokenizer, texts, settings, base)
 
 
 def make_oracles(
@@ -70,6 +74,7 @@ def make_oracles(
     tokenizer: Any,
     texts: Sequence[str],
     settings: CalibrationSettings,
+    base: tuple[Checkpoint, ModelSource, Path | None] | None = None,
 ) -> dict[str, Any]:
     """Return the parts of `Evidence` that run models planned of this one, by their names.
 
@@ -80,6 +85,7 @@ def make_oracles(
         tokenizer: the base's.
         texts: calibration texts.
         settings: how they are cut.
+        base: the base on disk, how it is called, and where candidates are written; needed where they are healed.
 
     Raises:
         CalibrationError: if there is too little text.
@@ -95,7 +101,7 @@ def make_oracles(
     if TRIALS in needs:
         made[TRIALS] = _make_trials(model, tokenizer, texts, options)
     if REPAIRS in needs:
-        made[REPAIRS] = _make_repairs(model, tokenizer, texts, options)
+        made[REPAIRS] = _make_repairs(model, tokenizer, texts, options, base)
     if REOBSERVE in needs:
         made[REOBSERVE] = lambda layers: observe_texts(
             model, tokenizer, texts, settings, f"observe {len(layers)} layers", layers
@@ -117,13 +123,15 @@ def _make_trials(model: Any, tokenizer: Any, texts: Sequence[str], options: Any)
     return AlignedTrials(model, windows, heldout + len(copies), copies=len(copies), copying=options.copying)
 
 
-def _make_repairs(model: Any, tokenizer: Any, texts: Sequence[str], options: Any) -> Any:
-    from mka.evidence.repairs import MeasuredRepairs
+def _make_repairs(model: Any, tokenizer: Any, texts: Sequence[str], options: Any, base: Any) -> Any:
+    from mka.evidence.repairs import Healing, MeasuredRepairs
 
     fits = options.aligned_tokens if options.repair == "aligned" else 0
-    measured, fitted = (tokens // options.context for tokens in (options.tokens[-1], fits))
-    windows = _pack_enough(tokenizer, texts, options.context, measured + fitted, "tokens, aligned_tokens or context")
-    return MeasuredRepairs(model, windows[:measured], windows[measured:])
+    heals = options.heal_tokens if options.finalists else 0
+    counts = [tokens // options.context for tokens in (options.tokens[-1], fits, heals)]
+    keys = "tokens, aligned_tokens, heal_tokens or context"
+    measured, fitted, healed = _pack_enough(tokenizer, texts, options.context, sum(counts), keys).split(counts)
+    return MeasuredRepairs(model, measured, fitted, Healing(healed, *base) if heals else None)
 
 
 def _pack_enough(tokenizer: Any, texts: Sequence[str], context: int, needed: int, keys: str) -> Any:

@@ -82,6 +82,10 @@ class RecalledRepairs:
         """Return the divergence after an alignment."""
         return self._journal.recall(_name("aligned", layers), lambda: self._repairs.aligned(layers))
 
+    def healed(self, layers: Sequence[MergedLayer]) -> float:
+        """Return the divergence after a short healing."""
+        return self._journal.recall(_name("healed", layers), lambda: self._repairs.healed(layers))
+
 
 def _name(level: str, layers: Sequence[MergedLayer]) -> str:
     body: dict[str, Any] = {"level": level, "layers": [layer.to_dict() for layer in layers]}

@@ -62,6 +62,10 @@ class Repairs(Protocol):
         """Refitted on further tokens as an alignment does, on all measured tokens."""
         ...
 
+    def healed(self, layers: Sequence[MergedLayer]) -> float:
+        """Refitted, if anything is, and then healed for a moment on tokens that neither knows, on all measured ones."""
+        ...
+
 
 @dataclass(frozen=True)
 class Evidence:

@@ -1,8 +1,11 @@
 """What whole configurations leave to be desired before and after they are refitted, as divergences from the base."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -12,14 +15,37 @@ from mka.alignment.lockstep import BATCH_TOKENS, Alignment
 from mka.errors import NumericsError
 from mka.evidence.states import HiddenStates
 from mka.evidence.walk import walk_layers
+from mka.healing.student import count_shared
+from mka.healing.table import HealingWindows
+from mka.model.checkpoint import Checkpoint, open_checkpoint
 from mka.model.decoder import as_decoder
 from mka.model.readout import read_out, sum_divergence
 from mka.model.walk import Batch
 from mka.plan.budget import count_front
-from mka.plan.plan import MergedLayer, identity_layers
+from mka.plan.plan import MergedLayer, MergePlan, identity_layers
+from mka.recipe import HealFit, ModelSource
+from mka.terminal import showing
+from mka.transforms.merge import merge_checkpoint
 
 # Hidden states stand for the text up to every so many tokens.
 EVERY = 64
+
+
+@dataclass(frozen=True)
+class Healing:
+    """What a short healing takes beside the model that is walked.
+
+    Attributes:
+        windows: token ids that are trained on, (H, T).
+        base: the base on disk.
+        source: how it is loaded.
+        scratch: folder that candidates are written into while they are healed; None: the system's.
+    """
+
+    windows: torch.Tensor
+    base: Checkpoint
+    source: ModelSource
+    scratch: Path | None = None
 
 
 class MeasuredRepairs:
@@ -30,17 +56,20 @@ class MeasuredRepairs:
     window, so that no logits of all tokens are ever there.
     """
 
-    def __init__(self, model: Any, measured: torch.Tensor, fitted: torch.Tensor) -> None:
+    def __init__(
+        self, model: Any, measured: torch.Tensor, fitted: torch.Tensor, healing: Healing | None = None
+    ) -> None:
         """Take windows.
 
         Args:
             model: the base, a transformers causal language model or a `mka.model.decoder.Decoder`, open while this is
                 used.
             measured: token ids that divergences are measured on, (M, T).
-            fitted: those that alignments are fitted on, (A, T).
+            fitted: those that alignments are fitted on, (A, T); none: nothing is fitted.
+            healing: needed where candidates are healed.
         """
         self.decoder = as_decoder(model)
-        self.measured, self.fitted = measured, fitted
+        self.measured, self.fitted, self.healing = measured, fitted, healing
         self.context = measured.shape[1]
 
     @cached_property
@@ -104,6 +133,37 @@ class MeasuredRepairs:
         for _ in walk.walk(layers):
             pass
         return _finite(walk.measure_divergence())
+
+    def healed(self, layers: Sequence[MergedLayer]) -> float:
+        """Return the divergence on all measured tokens after a distillation on those of the healing.
+
+        Both models are in memory as a whole meanwhile; the candidate is on disk until then, refitted first if there is
+        anything to fit on.
+
+        Raises:
+            PlanError: if the layers have parts that cannot be refitted or healed.
+            NumericsError: if a fit is not finite, or the training diverges before anything is better than its start.
+            OutputError: if the candidate cannot be written.
+        """
+        # The trainer's libraries are of use for this alone.
+        from mka.healing.distil import distil
+
+        assert self.healing is not None
+        base, trained = self.healing.base, self.healing.windows
+        windows = HealingWindows(trained, self.measured, "calibration", {"calibration": len(trained)})
+        # Few tokens: one window per step makes most of them.
+        settings = HealFit(context=self.context, batch=1)
+        plan = MergePlan("healed", "", base.layers, tuple(layers))
+        with TemporaryDirectory(dir=self.healing.scratch, prefix=".healed-") as folder, showing(False):
+            written, scratch = Path(folder, "model"), Path(folder, "training")
+            merge_checkpoint(plan, base, written, aligned=self._refit(layers) if len(self.fitted) else None)
+            student = open_checkpoint(written, verify=False)
+            pair = (base, student, windows, settings, self.healing.source, scratch)
+            made = distil(*pair, shared=count_shared(base, student), measurements=1)
+        return _finite(made.facts["best"])
+
+    def _refit(self, layers: Sequence[MergedLayer]) -> Iterator[Mapping[str, torch.Tensor]]:
+        return (made.tensors for made in Alignment(self.decoder, self.fitted).walk(layers))
 
 
 def _finite(value: float) -> float:

@@ -23,6 +23,7 @@ from mka.model.checkpoint import Checkpoint
 from mka.model.families import get_family
 from mka.model.loading import load_model
 from mka.model.parts import ATTENTION, MLP, check_parts
+from mka.plan.budget import LAST_TRAINED
 from mka.recipe import HealFit, ModelSource
 from mka.terminal import quiet_libraries, show_progress
 
@@ -34,7 +35,6 @@ WARMUP, LOWEST = 0.1, 0.1
 # Of AdamW. Few steps: the second moment has to forget its first ones.
 BETAS = (0.9, 0.95)
 RANK = 16
-LAST = 3
 # Measurements of the held-out source, each with a checkpoint to go on from.
 MEASUREMENTS = 8
 # A held-out divergence that has grown this much is not coming back.
@@ -64,6 +64,7 @@ def distil(
     *,
     shared: int | None,
     seed: int = 0,
+    measurements: int = MEASUREMENTS,
 ) -> Distilled:
     """Train a student to follow its base's logits.
 
@@ -78,6 +79,7 @@ def distil(
         scratch: folder of the Trainer's checkpoints; a run that was killed goes on from the last one in it.
         shared: of `mka.healing.student.count_shared`.
         seed: of the order of the windows and of the positions compared.
+        measurements: as `run_trainer` takes them.
 
     Raises:
         PlanError: if the layers have parts that cannot be healed.
@@ -96,7 +98,7 @@ def distil(
         positions=settings.positions,
         length=settings.context,
     )
-    found = run_trainer(module, windows, settings, scratch, seed=seed)
+    found = run_trainer(module, windows, settings, scratch, seed=seed, measurements=measurements)
     finish()
     tensors = {} if found["kept"] == "start" else _read_trained(pupil, trained)
     return Distilled(tensors, {"train": settings.train, "first_layer": first} | found)
@@ -107,7 +109,7 @@ def find_first_trained(layers: int, train: str, shared: int | None) -> int:
 
     Where only the end was cut off, or the last layers alone are asked for, these are the last three.
     """
-    last = max(0, layers - LAST)
+    last = max(0, layers - LAST_TRAINED)
     return last if train == "head-and-last" else min(shared or 0, last)
 
 
@@ -150,7 +152,13 @@ def _read_trained(model: Any, trained: torch.nn.ModuleDict) -> dict[str, torch.T
 
 
 def run_trainer(
-    module: Student, windows: HealingWindows, settings: HealFit, scratch: Path, *, seed: int = 0
+    module: Student,
+    windows: HealingWindows,
+    settings: HealFit,
+    scratch: Path,
+    *,
+    seed: int = 0,
+    measurements: int = MEASUREMENTS,
 ) -> dict[str, Any]:
     """Train a student; its best weights are in it afterwards.
 
@@ -160,6 +168,7 @@ def run_trainer(
         settings: tokens, rate, windows per step, patience.
         scratch: folder of checkpoints.
         seed: of everything random.
+        measurements: of the held-out source after the start.
 
     Returns:
         The facts of the training: tokens, rate, why it ended, the curve, seconds, and under "kept" whether the best
@@ -170,7 +179,9 @@ def run_trainer(
     """
     rate = settings.rate or RATES[settings.train]
     steps = len(windows.train) // settings.batch
-    every = max(1, math.ceil(steps / MEASUREMENTS))
+    every = max(1, math.ceil(steps / measurements))
+    # Where the end alone is measured there is nothing to go back to, and no checkpoint is written.
+    patience = [EarlyStoppingCallback(settings.patience)] if every < steps else []
     before = find_last(scratch)
     started = time.perf_counter()
     with quiet_libraries(), show_progress("heal", steps * settings.batch * windows.train.shape[1], "tok") as advance:
@@ -180,7 +191,7 @@ def run_trainer(
             args=_arguments(scratch, settings, rate, steps, every, seed, measure_first=before is None),
             train_dataset=[{"input_ids": row} for row in windows.train],  # type: ignore[arg-type]
             eval_dataset=[{"input_ids": row} for row in windows.heldout],  # type: ignore[arg-type]
-            callbacks=[watch, EarlyStoppingCallback(settings.patience)],
+            callbacks=[watch, *patience],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=None if before is None else str(before))
@@ -210,7 +221,7 @@ def run_trainer(
 def _arguments(
     scratch: Path, settings: HealFit, rate: float, steps: int, every: int, seed: int, *, measure_first: bool
 ) -> TrainingArguments:
-    cuda = torch.cuda.is_available()
+    cuda, keeping = torch.cuda.is_available(), every < steps
     return TrainingArguments(
         output_dir=str(scratch),
         max_steps=steps,
@@ -231,10 +242,10 @@ def _arguments(
         eval_strategy="steps",
         eval_steps=every,
         eval_on_start=measure_first,
-        save_strategy="steps",
+        save_strategy="steps" if keeping else "no",
         save_steps=every,
         save_total_limit=2,
-        load_best_model_at_end=True,
+        load_best_model_at_end=keeping,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         label_names=["input_ids"],

@@ -11,13 +11,16 @@ The first generation is what cheap scores propose, and every deletion of one blo
 ladder: all candidates on few tokens, the best `survivors` on more, half of them at each further step. The parent gives
 way only to a candidate that is better at the top. The search ends when the budget cannot take another candidate up the
 ladder; nothing is begun that it could not finish. ``proposal: random`` draws every candidate instead, for comparison.
+
+What is best before a healing is not best after one. So the best `finalists` of all generations are each healed on
+`heal_tokens` further tokens (forward KL, all weights from the first change on), and the one that is then nearest to the
+base is the plan. What that costs is set aside from the start.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -26,10 +29,11 @@ from mka.errors import NumericsError, PlanError
 from mka.evidence.needs import HIDDEN_STATES, REPAIRS, Evidence, Repairs
 from mka.evidence.states import HiddenStates, LayerScores
 from mka.methods import Method
-from mka.plan.budget import Budget, count_run, count_walk
+from mka.plan.budget import Budget, count_healing, count_run, count_walk
 from mka.plan.configurations import Configuration, Space, draw_unseen, list_changes, mutate_unseen
 from mka.plan.deleting import delete_block, delete_least_important
 from mka.plan.grouping import partition_layers
+from mka.plan.ladder import Rung, Search
 from mka.plan.plan import Decision, MergedLayer, identity_layers
 from mka.plan.target import Aim
 from mka.sections import Section
@@ -60,6 +64,10 @@ class Settings(Section):
     offspring: int = Field(16, ge=1, description="Candidates of a generation behind the first")
     survivors: int = Field(4, ge=1, description="Candidates that are measured a second time; then half at each step")
     largest: int = Field(4, ge=1, le=8, description="Layers in the largest group; 1: layers are only deleted")
+    finalists: int = Field(
+        2, ge=0, description="Best candidates that are compared after a short healing, two or more; 0: none are"
+    )
+    heal_tokens: int = Field(4096, ge=1, description="Further calibration tokens that a finalist is healed on")
     seed: int = Field(0, ge=0, description="Draws the candidates")
 
     @field_validator("tokens")
@@ -69,11 +77,20 @@ class Settings(Section):
             raise ValueError("every step takes more tokens than the one before it")
         return value
 
+    @field_validator("finalists")
+    @classmethod
+    def _not_alone(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("one finalist is compared with nothing; give 2 or more, or 0")
+        return value
+
     @model_validator(mode="after")
     def _whole_windows(self) -> "Settings":
-        short = [tokens for tokens in (*self.tokens, self.aligned_tokens) if tokens % self.context]
+        short = [n for n in (*self.tokens, self.aligned_tokens, self.heal_tokens) if n % self.context]
         if short:
-            raise ValueError(f"tokens and aligned_tokens are whole windows of context {self.context}, not {short[0]}")
+            raise ValueError(
+                f"tokens, aligned_tokens and heal_tokens are whole windows of context {self.context}, not {short[0]}"
+            )
         return self
 
 
@@ -149,16 +166,6 @@ def propose(space: Space, states: HiddenStates, similarity: np.ndarray) -> Itera
     yield from space.list_blocks()
 
 
-@dataclass(frozen=True)
-class Rung:
-    """One step of the ladder: what is measured there, of how many candidates, and what it costs."""
-
-    kind: str
-    kept: int
-    measure: Callable[[Configuration], float]
-    cost: Callable[[Configuration], int]
-
-
 def build_ladder(repairs: Repairs, settings: Settings, layers: int) -> tuple[Rung, ...]:
     """Return the steps a generation goes up, with the most candidates that reach each."""
     kept = [settings.offspring] + [max(1, settings.survivors >> step) for step in range(len(settings.tokens))]
@@ -180,63 +187,19 @@ def build_ladder(repairs: Repairs, settings: Settings, layers: int) -> tuple[Run
     return tuple(rungs)
 
 
-@dataclass
-class Search:
-    """One search: the ladder, what is left of the budget, and what was found.
-
-    Attributes:
-        ladder: of `build_ladder`.
-        budget: of all measurements.
-        dearest: a configuration that costs no less than any other.
-        seen: every configuration that was measured.
-        best: the one that is best at the top of the ladder, and its divergence there.
-        generations: how many were begun.
-    """
-
-    ladder: tuple[Rung, ...]
-    budget: Budget
-    dearest: Configuration
-    seen: set[Configuration] = field(default_factory=set)
-    best: tuple[Configuration, float] | None = None
-    generations: int = 0
-
-    def reserve(self, candidates: int, first: int = 1) -> int:
-        """Return what so many candidates cost at most from a step of the ladder on."""
-        return sum(min(candidates, rung.kept) * rung.cost(self.dearest) for rung in self.ladder[first:])
-
-    def climb(self, candidates: Iterable[Configuration]) -> bool:
-        """Take candidates up the ladder, as many as the budget takes all the way; False if that is none."""
-        found: list[tuple[float, Configuration]] = []
-        first, *others = self.ladder
-        for candidate in candidates:
-            if candidate in self.seen:
-                continue
-            if not self.budget.affords(first.cost(candidate) + self.reserve(len(found) + 1)):
-                break
-            found.append((self._measure(first, candidate), candidate))
-            self.seen.add(candidate)
-        if not found:
-            return False
-        self.generations += 1
-        for rung in others:
-            # Sorted by the number alone, so that of equals the first one found goes on.
-            found = sorted(found, key=lambda pair: pair[0])[: rung.kept]
-            found = [(self._measure(rung, candidate), candidate) for _, candidate in found]
-        value, candidate = min(found, key=lambda pair: pair[0])
-        if self.best is None or value < self.best[1]:
-            self.best = candidate, value
-        return True
-
-    def _measure(self, rung: Rung, candidate: Configuration) -> float:
-        self.budget.spend(rung.kind, rung.cost(candidate))
-        try:
-            return rung.measure(candidate)
-        except NumericsError:  # it destroys the model: worse than any other
-            return math.inf
+def build_final(repairs: Repairs, settings: Settings, layers: int) -> Rung | None:
+    """Return how finalists are compared; None if none are."""
+    refitted = settings.aligned_tokens if settings.repair == "aligned" else 0
+    tokens = (settings.heal_tokens, settings.tokens[-1], refitted)
+    if not settings.finalists:
+        return None
+    return Rung(
+        "healed", settings.finalists, repairs.healed, lambda candidate: count_healing(candidate, layers, *tokens)
+    )
 
 
 def decide(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> Decision:
-    """Search; a step's score is the divergence of the whole configuration at the top of the ladder."""
+    """Search; a step's score is the divergence of the whole configuration at the top of the ladder, not healed."""
     repairs = evidence.repairs
     assert scores is not None and repairs is not None
     count = evidence.layers
@@ -249,13 +212,14 @@ def decide(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: S
     budget = Budget(settings.budget, count, evidence.on_progress)
     # Changed from the first free layer on, so that nothing of the base's own run serves it.
     dearest = space.delete(range(free.start, free.start + space.removed))
-    search = Search(build_ladder(repairs, settings, count), budget, dearest)
+    search = Search(build_ladder(repairs, settings, count), build_final(repairs, settings, count), budget, dearest)
     base = settings.tokens[-1] * count
     if not budget.affords(base + search.reserve(1, first=0)):
         needed = -(-(base + search.reserve(1, first=0)) // count)
+        healings = f" and {settings.finalists} short healings" if settings.finalists else ""
         raise PlanError(
-            f"budget of {settings.budget} forward tokens: the base and one candidate need {needed}; raise the method's "
-            "budget, or lower its tokens or aligned_tokens"
+            f"budget of {settings.budget} forward tokens: the base and one candidate{healings} need {needed}; raise the "
+            "method's budget, or lower its tokens, aligned_tokens, heal_tokens or finalists"
         )
     budget.spend("base", base)
     rng = np.random.default_rng(settings.seed)
@@ -263,11 +227,13 @@ def decide(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: S
         search.climb(propose(space, repairs.observe(), scores.values))
     while search.climb(islice(_next_candidates(space, search, settings, rng), settings.offspring)):
         pass
-    assert search.best is not None
-    layers, value = search.best
+    value, layers = search.top[0]
     if not math.isfinite(value):
         raise NumericsError(f"all {len(search.seen)} configurations that were tried destroy the model")
-    facts = {
+    healed = search.compare()
+    if healed:
+        value, layers = search.top[healed.index(min(healed))]
+    facts: dict[str, Any] = {
         "budget": settings.budget,
         "spent": round(budget.spent, 3),
         "generations": search.generations,
@@ -275,15 +241,20 @@ def decide(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: S
         "measurements": dict(budget.counts),
         "divergence": value,
     }
+    if healed:
+        facts["finalists"] = [
+            {"divergence": before, "healed": after if math.isfinite(after) else None}
+            for (before, _), after in zip(search.top, healed)
+        ]
     return Decision(layers, list_changes(space, layers, value), facts)
 
 
 def _next_candidates(
     space: Space, search: Search, settings: Settings, rng: np.random.Generator
 ) -> Iterator[Configuration]:
-    if settings.proposal == "random" or search.best is None:
+    if settings.proposal == "random" or not search.top:
         return draw_unseen(space, search.seen, rng, TRIES)
-    return mutate_unseen(space, search.best[0], search.seen, rng, TRIES)
+    return mutate_unseen(space, search.top[0][1], search.seen, rng, TRIES)
 
 
 METHOD = Method(

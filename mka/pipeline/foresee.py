@@ -13,6 +13,10 @@ from mka.transforms import get_quantizer, outline_treated
 COMPANIONS_NBYTES = 64_000_000
 # float32 copies of one window's logits that are there at a time, beside the batch's own.
 LOGIT_COPIES = 2
+# Numbers in memory per weight that is trained: itself, its gradient, and the two moments of AdamW.
+TRAINED = 4
+# Copies of the logits of one training step: of both models, their log-probabilities, and the gradient.
+TRAINING_LOGITS = 5
 # Most windows of perplexity in one forward pass.
 WINDOWS = 4
 
@@ -68,10 +72,10 @@ def estimate_writing(job: Job) -> int:
 
 
 def estimate_search(job: Job, settings: Any) -> int:
-    """Bytes of what a search over whole configurations keeps and refits.
+    """Bytes of what a search over whole configurations keeps, and of the dearest thing it does with it.
 
     What enters every layer, for all measured tokens, with two windows' logits; and of an alignment what
-    `mka.alignment.table.estimate_memory` reckons with.
+    `mka.alignment.table.estimate_memory` reckons with, or a finalist's healing, whichever is more.
 
     Args:
         job: what is done.
@@ -80,10 +84,24 @@ def estimate_search(job: Job, settings: Any) -> int:
     measured, config = settings.tokens[-1], job.base.config
     entering = (job.base.layers + 1) * measured * config["hidden_size"] * width_of(job)
     logits = LOGIT_COPIES * 4 * settings.context * config["vocab_size"]
-    if settings.repair == "none":
-        return entering + logits
-    walked, inner = measured + settings.aligned_tokens, config["intermediate_size"]
-    return entering + logits + walk_nbytes(walked, config["hidden_size"], inner, width_of(job))
+    repairs = [logits]
+    if settings.repair == "aligned":
+        walked, inner = measured + settings.aligned_tokens, config["intermediate_size"]
+        repairs.append(logits + walk_nbytes(walked, config["hidden_size"], inner, width_of(job)))
+    if settings.finalists:
+        repairs.append(estimate_distillation(job, settings.context))
+    return entering + max(repairs)
+
+
+def estimate_distillation(job: Job, rows: int) -> int:
+    """Bytes of base and student as a whole while the student is trained, with the logits of so many positions."""
+    logits = TRAINING_LOGITS * rows * job.base.config["vocab_size"] * 4
+    return whole_model(job) + TRAINED * student_nbytes(job) + logits
+
+
+def student_nbytes(job: Job) -> int:
+    """Bytes of the merged model's weights in float32."""
+    return round(4 * sum(t.parameters for t in job.base.tensors.values()) * merged_nbytes(job) / job.base.nbytes)
 
 
 def estimate_logits(job: Job) -> int:

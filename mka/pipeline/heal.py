@@ -5,17 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from mka.model.checkpoint import open_checkpoint
-from mka.pipeline.foresee import largest_layer, merged_nbytes, whole_model
+from mka.pipeline.foresee import estimate_distillation, largest_layer, merged_nbytes, student_nbytes
 from mka.pipeline.job import Job
 from mka.pipeline.merge import describe_model
 from mka.pipeline.plan import open_plan
 from mka.pipeline.stage import MODEL_FOLDER, Cost, Found, Stage, find_model
 from mka.store.products import find_scratch
-
-# Numbers in memory per weight that is trained: itself, its gradient, and the two moments of AdamW.
-TRAINED = 4
-# Copies of the logits of one step: of both models, their log-probabilities, and the gradient.
-LOGITS = 5
 
 
 def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
@@ -51,11 +46,9 @@ def _foresee(job: Job) -> Cost:
 
         memory = estimate_memory(settings.tokens + settings.heldout_tokens, job.base, job.recipe.model.dtype)
         return Cost(2 * largest_layer(job) + memory, merged_nbytes(job), files)
-    student = round(4 * sum(t.parameters for t in job.base.tensors.values()) * merged_nbytes(job) / job.base.nbytes)
     rows = max(256, round(settings.positions * settings.batch * settings.context))
-    logits = LOGITS * rows * job.base.config["vocab_size"] * 4
-    disk = merged_nbytes(job) + 2 * 3 * student
-    return Cost(memory=whole_model(job) + TRAINED * student + logits, disk=disk, files=files)
+    disk = merged_nbytes(job) + 2 * 3 * student_nbytes(job)
+    return Cost(memory=estimate_distillation(job, rows), disk=disk, files=files)
 
 
 HEAL = Stage(

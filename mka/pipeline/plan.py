@@ -14,7 +14,14 @@ from mka.evidence.needs import REPAIRS, RUNNING, TRIALS, Evidence
 from mka.evidence.states import LayerScores
 from mka.methods import Planner
 from mka.model.checkpoint import Checkpoint
-from mka.pipeline.foresee import estimate_search, estimate_states, head_nbytes, largest_layer, width_of
+from mka.pipeline.foresee import (
+    estimate_search,
+    estimate_states,
+    head_nbytes,
+    largest_layer,
+    merged_nbytes,
+    width_of,
+)
 from mka.pipeline.job import Job
 from mka.pipeline.score import open_scores
 from mka.pipeline.stage import PLAN_FILE, Cost, Found, Stage
@@ -33,6 +40,7 @@ def open_planner_oracles(
     calibration: CalibrationSet | None,
     settings: CalibrationSettings,
     source: ModelSource,
+    scratch: Path | None = None,
 ) -> AbstractContextManager[Mapping[str, Any]]:
     """Return what a method looks at while planning, as `mka.evidence.gather.open_oracles` does, to be entered.
 
@@ -43,7 +51,7 @@ def open_planner_oracles(
     if calibration is None and needs & RUNNING:
         raise PlanError(f"method {planner.name!r} with these settings needs a calibration set; give one")
     texts = calibration.texts if calibration else ()
-    return open_oracles(needs, planner.settings, checkpoint, texts, settings, source)
+    return open_oracles(needs, planner.settings, checkpoint, texts, settings, source, scratch)
 
 
 def plan_layers(
@@ -138,7 +146,7 @@ def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
     calibration = job.inputs.calibration
     owner = (planner.name, planner.dump_settings())
     with job.opened.borrow(
-        owner, lambda: open_planner_oracles(planner, job.base, calibration, looking, source)
+        owner, lambda: open_planner_oracles(planner, job.base, calibration, looking, source, folder.parent)
     ) as oracles:
         scores, journal = open_scores(job, found), find_scratch(folder) / JOURNAL_FILE
         plan = plan_layers(planner, job.aim, job.base, scores, source, oracles, journal)
@@ -166,6 +174,10 @@ def _settings(job: Job) -> dict[str, Any]:
         from mka.alignment.lockstep import VERSION  # imports torch
 
         keyed["alignment_version"] = VERSION
+    if REPAIRS in planner.needs and planner.settings.finalists:
+        from mka.healing.distil import VERSION as HEALING_VERSION  # imports torch
+
+        keyed["healing_version"] = HEALING_VERSION
     return keyed
 
 
@@ -177,7 +189,9 @@ def _foresee(job: Job) -> Cost:
         return Cost(files=tuple(files))
     memory = 2 * largest_layer(job) + estimate_states(job) + head_nbytes(job)
     if REPAIRS in job.planner.needs:
-        return Cost(memory + estimate_search(job, job.planner.settings), files=tuple(files))
+        # A finalist is written while it is healed.
+        disk = merged_nbytes(job) if job.planner.settings.finalists else 0
+        return Cost(memory + estimate_search(job, job.planner.settings), disk, tuple(files))
     # What enters every layer is kept for the tokens of a search.
     memory += job.base.layers * job.recipe.calibration.search_tokens * job.base.config["hidden_size"] * width_of(job)
     return Cost(memory=memory, files=tuple(files))

@@ -11,6 +11,9 @@ from typing import Any
 
 from mka.plan.plan import MergedLayer
 
+# Layers at the end that a healing trains in any case.
+LAST_TRAINED = 3
+
 
 def count_front(layers: Sequence[MergedLayer]) -> int:
     """Return how many output layers, from the first on, are the base's own in their places."""
@@ -35,6 +38,24 @@ def count_run(layers: Sequence[MergedLayer], tokens: int) -> int:
 def count_walk(layers: Sequence[MergedLayer], count: int, tokens: int) -> int:
     """Return the cost of an aligned walk of teacher and student, from the first layer of ``count`` on."""
     return tokens * (count + len(layers) - count_untouched(layers))
+
+
+def count_healing(layers: Sequence[MergedLayer], count: int, tokens: int, measured: int, refitted: int = 0) -> int:
+    """Return the cost of a short healing: of the refit before it, the training, and a measurement before and after.
+
+    A token backwards counts as two forwards. In front of the first layer that is trained teacher and student are one,
+    and run once; behind it the teacher's layers count once, and in training the student's thrice.
+
+    Args:
+        layers: output layers.
+        count: layers of the base.
+        tokens: trained on.
+        measured: measured on.
+        refitted: fitted on before; 0: the layers are healed as they are.
+    """
+    shared = count_untouched(layers) if refitted else count_front(layers)
+    trained = len(layers) - min(shared, max(0, len(layers) - LAST_TRAINED))
+    return count_walk(layers, count, refitted) + tokens * (count + 3 * trained) + 2 * measured * (count + trained)
 
 
 def _stands(layer: MergedLayer, place: int) -> bool:

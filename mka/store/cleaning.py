@@ -24,7 +24,8 @@ from mka.store.sums import SUMS_NAME
 UNITS = {"h": "hours", "d": "days", "w": "weeks"}
 STAGE = re.compile(r"[a-z0-9_-]+-[0-9a-f]{16}")
 BENCH = re.compile(r"[0-9a-f]{16}")
-# What `tempfile` makes beside models and wheels; nobody holds a lock for those, so a day without a write decides.
+# What `tempfile` makes beside models, wheels and results; nobody holds a lock for those, so a day without a write
+# decides.
 TEMPORARY = re.compile(r"\..+-([a-z0-9_]{8}|clean\d+)")
 ABANDONED = timedelta(days=1)
 
@@ -95,6 +96,7 @@ def clean(work: Path, older_than: timedelta, *, models: bool = False, dry_run: b
         )
     sweep = _Sweep(root, older_than.total_seconds(), _names_of_last_run(root), dry_run)
     sweep.locked("stages", STAGE)
+    sweep.temporary("stages", "unfinished healing")
     sweep.locked("bench", BENCH)
     sweep.packages()
     sweep.temporary("models", "unfinished model")

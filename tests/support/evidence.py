@@ -22,6 +22,7 @@ IDS = (torch.arange(1, 25) * 31 % 97).reshape(2, 12)
 # Settings under which a method takes another road; a method not named here has one.
 SMALL = {"tokens": 256, "heldout_tokens": 64, "context": 16}
 SEARCH = {"budget": 2500, "tokens": [32, 64], "aligned_tokens": 128, "context": 16, "offspring": 4, "survivors": 2}
+SEARCH |= {"finalists": 0, "heal_tokens": 16}  # seconds each, and another test's
 ROADS = {
     "aligned": (
         SMALL,
