@@ -218,8 +218,8 @@ def decide(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: S
         needed = -(-(base + search.reserve(1, first=0)) // count)
         healings = f" and {settings.finalists} short healings" if settings.finalists else ""
         raise PlanError(
-            f"budget of {settings.budget} forward tokens: the base and one candidate{healings} need {needed}; raise the "
-            "method's budget, or lower its tokens, aligned_tokens, heal_tokens or finalists"
+            f"budget of {settings.budget} forward tokens: the base and one candidate{healings} need {needed}; raise "
+            "the method's budget, or lower its tokens, aligned_tokens, heal_tokens or finalists"
         )
     budget.spend("base", base)
     rng = np.random.default_rng(settings.seed)

@@ -24,6 +24,10 @@ class Counting:
         self.asked.append((layers, "aligned"))
         return 2 / 3
 
+    def healed(self, layers):
+        self.asked.append((layers, "healed"))
+        return 1 / 7
+
 
 A, B = keep_layers([0, 2]), (MergedLayer((0, 1), (0.25, 0.75)), *keep_layers([2]))
 
@@ -32,10 +36,12 @@ def test_a_journal_gives_back_every_bit_of_what_was_measured(tmp_path):
     first, second = Counting(), Counting()
     measured = RecalledRepairs(first, Journal(tmp_path / "j"))
     values = [measured.divergence(A, 16), measured.divergence(A, 32), measured.divergence(B, 16), measured.aligned(A)]
+    assert [measured.healed(A), measured.healed(A)] == [1 / 7] * 2 and first.asked.pop() == (A, "healed")
     assert [measured.divergence(A, 16), measured.aligned(A)] == [values[0], values[3]]
     assert first.asked == [(A, 16), (A, 32), (B, 16), (A, "aligned")]
     again = RecalledRepairs(second, Journal(tmp_path / "j"))
     assert [again.divergence(A, 16), again.divergence(A, 32), again.divergence(B, 16), again.aligned(A)] == values
+    assert again.healed(A) == 1 / 7
     assert second.asked == [] and again.observe() == "states"
     assert again.aligned(B) == 2 / 3 and second.asked == [(B, "aligned")]
 
@@ -67,6 +73,7 @@ def test_something_else_is_refused_and_left_alone(tmp_path):
 
 
 def test_a_place_that_cannot_be_written_is_refused_in_one_line(tmp_path):
-    with pytest.raises(OutputError, match=r"journal .* cannot be written: No such file") as refused:
-        Journal(tmp_path / "missing" / "j")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"journal .* cannot be written: (Not a directory|File exists)") as refused:
+        Journal(tmp_path / "file" / "j")
     assert "\n" not in str(refused.value)
