@@ -24,9 +24,10 @@ from mka.store.sums import SUMS_NAME
 UNITS = {"h": "hours", "d": "days", "w": "weeks"}
 STAGE = re.compile(r"[a-z0-9_-]+-[0-9a-f]{16}")
 BENCH = re.compile(r"[0-9a-f]{16}")
-# What `tempfile` makes beside models, wheels and results; nobody holds a lock for those, so a day without a write
-# decides.
+# What `tempfile` makes beside models and wheels; nobody holds a lock for those, so a day without a write decides.
 TEMPORARY = re.compile(r"\..+-([a-z0-9_]{8}|clean\d+)")
+# The same beside stages' results: candidates that a search heals.
+HEALED = re.compile(r"\.healed-[a-z0-9_]{8}")
 ABANDONED = timedelta(days=1)
 
 
@@ -96,8 +97,8 @@ def clean(work: Path, older_than: timedelta, *, models: bool = False, dry_run: b
         )
     sweep = _Sweep(root, older_than.total_seconds(), _names_of_last_run(root), dry_run)
     sweep.locked("stages", STAGE)
-    sweep.temporary("stages", "unfinished healing")
     sweep.locked("bench", BENCH)
+    sweep.temporary("stages", "unfinished healing", HEALED)
     sweep.packages()
     sweep.temporary("models", "unfinished model")
     sweep.temporary("registry", "killed promotion")
@@ -152,10 +153,10 @@ class _Sweep:
                 self._remove("wheel", wheel)
         self.temporary("packages", "unfinished download")
 
-    def temporary(self, area: str, kind: str) -> None:
+    def temporary(self, area: str, kind: str, pattern: re.Pattern[str] = TEMPORARY) -> None:
         """Clean temporary folders that nobody wrote to for a day."""
         for path in self._list(self.root / area):
-            if TEMPORARY.fullmatch(path.name) and _is_folder(path):
+            if pattern.fullmatch(path.name) and _is_folder(path):
                 if _measure(path)[1] > ABANDONED.total_seconds():
                     self._remove(kind, path)
                 else:
@@ -194,7 +195,8 @@ class _Sweep:
     def _list(self, folder: Path) -> list[Path]:
         """List a folder; nothing if it is absent, or a link that may lead anywhere."""
         if folder.is_symlink():
-            self.found.notes.append(f"{folder.name} is a link and was not followed")
+            note = f"{folder.name} is a link and was not followed"
+            self.found.notes += [note] if note not in self.found.notes else []
             return []
         return sorted(folder.iterdir()) if folder.is_dir() else []
 

@@ -28,7 +28,6 @@ NONE = FITTED[:0]
 HALVES = (*identity_layers(2), MergedLayer((2, 3), attention=(3,), mlp=(2,)), *keep_layers([4, 5]))
 CANDIDATES = {
     "two deleted": keep_layers([0, 1, 4, 5]),
-    "nothing in front": keep_layers([1, 2, 3, 4, 5]),
     "the last deleted": keep_layers([0, 1, 2, 3]),
     "halves": HALVES,
 }
@@ -110,7 +109,6 @@ def test_a_healing_runs_the_tokens_it_is_charged_for(model, base, tmp_path, monk
     monkeypatch.setattr(torch.nn.Module, "__call__", call)
     make_repairs(model, base, NONE, tmp_path).healed(layers)
     counted = passed["forwards"] + 3 * passed["with gradient"]
-    # One forward of a layer says what its attention is handed, once per model.
     assert passed["walk"] == 0
     assert counted == count_healing(layers, LAYERS, TRAINED.numel(), MEASURED.numel())
 

@@ -96,6 +96,21 @@ def test_healing_brings_the_student_nearer_on_text_it_was_not_trained_on(pair, t
     assert min(p["heldout"] for p in made.facts["curve"] if "heldout" in p) == made.facts["best"]
 
 
+def test_measured_at_the_end_alone_it_ends_the_same_and_writes_nothing(pair, tmp_path):
+    base, student = pair
+    given = table(tokens=512)
+    windows, shared = cut_healing(given, base), count_shared(base, student)
+    options = {"shared": shared, "measurements": 1}
+    made = distil(base, student, windows, given.settings, SOURCE, tmp_path / "scratch", **options)
+    assert [point["step"] for point in made.facts["curve"] if "heldout" in point] == [0, 8]
+    assert not list(tmp_path.rglob("*.safetensors"))
+    replace_tensors(student, made.tensors, tmp_path / "healed")
+    after = divergence(base, open_checkpoint(tmp_path / "healed"), windows.heldout)
+    assert made.facts["best"] == pytest.approx(after, rel=1e-4) and after < made.facts["start"]
+    usual = distil(base, student, windows, given.settings, SOURCE, tmp_path / "usual", shared=shared)
+    assert usual.facts["curve"][-1]["heldout"] == made.facts["curve"][-1]["heldout"]
+
+
 def test_only_what_comes_after_the_first_change_is_trained(pair, tmp_path):
     base, student = pair
     made = heal(base, student, tmp_path / "scratch")

@@ -237,6 +237,17 @@ def test_other_folders_are_refused(tmp_path):
             clean(folder, MONTH)
 
 
+def test_what_a_killed_healing_left_beside_results_goes_after_a_day(work):
+    left, other = work / "stages" / ".healed-abcd12_x", work / "stages" / ".other-abcd12_x"
+    for folder, days in ((left, 0.5), (other, 99)):
+        (folder / "model").mkdir(parents=True)
+        age(folder, days)
+    assert gone(work) == {}
+    age(left, 1.5)
+    assert gone(work) == {"stages/.healed-abcd12_x": "unfinished healing"}
+    assert paths(work) == {"stages", "stages/.other-abcd12_x", "stages/.other-abcd12_x/model"}
+
+
 def test_the_scratch_folder_of_an_unfinished_result_goes_by_age_and_not_while_it_is_written(work):
     name = "plan-" + 16 * "a"
     scratch = work / "stages" / f".{name}.scratch"
