@@ -189,10 +189,10 @@ def build_ladder(repairs: Repairs, settings: Settings, layers: int) -> tuple[Run
 
 def build_final(repairs: Repairs, settings: Settings, layers: int) -> Rung | None:
     """Return how finalists are compared; None if none are."""
-    refitted = settings.aligned_tokens if settings.repair == "aligned" else 0
-    tokens = (settings.heal_tokens, settings.tokens[-1], refitted)
     if not settings.finalists:
         return None
+    refitted = settings.aligned_tokens if settings.repair == "aligned" else 0
+    tokens = (settings.heal_tokens, settings.tokens[-1], refitted)
     return Rung(
         "healed", settings.finalists, repairs.healed, lambda candidate: count_healing(candidate, layers, *tokens)
     )
