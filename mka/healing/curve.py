@@ -1,5 +1,6 @@
 """The curve of a healing: what it fell by, and what more tokens would give if it went on like this."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,37 @@ EXPONENTS = np.arange(0.05, 1.5, 0.01)
 FEWEST = 4
 # Times the tokens read that a prediction is made for.
 FURTHER = (2, 10)
+# A held-out divergence that has grown this much is not coming back.
+DIVERGED = 2.0
+
+
+def read_curve(history: list[dict[str, float]], tokens: int) -> list[dict[str, Any]]:
+    """Return a point per logged step: step, tokens read, and of loss, rate and held-out divergence what was noted.
+
+    Args:
+        history: of the Trainer.
+        tokens: per step.
+    """
+    points: dict[int, dict[str, Any]] = {}
+    names = {"loss": "loss", "learning_rate": "rate", "eval_loss": "heldout"}
+    for entry in history:
+        step = int(entry["step"])
+        noted = {name: entry[key] for key, name in names.items() if key in entry}
+        if noted:
+            points.setdefault(step, {"step": step, "tokens": step * tokens}).update(noted)
+    return [points[step] for step in sorted(points)]
+
+
+def has_diverged(history: Sequence[Mapping[str, float]]) -> bool:
+    """Say whether a loss is not finite, or the held-out divergence has grown by too much.
+
+    Args:
+        history: of the Trainer.
+    """
+    measured = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    return any(not math.isfinite(entry.get("loss", 0.0)) for entry in history) or any(
+        not value <= DIVERGED * measured[0] for value in measured
+    )
 
 
 def fit_power_law(tokens: Sequence[float], losses: Sequence[float]) -> tuple[float, float, float]:

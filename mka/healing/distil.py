@@ -5,6 +5,7 @@ the positions or a share of them. Precision, accumulation, checkpoints and resum
 and that a source of text which is not trained on stops it, is said here.
 """
 
+import json
 import math
 import shutil
 import time
@@ -15,8 +16,10 @@ from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from mka.errors import NumericsError
+from mka.healing.curve import has_diverged, read_curve
 from mka.healing.student import Student
 from mka.healing.table import HealingWindows
 from mka.model.checkpoint import Checkpoint
@@ -37,8 +40,6 @@ BETAS = (0.9, 0.95)
 RANK = 16
 # Measurements of the held-out source, each with a checkpoint to go on from.
 MEASUREMENTS = 8
-# A held-out divergence that has grown this much is not coming back.
-DIVERGED = 2.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def distil(
     teacher, _ = load_model(base.path, source.dtype, source.trust_remote_code)
     pupil, _ = load_model(student.path, "float32", source.trust_remote_code)
     first = find_first_trained(student.layers, settings.train, shared)
+    torch.manual_seed(seed)  # low-rank additions are drawn
     trained, finish = choose_trained(pupil, settings.train, first)
     module = Student(
         teacher,
@@ -178,35 +180,39 @@ def run_trainer(
         NumericsError: if it diverges before anything is better than the start.
     """
     rate = settings.rate or RATES[settings.train]
-    steps = len(windows.train) // settings.batch
+    batch = min(settings.batch, len(windows.train))
+    steps, tokens = len(windows.train) // batch, batch * windows.train.shape[1]
     every = max(1, math.ceil(steps / measurements))
     # Where the end alone is measured there is nothing to go back to, and no checkpoint is written.
-    patience = [EarlyStoppingCallback(settings.patience)] if every < steps else []
+    keeping = every < steps
     before = find_last(scratch)
+    # What had ended when it was killed is not trained on: without a window left the Trainer only loads the best.
+    last = find_end(before) or steps
     started = time.perf_counter()
-    with quiet_libraries(), show_progress("heal", steps * settings.batch * windows.train.shape[1], "tok") as advance:
-        watch = _Watch(settings.batch * windows.train.shape[1], advance)
+    with quiet_libraries(), show_progress("heal", steps * tokens, "tok") as advance:
+        watch = _Watch(tokens, advance)
         trainer = Trainer(
             model=module,
-            args=_arguments(scratch, settings, rate, steps, every, seed, measure_first=before is None),
-            train_dataset=[{"input_ids": row} for row in windows.train],  # type: ignore[arg-type]
+            args=_arguments(scratch, settings, batch, rate, last, every, seed, keeping=keeping, first=before is None),
+            train_dataset=[{"input_ids": row} for row in windows.train[: last * batch]],  # type: ignore[arg-type]
             eval_dataset=[{"input_ids": row} for row in windows.heldout],  # type: ignore[arg-type]
-            callbacks=[watch, *patience],
+            callbacks=[watch, *([EarlyStoppingCallback(settings.patience)] if keeping else [])],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=None if before is None else str(before))
     state = trainer.state
-    curve = read_curve(state.log_history, settings.batch * windows.train.shape[1])
+    curve = read_curve(state.log_history, tokens)
     start = next(point["heldout"] for point in curve if point["step"] == 0)
     best = math.inf if state.best_metric is None else state.best_metric
     if watch.diverged and not best < start:
+        shutil.rmtree(scratch, ignore_errors=True)
         raise NumericsError(
             f"healing diverged at step {state.global_step} of {steps}: peak rate {rate:g}, held-out divergence "
             f"{start:.4f} nats at the start and {curve[-1].get('heldout', math.nan):.4f} now; lower heal.rate"
         )
     ended = "diverged" if watch.diverged else "all text read" if state.global_step >= steps else "no more gain"
     return {
-        "tokens": state.global_step * settings.batch * windows.train.shape[1],
+        "tokens": state.global_step * tokens,
         "rate": rate,
         "steps": state.global_step,
         "ended": ended,
@@ -219,18 +225,28 @@ def run_trainer(
 
 
 def _arguments(
-    scratch: Path, settings: HealFit, rate: float, steps: int, every: int, seed: int, *, measure_first: bool
+    scratch: Path,
+    settings: HealFit,
+    batch: int,
+    rate: float,
+    steps: int,
+    every: int,
+    seed: int,
+    *,
+    keeping: bool,
+    first: bool,
 ) -> TrainingArguments:
-    cuda, keeping = torch.cuda.is_available(), every < steps
+    cuda = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(scratch),
         max_steps=steps,
-        per_device_train_batch_size=settings.batch,
+        per_device_train_batch_size=batch,
         per_device_eval_batch_size=settings.batch,
         learning_rate=rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": LOWEST},
-        warmup_steps=math.ceil(WARMUP * steps),
+        # A step that warms up from nothing trains nothing; of a single one there would be no other.
+        warmup_steps=min(math.ceil(WARMUP * steps), steps - 1),
         optim="adamw_torch",
         adam_beta1=BETAS[0],
         adam_beta2=BETAS[1],
@@ -241,10 +257,11 @@ def _arguments(
         activation_checkpointing=settings.checkpointing,
         eval_strategy="steps",
         eval_steps=every,
-        eval_on_start=measure_first,
+        eval_on_start=first,
         save_strategy="steps" if keeping else "no",
         save_steps=every,
         save_total_limit=2,
+        restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=keeping,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -268,22 +285,15 @@ class _Watch(TrainerCallback):
         self.diverged = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.diverged = has_diverged(state.log_history)
         self.advance(state.global_step * self.tokens)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.advance(self.tokens)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
-        if not math.isfinite(logs.get("loss", 0.0)):
-            self._stop(control)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **_: Any) -> None:
-        first = next(entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry)
-        if not metrics["eval_loss"] <= DIVERGED * first:
-            self._stop(control)
-
-    def _stop(self, control: Any) -> None:
-        self.diverged = control.should_training_stop = True
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if has_diverged(state.log_history):
+            self.diverged = control.should_training_stop = True
 
 
 def find_last(scratch: Path) -> Path | None:
@@ -292,23 +302,21 @@ def find_last(scratch: Path) -> Path | None:
     The Trainer writes a checkpoint's state last.
     """
     there = sorted(scratch.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
-    while there and not (there[-1] / "trainer_state.json").is_file():
+    while there and _read_state(there[-1]) is None:
         shutil.rmtree(there.pop())
     return there[-1] if there else None
 
 
-def read_curve(history: list[dict[str, float]], tokens: int) -> list[dict[str, Any]]:
-    """Return a point per logged step: step, tokens read, and of loss, rate and held-out divergence what was noted.
+def find_end(checkpoint: Path | None) -> int | None:
+    """Return the step at which a training had stopped by itself when a checkpoint was written; None if it had not."""
+    state = None if checkpoint is None else _read_state(checkpoint)
+    if state is None or not state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
+        return None
+    return int(state["global_step"])
 
-    Args:
-        history: of the Trainer.
-        tokens: per step.
-    """
-    points: dict[int, dict[str, Any]] = {}
-    names = {"loss": "loss", "learning_rate": "rate", "eval_loss": "heldout"}
-    for entry in history:
-        step = int(entry["step"])
-        noted = {name: entry[key] for key, name in names.items() if key in entry}
-        if noted:
-            points.setdefault(step, {"step": step, "tokens": step * tokens}).update(noted)
-    return [points[step] for step in sorted(points)]
+
+def _read_state(checkpoint: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None

@@ -1,6 +1,7 @@
 """Distillation: what it trains, what it measures, what it keeps, and that a killed one goes on."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -241,3 +242,95 @@ def test_checkpoints_hold_only_what_is_trained(pair, tmp_path):
     with safe_open(last / "model.safetensors", framework="pt") as file:
         assert {key.split(".")[1] for key in file.keys()}  # noqa: SIM118 == {"layer_2", "layer_3", "layer_4", "norm"}
     assert json.loads((last / "trainer_state.json").read_text())["global_step"] in (7, 8)
+
+
+def test_fewer_windows_than_a_step_takes_are_one_step_that_trains(pair, tmp_path):
+    base, student = pair
+    made = heal(base, student, tmp_path / "scratch", tokens=512, batch=64)
+    assert made.facts["steps"] == 1 and made.facts["tokens"] == 512
+    assert made.facts["curve"][-1]["rate"] == SETTINGS.rate
+    assert made.facts["curve"][-1]["heldout"] != made.facts["start"]
+
+
+def kill_when_done(monkeypatch):
+    """Have the process killed when the training is over and nothing of it is returned yet."""
+
+    class Killing(distilling.Trainer):
+        def train(self, *args, **options):
+            super().train(*args, **options)
+            raise Killed
+
+    monkeypatch.setattr(distilling, "Trainer", Killing)
+
+
+@pytest.mark.parametrize("changes", [{}, {"rate": 0.01, "patience": 1}])
+def test_killed_after_its_end_it_ends_alike(pair, tmp_path, monkeypatch, changes):
+    base, student = pair
+    whole = heal(base, student, tmp_path / "whole", **changes)
+    assert whole.facts["kept"] == "best" and (whole.facts["steps"] < 16) is bool(changes)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_when_done(patch)
+        heal(base, student, tmp_path / "killed", **changes)
+    again = heal(base, student, tmp_path / "killed", **changes)
+    assert {**again.facts, "seconds": 0} == {**whole.facts, "seconds": 0}
+    for name, value in whole.tensors.items():
+        assert torch.equal(value, again.tensors[name]), name
+
+
+def test_the_patience_that_was_used_up_is_remembered(pair, tmp_path, monkeypatch):
+    base, student = pair
+    changes = {"rate": 0.02, "patience": 3}
+    whole = heal(base, student, tmp_path / "whole", **changes)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+
+        class Watch(distilling._Watch):
+            def on_step_begin(self, args, state, control, **_):
+                if state.global_step == whole.facts["steps"] - 1:
+                    raise Killed
+
+        patch.setattr(distilling, "_Watch", Watch)
+        heal(base, student, tmp_path / "killed", **changes)
+    again = heal(base, student, tmp_path / "killed", **changes)
+    assert whole.facts["steps"] < 16
+    assert {**again.facts, "seconds": 0} == {**whole.facts, "seconds": 0}
+
+
+def test_what_diverged_before_it_was_killed_is_refused_again(pair, tmp_path, monkeypatch):
+    base, student = pair
+    # The only measurement is at the last step, so that nothing is left to train on.
+    changes = {"rate": 10.0, "tokens": 512, "batch": 16}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_when_done(patch)
+        heal(base, student, tmp_path / "scratch", **changes)
+    with pytest.raises(NumericsError, match="diverged at step 2 of 2"):
+        heal(base, student, tmp_path / "scratch", **changes)
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_a_checkpoint_whose_state_was_cut_off_is_not_whole(tmp_path):
+    for step, state in ((2, '{"global_step": 2}'), (4, '{"global_st')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert find_last(tmp_path).name == "checkpoint-2"
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+def test_low_rank_additions_hang_on_the_seed_and_on_nothing_before(pair, tmp_path):
+    base, student = pair
+    first = heal(base, student, tmp_path / "a", train="lora", tokens=512)
+    torch.manual_seed(99)
+    second = heal(base, student, tmp_path / "b", train="lora", tokens=512)
+    assert all(torch.equal(value, second.tensors[name]) for name, value in first.tensors.items())
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_every_window_held_out_is_measured_however_many_a_step_takes(pair, tmp_path, count):
+    base, student = pair
+    texts = {"one": TEXTS["one"], "two": ["w3 w4 w5 w6 w7 w8 w9 w10"] * 2 * count}
+    given = HealingTable(texts, SETTINGS.model_copy(update={"tokens": 512, "heldout_source": "two"}))
+    windows = cut_healing(given, base)
+    torch.manual_seed(0)
+    # Windows that are unlike one another, so that a mean over some of them is another.
+    windows = replace(windows, heldout=torch.randint(3, 97, (count, 16)))
+    made = distil(base, student, windows, given.settings, SOURCE, tmp_path / "scratch", shared=2)
+    assert made.facts["start"] == pytest.approx(divergence(base, student, windows.heldout), rel=1e-4)
