@@ -49,7 +49,7 @@ def heal(model: str, base_model: str, plan_file: Path | None, output: Path, aske
     """
     from mka.alignment.lockstep import find_ends
     from mka.export.folder import export_folder
-    from mka.healing.heal import heal_checkpoint
+    from mka.healing.heal import heal_checkpoint, key_healing
     from mka.healing.student import check_student
     from mka.healing.table import cut_healing, open_healing
     from mka.model.checkpoint import describe_checkpoint, open_checkpoint
@@ -71,18 +71,18 @@ def heal(model: str, base_model: str, plan_file: Path | None, output: Path, aske
     assert table is not None
     check_student(base, student)
     plan = read_plan(plan_file, student, base, required=settings.mode == "local")
+    ends = find_ends(plan.layers, base.layers) if plan and settings.mode == "local" else []
     work = find_work()
     make_work(work)
     with quiet_libraries():
         cut_healing(table, base)
 
         def make(folder: Path) -> dict[str, Any]:
-            ends = find_ends(plan.layers, base.layers) if plan else []
             pair = (base, student, ends, table, settings, source)
             found, facts = heal_checkpoint(*pair, folder / MODEL_FOLDER, find_scratch(folder), seed=seed)
             return {"loaded": found, "healing": facts}
 
-        keyed = settings.model_dump(exclude={"path", "rev", "checkpointing"}) | {"dtype": source.dtype, "seed": seed}
+        keyed = key_healing(settings, source.dtype, seed) | {"ends": ends}
         inputs = {"model": student.digest, "base": base.digest, "texts": table.digest}
         made = produce(work / "stages", "heal-model", version=1, settings=keyed, inputs=inputs, make=make)
     with publish(output) as partial:

@@ -14,6 +14,21 @@ from mka.terminal import show_progress
 from mka.transforms.rewrite import replace_tensors
 
 
+def key_healing(settings: HealSettings, dtype: str, seed: int) -> dict[str, Any]:
+    """Return what of the settings decides the result, with the version of the code that makes it.
+
+    Args:
+        settings: mode, not "off", and how.
+        dtype: precision of the base's forward passes.
+        seed: of everything random.
+    """
+    from mka.healing import distil, local
+
+    version = (local if settings.mode == "local" else distil).VERSION
+    keyed = settings.model_dump(exclude={"path", "rev", "checkpointing"})
+    return keyed | {"dtype": dtype, "seed": seed, "version": version}
+
+
 def heal_checkpoint(
     base: Checkpoint,
     student: Checkpoint,

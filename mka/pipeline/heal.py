@@ -32,11 +32,9 @@ def _read(job: Job, found: Found) -> dict[str, str]:
 
 
 def _settings(job: Job) -> dict[str, Any]:
-    from mka.healing import distil, local  # import torch
+    from mka.healing.heal import key_healing  # imports torch
 
-    version = (local if job.recipe.heal.mode == "local" else distil).VERSION
-    keyed = job.recipe.heal.model_dump(exclude={"path", "rev", "checkpointing"})
-    return keyed | {"dtype": job.recipe.model.dtype, "seed": job.recipe.seed, "version": version}
+    return key_healing(job.recipe.heal, job.recipe.model.dtype, job.recipe.seed)
 
 
 def _foresee(job: Job) -> Cost:

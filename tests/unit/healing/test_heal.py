@@ -72,6 +72,17 @@ def test_refusals_are_one_line_and_write_nothing(place, capsys, changed, message
     assert message in said and not (place / "healed").exists()
 
 
+def test_another_plan_of_as_many_layers_is_another_healing(place, capsys):
+    # What the layers answer for differs, though nothing else does: the layer behind the first, or the first itself.
+    other = MergePlan("test", "", 6, keep_layers((0, 2, 3, 4, 5)))
+    (place / "other.json").write_text(other.to_json())
+    starts = []
+    for plan in ("plan.json", "other.json"):
+        assert main([*ARGUMENTS, "--mode", "local", "--plan", plan, "--output", f"by-{plan}", "--json"]) == 0
+        starts.append([layer.get("before") for layer in json.loads(capsys.readouterr().out)["healing"]["layers"]])
+    assert starts[0] != starts[1]
+
+
 def test_a_plan_of_another_base_is_refused(place, capsys):
     save_model(make_tiny_model("llama", max_position_embeddings=512, seed=1), place / "other")
     given = [*ARGUMENTS, "--base", "other", "--plan", "plan.json", "--output", "healed"]
