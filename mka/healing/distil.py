@@ -18,7 +18,7 @@ import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from mka.errors import NumericsError
+from mka.errors import NumericsError, OutputError
 from mka.healing.curve import has_diverged, read_curve
 from mka.healing.student import Student
 from mka.healing.table import HealingWindows
@@ -178,6 +178,7 @@ def run_trainer(
 
     Raises:
         NumericsError: if it diverges before anything is better than the start.
+        OutputError: if a checkpoint cannot be written.
     """
     rate = settings.rate or RATES[settings.train]
     batch = min(settings.batch, len(windows.train))
@@ -199,7 +200,12 @@ def run_trainer(
             callbacks=[watch, *([EarlyStoppingCallback(settings.patience)] if keeping else [])],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=None if before is None else str(before))
+        try:
+            trainer.train(resume_from_checkpoint=None if before is None else str(before))
+        except RuntimeError as error:
+            if "inline_container" not in str(error):  # what torch calls a disk that is full
+                raise
+            raise OutputError(f"checkpoint in {scratch} cannot be written; is the disk full?") from None
     state = trainer.state
     curve = read_curve(state.log_history, tokens)
     start = next(point["heldout"] for point in curve if point["step"] == 0)

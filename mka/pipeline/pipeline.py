@@ -113,8 +113,9 @@ def _foresee_healing(job: Job) -> dict[str, Any] | None:
     table, settings = job.inputs.healing, job.recipe.heal
     if table is None:
         return None
-    cost = HEAL.foresee(job)
-    return {"mode": settings.mode, "tokens": settings.tokens, "sources": len(table.texts), "memory_bytes": cost.memory}
+    trained = len(table.texts) - 1  # one source only measures
+    memory = HEAL.foresee(job).memory
+    return {"mode": settings.mode, "tokens": settings.tokens, "sources": trained, "memory_bytes": memory}
 
 
 def _foresee_writing(job: Job) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ import torch
 from support.models import make_texts, make_tiny_model, save_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from mka.errors import CalibrationError, CheckpointError, NumericsError, RecipeError
+from mka.errors import CalibrationError, CheckpointError, NumericsError, OutputError, RecipeError
 from mka.healing import distil as distilling
 from mka.healing.distil import choose_trained, distil, find_first_trained, find_last
 from mka.healing.student import Student, check_student, count_shared
@@ -334,3 +334,12 @@ def test_every_window_held_out_is_measured_however_many_a_step_takes(pair, tmp_p
     windows = replace(windows, heldout=torch.randint(3, 97, (count, 16)))
     made = distil(base, student, windows, given.settings, SOURCE, tmp_path / "scratch", shared=2)
     assert made.facts["start"] == pytest.approx(divergence(base, student, windows.heldout), rel=1e-4)
+
+
+def test_a_disk_that_is_full_is_one_line(pair, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 194176 vs 194064")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OutputError, match=r"checkpoint in .*scratch cannot be written; is the disk full\?"):
+        heal(*pair, tmp_path / "scratch", tokens=512)

@@ -83,6 +83,12 @@ def test_another_plan_of_as_many_layers_is_another_healing(place, capsys):
     assert starts[0] != starts[1]
 
 
+def test_a_dry_run_does_not_count_the_source_that_only_measures(place, capsys):
+    given = ["compress", "base", "--layers", "5", "--method", "shortgpt", "--no-evaluate", "--dry-run", "--json"]
+    assert main([*given, "--heal-tokens", "2048", "--heal-table", "table.jsonl", "--output", "small"]) == 0
+    assert json.loads(capsys.readouterr().out)["healing"]["sources"] == 1
+
+
 def test_a_plan_of_another_base_is_refused(place, capsys):
     save_model(make_tiny_model("llama", max_position_embeddings=512, seed=1), place / "other")
     given = [*ARGUMENTS, "--base", "other", "--plan", "plan.json", "--output", "healed"]
