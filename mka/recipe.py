@@ -185,8 +185,8 @@ class HealFit(StageSettings):
     heldout_source: str | None = Field(
         None, description="The source that only measures, and stops the training; null: the second largest of the table"
     )
-    heldout_tokens: int = Field(4096, ge=256, description="Tokens of that source")
-    patience: int = Field(4, ge=1, description="Measurements without gain after which training stops")
+    heldout_tokens: int = Field(2048, ge=256, description="Tokens of that source")
+    patience: int = Field(6, ge=1, description="Measurements without gain after which training stops")
     checkpointing: bool = Field(False, description="Recompute activations backwards: less memory, a third more time")
 
 
