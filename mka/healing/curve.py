@@ -75,10 +75,13 @@ def predict(curve: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         curve: points with "tokens" and, where it was measured, "heldout".
 
     Returns:
-        Tokens, as text -> nats per token; empty if there are too few points, or they do not fall.
+        Tokens, as text -> nats per token; empty if there are too few points, or they promise nothing.
     """
     points = [(point["tokens"], point["heldout"]) for point in curve if point["tokens"] and "heldout" in point]
     if len(points) < FEWEST or not points[-1][1] < points[0][1]:
         return {}
     floor, scale, exponent = fit_power_law(*zip(*points))
-    return {str(times * points[-1][0]): floor + scale * (times * points[-1][0]) ** -exponent for times in FURTHER}
+    further = [times * points[-1][0] for times in FURTHER]
+    guesses = {str(tokens): floor + scale * tokens**-exponent for tokens in further}
+    # A law that promises no more than what is there already was fitted to noise.
+    return guesses if max(guesses.values()) < min(value for _, value in points) else {}

@@ -40,6 +40,8 @@ BETAS = (0.9, 0.95)
 RANK = 16
 # Measurements of the held-out source, each with a checkpoint to go on from.
 MEASUREMENTS = 8
+# Steps from one to the next: a checkpoint takes as long as a step.
+LEAST = 2
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def run_trainer(
     rate = settings.rate or RATES[settings.train]
     batch = min(settings.batch, len(windows.train))
     steps, tokens = len(windows.train) // batch, batch * windows.train.shape[1]
-    every = max(1, math.ceil(steps / measurements))
+    every = max(min(LEAST, steps), math.ceil(steps / measurements))
     # Where the end alone is measured there is nothing to go back to, and no checkpoint is written.
     keeping = every < steps
     before = find_last(scratch)

@@ -25,7 +25,7 @@ from mka.recipe import HealFit
 
 every_family = pytest.mark.parametrize("family", FAMILY_NAMES)
 FITTED, HELDOUT = draw_windows(16), draw_windows(8, seed=1)
-SETTINGS = HealFit(rate=3e-3, batch=4)
+SETTINGS = HealFit(rate=3e-3, batch=4, patience=4)
 
 
 def heal(model, layers, *, student=None, settings=SETTINGS, **options):
