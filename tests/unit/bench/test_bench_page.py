@@ -22,6 +22,7 @@ from mka.cli.main import main
 from mka.errors import OutputError
 from mka.evaluation.scores import Score
 from mka.model.checkpoint import open_checkpoint
+from mka.pipeline.inputs import Inputs
 
 WINDOWS, TOKENS = 8, 100
 CONDITIONS = {
@@ -64,10 +65,10 @@ def compare(folder, nats, tasks=None, failed=(), copies=None):
         raw["evaluation"] |= {"generation": 4, "task_targets": [5]}
     recipe = validate_bench(raw)
     base = open_checkpoint(folder / "base")
-    digests = {"text words": "a" * 64, "text prose": "b" * 64, "alignment": ""}
+    digests = {"text words": "a" * 64, "text prose": "b" * 64}
     notes = dict.fromkeys(("words", "prose"), "0 of 60 calibration texts")
     bench = Bench(
-        recipe, base, "r", None, {}, {"words": [], "prose": []}, digests, notes, folder, "mka bench tiny.yaml"
+        recipe, base, "r", Inputs(), {"words": [], "prose": []}, digests, notes, folder, "mka bench tiny.yaml"
     )
 
     def measure(cell, words, prose, solved_items=None, copied_items=None):

@@ -28,8 +28,8 @@ ROOT = Path(__file__).parents[3]
 SAMPLES = 60
 HEAVY = {"torch", "transformers", "pandas", "scipy", "matplotlib", "datasets", "lm_eval", "mlflow", "prefect"}
 STAGES = (
-    *("compress", "methods", "write", "observe", "score", "plan", "merge", "evaluate", "report", "export", "bench"),
-    "clean",
+    *("compress", "methods", "write", "observe", "score", "plan", "merge", "heal", "evaluate", "report", "export"),
+    *("bench", "clean"),
 )
 
 
@@ -270,7 +270,8 @@ def test_what_is_typed_wins_over_the_recipe(mka_, compress_arguments, tmp_path, 
         "name: from-recipe\nmodel: {hub: some/model, revision: main}\ntarget: {layer_ratio: 0.5, protect_first: 1}\n"
         "method: {name: shortgpt}\ngate: {perplexity_recovery: 0.25}\nseed: 7\n"
     )
-    mka_(*compress_arguments, "--recipe", recipe, "--output", "out")
+    unnamed = [argument for argument in compress_arguments if argument not in ("--method", "mka")]
+    mka_(*unnamed, "--recipe", recipe, "--output", "out")
     used = load_recipe(tmp_path / "out" / "evidence" / "recipe.yaml")
     assert used.name == "from-recipe" and used.seed == 7 and used.gate.perplexity_recovery == 0.25
     assert used.model.hub is None and used.model.revision is None and used.model.folder is not None
