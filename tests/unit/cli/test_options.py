@@ -130,7 +130,9 @@ def test_what_is_typed_is_what_is_asked_and_nothing_else(type_options, line):
 def test_what_is_asked_reaches_the_recipe(type_options, line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
-    asked = type_options(f"{line} --layers 4")
+    # Without a method more than what is typed comes with the default.
+    named = "" if "--method" in line else "--method mka"
+    asked = type_options(f"{line} --layers 4 {named}")
     made = resolve_recipe("model", tmp_path / "out", None, asked)
     for key, value in asked.items():
         found = made

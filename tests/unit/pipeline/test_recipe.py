@@ -45,10 +45,29 @@ def test_the_smallest_recipe_fills_in_documented_defaults():
     recipe = validate_recipe(SMALLEST)
     assert recipe.model.label == "models/tiny"
     assert recipe.registered_name == "tiny"
-    assert recipe.method.name == "mka"
+    assert recipe.method.name == "uidl"
     assert recipe.quantize.scheme == "off"
     assert (recipe.target.protect_first, recipe.target.protect_last) == (2, 1)
     assert recipe.model.trust_remote_code is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "repaired"),
+    [
+        ({}, (True, "distil")),
+        ({"alignment__tokens": 512, "heal__tokens": 999}, (True, "distil")),
+        ({"alignment__enabled": False}, (False, "distil")),
+        ({"heal__mode": False}, (True, "off")),
+        ({"heal__mode": "local"}, (True, "local")),
+        ({"method__name": "uidl"}, (False, "off")),
+        ({"method__name": "shortgpt", "heal__mode": "local"}, (False, "local")),
+    ],
+)
+def test_only_what_no_method_is_named_for_is_repaired_by_itself(changes, repaired):
+    recipe = validate_recipe(recipe_with(**changes))
+    assert (recipe.alignment.enabled, recipe.heal.mode) == repaired
+    # A record of it spells everything out and means the same.
+    assert validate_recipe(recipe.model_dump(mode="json")) == recipe
 
 
 @pytest.mark.parametrize(
@@ -114,7 +133,7 @@ def test_an_unknown_method_is_refused_with_the_nearest_and_the_list():
 
 
 def test_an_unknown_setting_of_a_method_is_refused_with_the_nearest():
-    message = refusal(recipe_with(method__settings={"bandwith": 8}))
+    message = refusal(recipe_with(method__name="mka", method__settings={"bandwith": 8}))
     assert "settings of method 'mka': unknown key 'bandwith' (did you mean 'bandwidth'?)" in message
 
 
@@ -139,7 +158,7 @@ def test_a_setting_of_another_method_is_refused():
     ],
 )
 def test_settings_that_would_do_nothing_or_lie_outside_their_range_are_refused(settings, reason):
-    assert reason in refusal(recipe_with(method__settings=settings))
+    assert reason in refusal(recipe_with(method__name="mka", method__settings=settings))
 
 
 def test_settings_that_belong_together_are_accepted():
@@ -233,7 +252,7 @@ def test_yaml_on_is_no_scheme(tmp_path):
 
 def test_overrides_replace_add_and_are_checked_like_the_file(tmp_path):
     path = write(tmp_path, SMALLEST)
-    recipe = load_recipe(path, {"target.layers": 3, "method.settings.coordinates": 3, "seed": 7})
+    recipe = load_recipe(path, {"target.layers": 3, "method.name": "mka", "method.settings.coordinates": 3, "seed": 7})
     assert (recipe.target.layers, recipe.method.settings, recipe.seed) == (3, {"coordinates": 3}, 7)
     assert load_recipe(path).target.layers == 4
     with pytest.raises(RecipeError, match=r"unknown key 'target.layrs' \(did you mean 'layers'\?\)"):
@@ -312,7 +331,10 @@ def test_an_empty_section_and_a_key_that_is_no_word_are_refused_by_name():
 def test_dumping_and_reading_back_gives_the_same_recipe(tmp_path):
     recipe = validate_recipe(
         recipe_with(
-            evaluation__tasks={"piqa": None, "boolq": 3}, quantize__scheme="int4", method__settings={"alpha": 1}
+            evaluation__tasks={"piqa": None, "boolq": 3},
+            quantize__scheme="int4",
+            method__name="mka",
+            method__settings={"alpha": 1},
         )
     )
     path = write(tmp_path, yaml.safe_dump(recipe.model_dump(mode="json")))
