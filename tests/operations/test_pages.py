@@ -195,7 +195,8 @@ def test_the_prefect_page_of_the_run_shows_state_log_and_artifacts(stack, open_p
             row = page.locator("tbody tr", has=page.get_by_text("layers", exact=True))
             cells = row.locator("td")
             cells.first.wait_for()
-            assert [text.strip() for text in cells.all_inner_texts()] == ["layers", "6", "5", f"{5 / 6:.3f}"]
+            # Base, control, candidate and their ratio.
+            assert [text.strip() for text in cells.all_inner_texts()] == ["layers", "6", "6", "5", f"{5 / 6:.3f}"]
         else:
             picture = page.locator("img[src^='data:image/png']")
             picture.wait_for()
