@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mka.errors import CalibrationError, RecipeError, nearest
+from mka.errors import RecipeError, nearest
 from mka.model.checkpoint import Checkpoint
 from mka.recipe import AlignmentFit, ModelSource
-from mka.texts.overlap import refuse_overlap
+from mka.texts.overlap import read_apart
 from mka.texts.positions import check_context
-from mka.texts.rows import digest_texts, read_heldout
+from mka.texts.rows import digest_sources
 
 FORMAT = "mka-alignment/1"
 
@@ -33,7 +33,7 @@ class AlignmentTable:
     @property
     def digest(self) -> str:
         """SHA-256 over sources and texts."""
-        return digest_texts(f"{source}\0{text}" for source in self.texts for text in self.texts[source])
+        return digest_sources(self.texts)
 
     @property
     def tokens(self) -> int:
@@ -52,12 +52,7 @@ def open_alignment(path: Path, settings: AlignmentFit, measured: Iterable[str]) 
     Raises:
         CalibrationError: if it cannot be read, or holds a text that evaluation uses.
     """
-    table = AlignmentTable(read_heldout(path), settings)
-    try:
-        refuse_overlap((text for texts in table.texts.values() for text in texts), measured)
-    except CalibrationError as error:
-        raise CalibrationError(f"alignment table {path}: {error}") from None
-    return table
+    return AlignmentTable(read_apart(path, measured, "alignment"), settings)
 
 
 def fit_windows(table: AlignmentTable, checkpoint: Checkpoint) -> AlignmentTable:

@@ -22,6 +22,7 @@ from mka.errors import NumericsError, PlanError
 from mka.model.checkpoint import Checkpoint
 from mka.model.decoder import Decoder
 from mka.model.parts import check_parts
+from mka.model.walk import own_context, run_layer
 from mka.recipe import HealFit
 
 VERSION = 1
@@ -125,7 +126,7 @@ def heal_locally(
         if module is None:
             states, made = after, HealedLayer(position, {})
         else:
-            lesson = Lesson(states, after, _own(contexts[position]), len(windows))
+            lesson = Lesson(states, after, own_context(contexts[position], torch.float32), len(windows))
             tensors, facts = train_layer(module, lesson, settings, generator, f"layer {position}")
             states, made = _run(module, states, lesson.context), HealedLayer(position, tensors, facts)
             del module, lesson
@@ -170,7 +171,7 @@ def train_layer(
             order = torch.randperm(count, generator=generator).split(settings.batch)
         rows = order[step % per_pass]
         with torch.enable_grad():
-            output = _call(layer, lesson.given[rows].float(), lesson.context)
+            output = run_layer(layer, lesson.given[rows].float(), lesson.context)
             loss = relative_error(output, lesson.wanted[rows].float(), weights[rows])
             _refuse_diverged(loss.item(), before, name, rate)
             optimizer.zero_grad()
@@ -222,24 +223,10 @@ def _is_copy(base: Decoder, source: int, layer: torch.nn.Module) -> bool:
         return theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in theirs)
 
 
-def _own(value: Any) -> Any:
-    """Return what a decoder hands to a layer as float32 that autograd takes: what inference made, it does not."""
-    if isinstance(value, torch.Tensor):
-        return (value.float() if value.is_floating_point() else value).clone()
-    if isinstance(value, tuple):
-        return tuple(map(_own, value))
-    return {name: _own(entry) for name, entry in value.items()} if isinstance(value, dict) else value
-
-
-def _call(layer: torch.nn.Module, states: torch.Tensor, context: Mapping[str, Any]) -> torch.Tensor:
-    output = layer(states, **context)
-    return output[0] if isinstance(output, tuple) else output
-
-
 @torch.no_grad()
 def _run(layer: torch.nn.Module, states: torch.Tensor, context: Mapping[str, Any]) -> torch.Tensor:
     """Return the states behind a float32 layer, (S, T, D), in the dtype they have in front of it."""
-    return _by_batches(lambda given: _call(layer, given.float(), context).to(states.dtype), states)
+    return _by_batches(lambda given: run_layer(layer, given.float(), context).to(states.dtype), states)
 
 
 def _by_batches(function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:

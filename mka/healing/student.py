@@ -8,7 +8,7 @@ from mka.errors import CheckpointError
 from mka.model.checkpoint import Checkpoint
 from mka.model.decoder import Decoder
 from mka.model.readout import read_logits, read_out, sum_divergence
-from mka.model.walk import Batch
+from mka.model.walk import own_context, run_layer
 
 # Positions whose logits are in memory at a time where nothing is trained.
 ROWS = 256
@@ -80,11 +80,10 @@ def measure_divergence(base: Decoder, student: Decoder, windows: torch.Tensor) -
     finals = []
     for decoder in (base, student):
         states, contexts = decoder.enter(windows)
-        batch = Batch(torch.empty(0), torch.empty(0), states, contexts)
         for index, layer in enumerate(decoder.layers):
             with decoder.hold(index):
-                batch.states = batch.run(layer, index)
-        finals.append(decoder.norm(batch.states).flatten(0, 1))  # (H, T, D) -> (H T, D)
+                states = run_layer(layer, states, contexts[index])
+        finals.append(decoder.norm(states).flatten(0, 1))  # (H, T, D) -> (H T, D)
     total = 0.0
     with base.hold_head(), student.hold_head():
         for wanted, given in zip(*(states.split(ROWS) for states in finals)):
@@ -124,7 +123,7 @@ class Student(torch.nn.Module):
         # In a tuple, so that they are no modules of this one.
         self._models = (Decoder(base), Decoder(student))
         ids = torch.zeros((1, length), dtype=torch.long)
-        self._contexts = [_copy(decoder.enter(ids)[1]) for decoder in self._models]
+        self._contexts = [own_context(decoder.enter(ids)[1]) for decoder in self._models]
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Have the student's layers keep their inputs alone; called by the trainer."""
@@ -159,8 +158,7 @@ class Student(torch.nn.Module):
     def _run(self, which: int, states: torch.Tensor, first: int, last: int) -> torch.Tensor:
         decoder, contexts = self._models[which], self._contexts[which]
         for index in range(first, last):
-            batch = Batch(torch.empty(0), torch.empty(0), states, contexts)
-            states = batch.run(decoder.layers[index], index)
+            states = run_layer(decoder.layers[index], states, contexts[index])
         return states
 
     def _diverge(self, target: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
@@ -170,14 +168,3 @@ class Student(torch.nn.Module):
             wanted = torch.log_softmax(read_logits(teacher, target), dim=-1)
         given = torch.log_softmax(read_logits(pupil, read), dim=-1)
         return torch.nn.functional.kl_div(given, wanted, log_target=True, reduction="sum")
-
-
-def _copy(value: Any) -> Any:
-    """Copy nested tensors that inference mode made."""
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copy(item) for item in value)
-    return value

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from mka.errors import CalibrationError, RecipeError, nearest
 from mka.model.checkpoint import Checkpoint
 from mka.recipe import HealFit
-from mka.texts.overlap import refuse_overlap
+from mka.texts.overlap import read_apart
 from mka.texts.positions import check_context
-from mka.texts.rows import digest_texts, read_heldout
+from mka.texts.rows import digest_sources
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ class HealingTable:
     @property
     def digest(self) -> str:
         """SHA-256 over sources and texts."""
-        return digest_texts(f"{source}\0{text}" for source in self.texts for text in self.texts[source])
+        return digest_sources(self.texts)
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,7 @@ def open_healing(path: Path, settings: HealFit, measured: Iterable[str]) -> Heal
     Raises:
         CalibrationError: if it cannot be read, or holds a text that evaluation uses.
     """
-    table = HealingTable(read_heldout(path), settings)
-    try:
-        refuse_overlap((text for texts in table.texts.values() for text in texts), measured)
-    except CalibrationError as error:
-        raise CalibrationError(f"healing table {path}: {error}") from None
-    return table
+    return HealingTable(read_apart(path, measured, "healing"), settings)
 
 
 def cut_healing(table: HealingTable, checkpoint: Checkpoint, tokenizer: Any = None) -> HealingWindows:

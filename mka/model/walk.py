@@ -4,7 +4,7 @@ Layer by layer: ``with decoder.hold(index): batch.states = batch.run(decoder.lay
 layers that a plan makes, `mka.evidence.walk` does it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +37,29 @@ class Batch:
             layer: a decoder layer that is held.
             index: the layer of the base whose place in the decoder it has: positions and mask are those given there.
         """
-        output = layer(self.states, **self.contexts[index])
-        return output[0] if isinstance(output, tuple) else output
+        return run_layer(layer, self.states, self.contexts[index])
+
+
+def run_layer(layer: Any, states: torch.Tensor, context: Mapping[str, Any]) -> torch.Tensor:
+    """Return the states behind a layer, (S, T, D), given what the decoder hands to it beside those in front."""
+    output = layer(states, **context)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def own_context(value: Any, dtype: torch.dtype | None = None) -> Any:
+    """Copy what a decoder hands to its layers: tensors that inference mode made cannot be kept for a gradient.
+
+    Args:
+        value: of `mka.model.decoder.Decoder.enter`, nested.
+        dtype: of floating tensors; None: as they are.
+    """
+    if isinstance(value, torch.Tensor):
+        return (value if dtype is None or not value.is_floating_point() else value.to(dtype)).clone()
+    if isinstance(value, dict):
+        return {key: own_context(item, dtype) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(own_context(item, dtype) for item in value)
+    return value
 
 
 def enter_texts(decoder: Decoder, sequences: Sequence[Sequence[int]], batch_size: int) -> list[Batch]:

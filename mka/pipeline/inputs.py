@@ -17,7 +17,7 @@ from mka.recipe import Measurement, Recipe
 from mka.store.sums import file_sha256
 from mka.texts.calibration import CalibrationSet, load_calibration
 from mka.texts.overlap import refuse_overlap
-from mka.texts.rows import digest_texts, read_heldout, read_texts
+from mka.texts.rows import digest_sources, digest_texts, read_heldout, read_texts
 from mka.texts.writing import Wanted
 from mka.transforms import CALIBRATION, list_needs
 
@@ -117,7 +117,7 @@ def read_measured(settings: Measurement, text: Path | None, tasks_folder: Path |
     if not evaluate:
         return Inputs()
     heldout = check_evaluation(settings, text, tasks_folder)
-    digests = {"heldout": digest_texts(f"{s}\0{t}" for s, texts in heldout.items() for t in texts)} if heldout else {}
+    digests = {"heldout": digest_sources(heldout)} if heldout else {}
     digests |= {f"task {task}": digest_task(tasks_folder, task, settings.shots) for task in settings.tasks}
     return Inputs(
         heldout=heldout,

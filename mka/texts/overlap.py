@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from mka.errors import CalibrationError
-from mka.texts.rows import EXCERPT_CHARACTERS, normalize_text
+from mka.texts.rows import EXCERPT_CHARACTERS, normalize_text, read_heldout
 
 # Shorter evaluation texts ("Which of the following is true?") also occur in innocent calibration texts.
 CONTAINED_CHARACTERS = 64
@@ -49,3 +50,22 @@ def refuse_overlap(texts: Iterable[str], evaluation_texts: Iterable[str]) -> Non
         raise CalibrationError(
             f"{len(offending)} of {len(texts)} calibration texts are used by evaluation: {excerpts}; remove them"
         )
+
+
+def read_apart(path: Path, measured: Iterable[str], name: str) -> dict[str, list[str]]:
+    """Read a table that is trained or fitted on, source -> texts, and refuse what evaluation uses.
+
+    Args:
+        path: JSON lines with ``text`` and ``source``.
+        measured: every text that evaluation uses.
+        name: what refusals call the table, e.g. "alignment".
+
+    Raises:
+        CalibrationError: if it cannot be read, or holds a text that evaluation uses.
+    """
+    texts = read_heldout(path)
+    try:
+        refuse_overlap((text for group in texts.values() for text in group), measured)
+    except CalibrationError as error:
+        raise CalibrationError(f"{name} table {path}: {error}") from None
+    return texts

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,11 @@ def text_digest(text: str) -> str:
 def digest_texts(texts: Iterable[str]) -> str:
     """Return the SHA-256 of a sequence of texts, as they are and in their order."""
     return hashlib.sha256(json.dumps(list(texts), ensure_ascii=False).encode()).hexdigest()
+
+
+def digest_sources(texts: Mapping[str, Iterable[str]]) -> str:
+    """Return the SHA-256 over sources and their texts, in their order."""
+    return digest_texts(f"{source}\0{text}" for source in texts for text in texts[source])
 
 
 def read_rows(data: bytes | Path, name: str | None = None) -> list[dict[str, Any]]:
