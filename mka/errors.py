@@ -46,6 +46,10 @@ class OutputError(MkaError):
     """A place that cannot be written: it exists, is not writable, or the disk is full."""
 
 
+class StoreError(MkaError):
+    """A stored result, the base or a table changed while a run was using it."""
+
+
 class DurationError(MkaError):
     """A length of time that is not written as one."""
 

@@ -171,7 +171,7 @@ class _Borrowed:
         if product.facts["digest"] != facts.facts["digest"]:
             discard(facts.folder)
             raise _Changed
-        return product.folder / MODEL_FOLDER
+        return product.open() / MODEL_FOLDER
 
     def give_back(self) -> None:
         """Remove the model if it was made for a comparison and nobody else has used it since."""

@@ -86,7 +86,7 @@ def heal(model: str, base_model: str, plan_file: Path | None, output: Path, aske
         inputs = {"model": student.digest, "base": base.digest, "texts": table.digest}
         made = produce(work / "stages", "heal-model", version=1, settings=keyed, inputs=inputs, make=make)
     with publish(output) as partial:
-        export_folder(made.folder / MODEL_FOLDER, partial)
+        export_folder(made.open() / MODEL_FOLDER, partial)
     facts = describe_checkpoint(open_checkpoint(output, verify=False)) | {"output": str(output)}
     return Outcome(facts | dict(made.facts), f"{summarise_healing(made.facts['healing'])}\n{output}")
 

@@ -11,6 +11,7 @@ from mka.evaluation.scores import EvalReport
 from mka.export.folder import export_folder
 from mka.pipeline.evaluate import ROLES, open_reports
 from mka.pipeline.foresee import COMPANIONS_NBYTES, candidate_nbytes
+from mka.pipeline.holding import hold_base, refuse_other
 from mka.pipeline.job import Job
 from mka.pipeline.pipeline import run
 from mka.pipeline.plan import open_plan
@@ -18,7 +19,7 @@ from mka.pipeline.report import find_fit, find_healing
 from mka.pipeline.score import open_scores
 from mka.pipeline.stage import MODEL_FOLDER, SCORES_FILE, Found, Stage, find_model
 from mka.plan.plan import MergePlan
-from mka.store.products import Product
+from mka.store.products import Product, reading
 from mka.store.publishing import check_room, publish
 
 EVIDENCE = "evidence"
@@ -75,10 +76,11 @@ def compress(job: Job, store: Path, output: Path, *, say: Callable[[str], Any]) 
     needed = candidate_nbytes(job) + COMPANIONS_NBYTES
     check_room(output, needed)
     found = run(job, run_stage)
-    with publish(output, needed_bytes=needed) as partial:
-        export_folder(find_model(found).folder / MODEL_FOLDER, partial)
-        shutil.copyfile(found["report"].folder / "README.md", partial / "README.md")
+    with publish(output, needed_bytes=needed) as partial, reading(), hold_base(job.base):
+        export_folder(find_model(found).open() / MODEL_FOLDER, partial)
+        shutil.copyfile(found["report"].open() / "README.md", partial / "README.md")
         _copy_evidence(job, found, partial / EVIDENCE)
+        refuse_other(partial, find_model(found).facts["digest"])
     base, candidate, control = open_reports(job, found)
     seconds = {name: product.seconds for name, product in found.items()}
     gate = found["gate"].facts if "gate" in found else None
@@ -93,10 +95,10 @@ def _copy_evidence(job: Job, found: Found, folder: Path) -> None:
     recipe = yaml.safe_dump(job.recipe.model_dump(mode="json"), sort_keys=False)
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
     copied = [
-        *(found["plan"].folder.glob("plan*")),
-        found["report"].folder / "report.html",
-        *found["report"].folder.glob("alignment.json"),
-        *found["report"].folder.glob("healing.json"),
+        *(found["plan"].open().glob("plan*")),
+        found["report"].open() / "report.html",
+        *found["report"].open().glob("alignment.json"),
+        *found["report"].open().glob("healing.json"),
     ]
     for file in copied:
         shutil.copyfile(file, folder / file.name)

@@ -10,7 +10,7 @@ from mka.evaluation.scores import EvalReport
 from mka.model.checkpoint import Checkpoint, describe_checkpoint, open_checkpoint
 from mka.pipeline.control import describe_control, has_control
 from mka.pipeline.foresee import estimate_logits, whole_model
-from mka.pipeline.inputs import Inputs
+from mka.pipeline.inputs import Inputs, hold_tables
 from mka.pipeline.job import Job
 from mka.pipeline.stage import CONTROL_STAGE, MODEL_FOLDER, Cost, Found, Stage, find_model
 from mka.recipe import EvaluationSettings, ModelSource
@@ -111,7 +111,8 @@ def evaluate_stage(
         alike: Any = (recipe.evaluation, recipe.model, job.inputs)
         against = job.base.path if held_against_base else None
         model = open_model(job, found)
-        report = measure_checkpoint(*model, *alike, seed=recipe.seed, command=job.command, base=against)
+        with hold_tables(job.inputs, recipe.evaluation.shots):
+            report = measure_checkpoint(*model, *alike, seed=recipe.seed, command=job.command, base=against)
         (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
         return {"scores": {f"{s.name} {s.metric}": s.value for s in report.scores}}
 
@@ -146,7 +147,7 @@ EVALUATE = evaluate_stage(
     CANDIDATE,
     lambda job, found: find_model(found).facts["digest"],
     lambda job, found: (
-        open_checkpoint(find_model(found).folder / MODEL_FOLDER, verify=False),
+        open_checkpoint(find_model(found).open() / MODEL_FOLDER, verify=False),
         describe_candidate(job, found),
     ),
     held_against_base=True,
@@ -156,7 +157,7 @@ EVALUATE_CONTROL = replace(
         "evaluate control",
         lambda job, found: found[CONTROL_STAGE].facts["digest"],
         lambda job, found: (
-            open_checkpoint(found[CONTROL_STAGE].folder / MODEL_FOLDER, verify=False),
+            open_checkpoint(found[CONTROL_STAGE].open() / MODEL_FOLDER, verify=False),
             describe_made_control(job, found),
         ),
         held_against_base=True,
@@ -180,9 +181,9 @@ def speed_stage(digest: str | None = None, folder: Path | None = None) -> Stage:
     def make(job: Job, found: Found, _: Path) -> Mapping[str, Any]:
         from mka.evaluation.speed import compare_checkpoint_speed
 
-        folders = {"base": job.base.path, "candidate": folder or find_model(found).folder / MODEL_FOLDER}
+        folders = {"base": job.base.path, "candidate": folder or find_model(found).open() / MODEL_FOLDER}
         if CONTROL_STAGE in found:
-            folders["control"] = found[CONTROL_STAGE].folder / MODEL_FOLDER
+            folders["control"] = found[CONTROL_STAGE].open() / MODEL_FOLDER
         return compare_checkpoint_speed(folders, trust_remote_code=job.recipe.model.trust_remote_code, **settings(job))
 
     def read(job: Job, found: Found) -> dict[str, str]:
@@ -211,7 +212,7 @@ def open_report(found: Found, role: str) -> EvalReport:
     """
     if role == "control" and EVALUATE_CONTROL.name not in found:
         role = "base"
-    report = EvalReport.load(found[f"evaluate {role}"].folder / REPORT_FILE)
+    report = EvalReport.load(found[f"evaluate {role}"].open() / REPORT_FILE)
     return replace(report, speed=found[SPEED.name].facts[role]) if SPEED.name in found else report
 
 

@@ -19,7 +19,7 @@ def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
 
     assert job.inputs.healing is not None
     recipe, output = job.recipe, folder / MODEL_FOLDER
-    student = open_checkpoint(find_model(found).folder / MODEL_FOLDER, verify=False)
+    student = open_checkpoint(find_model(found).open() / MODEL_FOLDER, verify=False)
     ends = find_ends(open_plan(found)[0].layers, job.base.layers)
     pair = (job.base, student, ends, job.inputs.healing, recipe.heal, recipe.model)
     loaded, facts = heal_checkpoint(*pair, output, find_scratch(folder), seed=recipe.seed)

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mka.alignment.table import AlignmentTable, open_alignment
-from mka.errors import RecipeError
+from mka.errors import RecipeError, StoreError
 from mka.evaluation.task_tables import list_tables
 from mka.evaluation.tasks import check_tasks
 from mka.healing.table import HealingTable, open_healing
@@ -146,6 +147,31 @@ def digest_task(folder: Path | None, task: str, shots: int) -> str:
         return "hub"
     files = list_tables(folder, task, every=True, shots=shots)
     return digest_texts(f"{file.name} {file_sha256(file)}" for file in files)
+
+
+@contextmanager
+def hold_tables(inputs: Inputs, shots: int) -> Iterator[None]:
+    """Compare the tables of tasks, which are read while they are measured, with their digests before and after a block.
+
+    Args:
+        inputs: of the job.
+        shots: few-shot examples.
+
+    Raises:
+        StoreError: if a table is no longer what it was when the run began.
+    """
+    _verify_tables(inputs, shots)
+    yield
+    _verify_tables(inputs, shots)
+
+
+def _verify_tables(inputs: Inputs, shots: int) -> None:
+    for task in inputs.tasks:
+        if digest_task(inputs.tasks_folder, task, shots) != inputs.digests[f"task {task}"]:
+            raise StoreError(
+                f"table of task {task!r} in {inputs.tasks_folder} has changed since the run began; nothing measured on "
+                "it is kept, run again"
+            )
 
 
 def _task_texts(settings: Measurement) -> Iterator[str]:

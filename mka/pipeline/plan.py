@@ -136,7 +136,7 @@ def write_plan(plan: MergePlan, folds: Folds | None, path: Path) -> None:
 
 def open_plan(found: Found) -> tuple[MergePlan, Folds | None]:
     """Read the plan that was made, and its folds if it needs any."""
-    path = found["plan"].folder / PLAN_FILE
+    path = found["plan"].open() / PLAN_FILE
     plan = MergePlan.load(path)
     return plan, load_folds(plan, path)
 

@@ -67,7 +67,7 @@ def describe_rounding(settings: QuantizeSettings) -> str:
 
 def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
     settings, output = job.recipe.quantize, folder / MODEL_FOLDER
-    source = open_checkpoint(find_model(found).folder / MODEL_FOLDER, verify=False)
+    source = open_checkpoint(find_model(found).open() / MODEL_FOLDER, verify=False)
     loaded = write_quantized(source, settings, output, offer_evidence(job))
     return describe_model(output, loaded, describe_rounding(settings))
 

@@ -63,13 +63,13 @@ def open_scores(job: Job, found: Found) -> LayerScores | None:
     product = found.get("score")
     if product is None or product.facts["kind"] is None:
         return None
-    scores = LayerScores.load(product.folder / SCORES_FILE)
+    scores = LayerScores.load(product.open() / SCORES_FILE)
     settings = job.planner.dump_settings()
     return replace(scores, settings={key: settings[key] for key in scores.settings})
 
 
 def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
-    scores = score_layers(job.planner, job.base, HiddenStates.load(found["observe"].folder / STATES_FILE))
+    scores = score_layers(job.planner, job.base, HiddenStates.load(found["observe"].open() / STATES_FILE))
     if scores is None:
         return {"kind": None}
     scores.save(folder / SCORES_FILE)

@@ -1,10 +1,12 @@
 """One stage of the pipeline: what it reads, what keys its result, what it does, and what it will cost."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mka.pipeline.holding import hold_base
 from mka.pipeline.job import Job
 from mka.store.products import Product, find, produce, stage_key
 
@@ -78,13 +80,26 @@ class Stage:
     ) -> Product:
         """Return the stored result, or make it.
 
+        The base is compared with its digest before and after, as results of earlier stages are once they are opened.
+
         Args:
             job: what is done.
             found: the products of the stages before it.
             store: folder of all results.
             make: called in the place of the stage's own ``make``, to do something around it.
+
+        Raises:
+            StoreError: if the base or something an earlier stage made has changed.
+            MkaError: whatever the stage refuses.
         """
-        return produce(store, make=make or (lambda folder: self.make(job, found, folder)), **self.arguments(job, found))
+        arguments = self.arguments(job, found)
+        reads_base = job.base.digest in arguments["inputs"].values()
+
+        def make_guarded(folder: Path) -> Mapping[str, Any]:
+            with hold_base(job.base) if reads_base else nullcontext():
+                return make(folder) if make is not None else self.make(job, found, folder)
+
+        return produce(store, make=make_guarded, **arguments)
 
 
 RunStage = Callable[[Stage, Job, Found], Product]

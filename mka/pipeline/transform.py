@@ -136,7 +136,7 @@ def _needs(job: Job) -> frozenset[str]:
 
 
 def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
-    source, output = open_checkpoint(find_model(found).folder / MODEL_FOLDER, verify=False), folder / MODEL_FOLDER
+    source, output = open_checkpoint(find_model(found).open() / MODEL_FOLDER, verify=False), folder / MODEL_FOLDER
     return describe_model(output, write_transformed(job.treatments, source, output, offer_evidence(job)))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from mka.errors import CalibrationError
 from mka.model.checkpoint import Checkpoint
+from mka.pipeline.holding import hold_base
 from mka.recipe import BASE_TEXT, AlignmentFit, CalibrationTexts, HealFit, ModelSource
 from mka.store.products import Product, find, produce
 from mka.texts.overlap import refuse_overlap
@@ -104,12 +105,14 @@ def write_table(base: Checkpoint, source: ModelSource, wanted: Wanted, store: Pa
         CheckpointError: if the model does not load whole.
         CalibrationError: if nearly nothing it writes is usable.
         NumericsError: if its logits are not finite.
+        StoreError: if the base changes meanwhile.
     """
     from mka.evidence.writing import write_texts
     from mka.model.loading import load_model
 
     def make(folder: Path) -> Mapping[str, Any]:
-        written = write_texts(*load_model(base.path, source.dtype, source.trust_remote_code), wanted)
+        with hold_base(base):
+            written = write_texts(*load_model(base.path, source.dtype, source.trust_remote_code), wanted)
         (folder / TEXTS_FILE).write_text(format_rows(written.rows), encoding="utf-8")
         facts = {"tokens": written.tokens, "texts": len(written.rows), "seed": wanted.seed}
         return facts | {"dropped": dict(sorted(written.dropped.items()))}
@@ -119,7 +122,7 @@ def write_table(base: Checkpoint, source: ModelSource, wanted: Wanted, store: Pa
 
 def as_own_text(product: Product) -> OwnText:
     """Return what `write_table` left."""
-    return OwnText(product.folder / TEXTS_FILE, product.facts)
+    return OwnText(product.open() / TEXTS_FILE, product.facts)
 
 
 def read_sources(file: Path) -> dict[str, int]:

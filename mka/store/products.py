@@ -10,16 +10,23 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mka.errors import StoreError
 from mka.store.publishing import publish
 from mka.store.sums import file_sha256
 
 MANIFEST = "stage.json"
-FORMAT = "mka-stage/1"
+FORMAT = "mka-stage/2"
+# What a manifest's own digest is under.
+SEAL = "sha256"
+
+# What was opened since the innermost `reading` began; None outside of one.
+_opened: ContextVar["dict[Path, Product] | None"] = ContextVar("opened", default=None)
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,8 @@ class Product:
     Attributes:
         stage: name of the stage.
         key: SHA-256 over stage, version, settings and input digests.
-        folder: where its files are.
+        folder: where its files are; `open` before reading them.
+        files: relative name -> SHA-256 of each.
         digest: SHA-256 over its files, or over its facts if it has none.
         facts: JSON-able facts for checks, records and people.
         seconds: what making it took.
@@ -40,11 +48,62 @@ class Product:
     stage: str
     key: str
     folder: Path
+    files: Mapping[str, str]
     digest: str
     facts: Mapping[str, Any]
     seconds: float
     reused: bool
     why: str
+
+    def open(self) -> Path:
+        """Return the folder, once its files are what the stage left behind.
+
+        Raises:
+            StoreError: naming the file that is gone, altered, or was not there.
+        """
+        opened = _opened.get()
+        if opened is None or self.folder not in opened:
+            _verify(self)
+        if opened is not None:
+            opened[self.folder] = self
+        return self.folder
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Compare what is opened within the block with its digests, when it is opened and once more at the end.
+
+    What was made of files that changed meanwhile is then not kept.
+
+    Raises:
+        StoreError: as `Product.open`.
+    """
+    token = _opened.set({})
+    try:
+        yield
+        for product in (_opened.get() or {}).values():
+            _verify(product)
+    finally:
+        _opened.reset(token)
+
+
+def _verify(product: Product) -> None:
+    again = "nothing was made of it; the same command makes it again"
+    for name, digest in product.files.items():
+        file = product.folder / name
+        try:
+            changed = file_sha256(file) != digest
+        except OSError:
+            raise StoreError(f"{file} is gone, of stage {product.stage!r} of this run: {again}") from None
+        if changed:
+            raise StoreError(f"{file} has changed since stage {product.stage!r} wrote it: {again}")
+    if strange := sorted(_list_files(product.folder).keys() - product.files.keys() - {MANIFEST}):
+        file = product.folder / strange[0]
+        raise StoreError(f"{file} was not written by stage {product.stage!r}; remove it, or the folder: {again}")
+
+
+def _list_files(folder: Path) -> dict[str, Path]:
+    return {f.relative_to(folder).as_posix(): f for f in sorted(folder.rglob("*")) if not f.is_dir() or f.is_symlink()}
 
 
 def stage_key(stage: str, version: int, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -96,8 +155,8 @@ def produce(
             shutil.rmtree(left, ignore_errors=True)
         started = time.perf_counter()
         with publish(folder) as partial:
-            facts = dict(make(partial))
-            files = {f.relative_to(partial).as_posix(): f for f in sorted(partial.rglob("*")) if f.is_file()}
+            with reading():
+                facts = dict(make(partial))
             body = {
                 "format": FORMAT,
                 "stage": stage,
@@ -106,14 +165,18 @@ def produce(
                 "settings": settings,
                 "inputs": inputs,
                 "seconds": round(time.perf_counter() - started, 3),
-                "files": {n: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for n, f in files.items()},
+                "files": {
+                    name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+                    for name, file in _list_files(partial).items()
+                },
                 "facts": facts,
             }
-            manifest = json.dumps(body, indent=2) + "\n"
+            # What a later run will read, whether `make` returned tuples or lists.
+            body = json.loads(json.dumps(body))
+            manifest = json.dumps(body | {SEAL: _seal(body)}, indent=2) + "\n"
             (partial / MANIFEST).write_text(manifest, encoding="utf-8")
         shutil.rmtree(find_scratch(folder), ignore_errors=True)
-        # What a later run will read, whether `make` returned tuples or lists.
-        return _describe(json.loads(manifest), folder, reused=False, why=why)
+        return _describe(body, folder, reused=False, why=why)
 
 
 def find(
@@ -171,16 +234,21 @@ def _read(folder: Path, key: str) -> tuple[Product | None, str]:
         body = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None, "no result for these inputs and settings yet"
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None, "the stored result's manifest cannot be read"
     if not isinstance(body, dict) or body.get("format") != FORMAT or body.get("key") != key:
         return None, "the stored result is of another format or key"
+    if body.pop(SEAL, None) != _seal(body):
+        return None, "the stored result's manifest has changed"
+    there = _list_files(folder)
     for name, entry in body["files"].items():
-        file = folder / name
+        file = there.pop(name, folder)
         if not file.is_file():
             return None, f"stored file {name} is gone"
         if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
             return None, f"stored file {name} has changed"
+    if strange := sorted(there.keys() - {MANIFEST}):
+        return None, f"file {strange[0]} was not written by the stage"
     # `mka clean` removes what was not used for long. A store that cannot be written is no reason to stop.
     with contextlib.suppress(OSError):
         os.utime(folder / MANIFEST)
@@ -189,7 +257,12 @@ def _read(folder: Path, key: str) -> tuple[Product | None, str]:
     return _describe(body, folder, reused=True, why=why), why
 
 
+def _seal(body: Mapping[str, Any]) -> str:
+    """Digest of a manifest; whatever is altered in it, it is no longer believed."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
 def _describe(body: Mapping[str, Any], folder: Path, *, reused: bool, why: str) -> Product:
-    basis = {n: e["sha256"] for n, e in body["files"].items()} or body["facts"]
-    digest = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
-    return Product(body["stage"], body["key"], folder, digest, body["facts"], body["seconds"], reused, why)
+    files = {name: entry["sha256"] for name, entry in body["files"].items()}
+    digest = hashlib.sha256(json.dumps(files or body["facts"], sort_keys=True).encode()).hexdigest()
+    return Product(body["stage"], body["key"], folder, files, digest, body["facts"], body["seconds"], reused, why)

@@ -210,7 +210,7 @@ def list_stage_keys(recipe: Recipe, base: Any) -> dict[str, str]:
         if stage.wanted(job):
             key = stage.key(job, found)
             model = {"model_type": "llama", "digest": key} if stage.name in MODELS else {}
-            found[stage.name] = Product(stage.name, key, Path(), key, model, 0.0, False, "")
+            found[stage.name] = Product(stage.name, key, Path(), {}, key, model, 0.0, False, "")
     return {name: product.key for name, product in found.items()}
 
 
