@@ -41,7 +41,6 @@ def put_beside(file: Path) -> None:
 
 # What is harmed, and after which stage.
 MOMENTS = (
-    ("stage", "after"),
     ("observe", "observe"),
     ("score", "score"),
     ("plan", "plan"),
