@@ -3,7 +3,9 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +13,36 @@ from pathlib import Path
 from typing import Any
 
 from mka.errors import OutputError
+
+
+def _name_aside(path: Path) -> Path:
+    """Name what is written in a path's place until it is whole, by machine and process: it can be told who is gone."""
+    return path.with_name(f".{path.name}.partial-{_machine()}-{os.getpid()}-{os.urandom(4).hex()}")
+
+
+def _machine() -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", socket.gethostname())
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes of this machine that are gone left in a path's place."""
+    written = re.compile(rf"{re.escape(f'.{path.name}.partial-{_machine()}-')}(\d+)-[0-9a-f]{{8}}")
+    for left in path.parent.iterdir():
+        match = written.fullmatch(left.name)
+        if match is None or _is_alive(int(match[1])):
+            continue
+        with contextlib.suppress(OSError):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
@@ -23,9 +55,10 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         OutputError: if it cannot be written; nothing is left aside.
     """
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}-{os.urandom(4).hex()}")
+    aside = _name_aside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         write(aside)
         aside.replace(path)
     except OSError as error:
@@ -92,9 +125,10 @@ def publish(output: str | Path, *, needed_bytes: int = 0) -> Iterator[Path]:
     output = Path(output)
     if output.exists():
         raise OutputError(f"output {output} exists; choose another folder or remove it")
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    partial = _name_aside(output)
     try:
         _make_room(output.parent, partial)
+        _sweep(output)
         _refuse_full(output, partial, needed_bytes)
         yield partial
         _sync_files(partial)
@@ -153,7 +187,6 @@ def _refuse_full(output: Path, place: Path, needed_bytes: int) -> None:
 def _make_room(parent: Path, partial: Path) -> None:
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
     except OSError as error:
         raise OutputError(f"output cannot be written in {parent}: {error.strerror or error}") from None
