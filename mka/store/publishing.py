@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mka.errors import OutputError
+from mka.errors import MkaError, OutputError
 
 
 def _name_aside(path: Path) -> Path:
@@ -134,9 +134,11 @@ def publish(output: str | Path, *, needed_bytes: int = 0) -> Iterator[Path]:
         _sync_files(partial)
         partial.replace(output)
         _sync(output.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if _says_full(error):
             raise OutputError(f"disk full while writing {output}; free some space and run again") from None
+        if not isinstance(error, OSError):
+            raise
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
             raise OutputError(f"output {output} appeared while it was being written; nothing was replaced") from None
         if isinstance(error, PermissionError | NotADirectoryError) or error.errno == errno.EROFS:
@@ -144,6 +146,13 @@ def publish(output: str | Path, *, needed_bytes: int = 0) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _says_full(error: Exception) -> bool:
+    """Whether a disk is full; a library that writes below Python says so in words only."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return not isinstance(error, MkaError) and os.strerror(errno.ENOSPC) in str(error)
 
 
 def make_work(folder: Path) -> None:
