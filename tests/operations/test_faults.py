@@ -123,6 +123,7 @@ def test_a_database_that_somebody_holds_is_waited_for(tmp_path, monkeypatch, cap
         holder = threading.Thread(target=hold)
         holder.start()
         held.wait(60)
+        capsys.readouterr()
         code = project.run(gate__perplexity_recovery=0.02)
         said = capsys.readouterr().err
         if code:  # it gave up, in one line
