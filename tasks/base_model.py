@@ -1,7 +1,7 @@
 """The base model: fetched from where the recipe says, checked, digested."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from prefect import task
@@ -11,7 +11,6 @@ from mka.errors import MkaError, RegistryError, UnreachableError
 from mka.model.checkpoint import Checkpoint, open_checkpoint
 from mka.pipeline.job import check_feasible
 from mka.recipe import ModelSource, Recipe
-from mka.store.sums import SUMS_NAME
 from tasks.machine.workplace import Workplace
 
 
@@ -59,6 +58,7 @@ def fetch_base_model(place: Workplace, recipe: Recipe) -> BaseModel:
         CheckpointError: if it cannot be had, is damaged, inconsistent or unsupported.
         RecipeError: if the recipe asks for something this model cannot give.
     """
+    from mka.model.stock import open_base
     from mka.sources.fetch import materialize, resolve_revision
 
     started = time.perf_counter()
@@ -67,7 +67,7 @@ def fetch_base_model(place: Workplace, recipe: Recipe) -> BaseModel:
     resolved = source.model_copy(update={"folder": place.path(source.folder)}) if source.folder else source
     folder = materialize(resolved, place.work)
     # The files were compared with their sums a moment ago; once is enough.
-    base = replace(open_checkpoint(folder, verify=False), verified=(folder / SUMS_NAME).exists())
+    base = open_base(folder, trust_remote_code=source.trust_remote_code, verified=True)
     check_feasible(recipe, base)
     reused = source.hub is None and _built_folders(place) == before
     return BaseModel(base, resolve_revision(resolved, folder), round(time.perf_counter() - started, 3), reused)

@@ -1,8 +1,6 @@
-"""A model folder on disk: opened lazily, checked before anything is computed from it, written shard by shard."""
+"""A model folder on disk: opened lazily, checked before anything is computed from it."""
 
 import hashlib
-import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mka.errors import CheckpointError
+from mka.model.config import build_config
 from mka.model.families import Family, get_family, layer_kinds
-from mka.model.tensors import TensorInfo, TensorReader, read_header
-from mka.store.sums import SUMS_NAME, file_sha256, verify_sums
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+from mka.model.tensors import TensorInfo, TensorReader
+from mka.model.weights import check_floats, list_files, read_json, read_weights
+from mka.store.sums import SUMS_NAME, file_sha256, read_sums, verify_sums
 
 
 @dataclass(frozen=True)
@@ -29,6 +26,7 @@ class Checkpoint:
         kinds: one tuple per layer, see `mka.model.families.layer_kinds`.
         tensors: name -> `TensorInfo`, in the order of the shards.
         verified: its files were compared with its SHA256SUMS when it was opened.
+        left_out: stored tensors that every reader makes anew of the config.
     """
 
     path: Path
@@ -37,6 +35,7 @@ class Checkpoint:
     kinds: tuple[tuple[Any, ...], ...]
     tensors: dict[str, TensorInfo]
     verified: bool = False
+    left_out: tuple[str, ...] = ()
 
     @property
     def layers(self) -> int:
@@ -46,7 +45,7 @@ class Checkpoint:
     @property
     def is_quantized(self) -> bool:
         """Whether its weights are packed by a quantizer."""
-        return "quantization_config" in self.config
+        return self.config.get("quantization_config") is not None
 
     @property
     def nbytes(self) -> int:
@@ -74,11 +73,9 @@ class Checkpoint:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over names and contents of all files that make the model (not the card, not the sums)."""
-        listed: dict[str, str] = {}
-        if self.verified:
-            lines = (self.path / SUMS_NAME).read_text(encoding="utf-8").splitlines()
-            listed = {name: value for value, name in (line.split("  ", 1) for line in lines)}
-        names = sorted(f.name for f in self.path.iterdir() if f.is_file() and f.name not in ("README.md", SUMS_NAME))
+        listed = read_sums(self.path) if self.verified else {}
+        names = [path.relative_to(self.path).as_posix() for path in list_files(self.path)]
+        names = [name for name in names if name not in ("README.md", SUMS_NAME)]
         with ThreadPoolExecutor() as pool:  # hashing runs outside Python's lock
             found = pool.map(lambda name: listed.get(name) or file_sha256(self.path / name), names)
             pairs = [f"{value}  {name}" for value, name in zip(found, names)]
@@ -98,82 +95,44 @@ def open_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
             only there).
 
     Raises:
-        CheckpointError: if anything is missing, truncated, altered, unsupported, or if config and weights disagree
-            on the number of layers.
+        CheckpointError: if anything is missing, truncated, altered, outside the folder, unsupported, or if config and
+            weights disagree on the number of layers.
     """
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such model folder")
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     family = get_family(config.get("model_type"), str(path))
-    files = _weight_files(path)
+    stored = read_weights(path, config)
     verified = verify and verify_sums(path)
-    tensors = {t.name: t for file in files for t in _read_header(path, file)}
+    tensors = {name: info for name, info in stored.items() if not family.is_derived(name)}
     kinds = _kinds(path, config, family, tensors)
-    return Checkpoint(path, config, family, kinds, tensors, verified)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: {path.name} is missing; is this a model folder?") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(body, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return body
-
-
-def _weight_files(path: Path) -> list[str]:
-    if (path / INDEX).exists():
-        weight_map = _read_json(path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or {type(file) for file in weight_map.values()} != {str}:
-            raise CheckpointError(f"{path / INDEX}: has no weight_map")
-        files = sorted(set(weight_map.values()))
-    else:
-        files = [SINGLE]
-    missing = [file for file in files if not (path / file).is_file()]
-    if missing:
-        other = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".gguf"))
-        hint = f"; found {other[0]}, but only safetensors are read" if other else "; fetch the model again"
-        raise CheckpointError(f"{path}: missing shard {missing[0]} ({len(missing)} of {len(files)} missing){hint}")
-    return files
-
-
-def _read_header(path: Path, file: str) -> Iterator[TensorInfo]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        # The library checks the header against the file's length; where tensors lie it does not tell.
-        with safe_open(path / file, framework="numpy") as shard:
-            names = list(shard.keys())
-        begin, header = read_header(path / file)
-        for name in names:
-            entry = header[name]
-            yield TensorInfo(name, file, entry["dtype"], tuple(entry["shape"]), begin + entry["data_offsets"][0])
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path / file}: damaged or truncated safetensors shard ({error}); fetch the model again"
-        ) from None
+    checkpoint = Checkpoint(path, config, family, kinds, tensors, verified, tuple(stored.keys() - tensors.keys()))
+    if not checkpoint.is_quantized:
+        check_floats(path, tensors)
+    return checkpoint
 
 
 def _kinds(
     path: Path, raw: dict[str, Any], family: Family, tensors: dict[str, TensorInfo]
 ) -> tuple[tuple[Any, ...], ...]:
-    from transformers import AutoConfig
-
     found = {place[0] for name in tensors if (place := family.split_tensor(name))}
     claimed = raw.get("num_hidden_layers")
+    if not found and (bare := [name for name in tensors if family.split_tensor(f"{family.backbone}.{name}")]):
+        raise CheckpointError(
+            f"{path}: weights are a backbone's alone: keys such as {bare[0]} lack {family.backbone!r} in front; load "
+            "the folder with transformers' AutoModelForCausalLM, save it, and give that"
+        )
     if found != set(range(claimed if isinstance(claimed, int) else -1)):
         raise CheckpointError(
             f"{path}: config.json says num_hidden_layers={claimed}, the checkpoint holds {len(found)} layers"
             f"{f' (0 to {max(found)})' if found else ''}; the two must agree"
         )
+    config = build_config(raw, path)
     try:
-        return layer_kinds(AutoConfig.from_pretrained(path), family)
-    except Exception as error:
-        raise CheckpointError(f"{path}: config.json is refused: {' '.join(str(error).split())[:300]}") from None
+        return layer_kinds(config, family)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: config.json is refused: {error}") from None
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -194,9 +153,9 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _count_unpacked(checkpoint: Checkpoint) -> int:
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(checkpoint.path)
+    config = build_config(checkpoint.config, checkpoint.path)
     del config.quantization_config
     with init_empty_weights():
         return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())

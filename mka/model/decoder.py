@@ -1,17 +1,15 @@
 """A decoder that is walked layer by layer. Of a streamed one, only the layers somebody holds are in memory."""
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from mka.errors import CheckpointError
 from mka.model.checkpoint import Checkpoint
 from mka.model.families import Family, get_family
+from mka.model.stock import build_outline, find_pieces
 from mka.model.tensors import TRIM_BYTES, TensorReader, give_memory_back
 
 
@@ -107,28 +105,20 @@ class StreamedDecoder(Decoder):
     of is that of the next one held.
     """
 
-    def __init__(self, checkpoint: Checkpoint, read: TensorReader, dtype: str, trust_remote_code: bool = False) -> None:
+    def __init__(self, checkpoint: Checkpoint, read: TensorReader, dtype: str) -> None:
         """Build the model without its weights, on cuda if there is one.
 
         Args:
             checkpoint: unquantized.
             read: of the checkpoint, open for as long as the decoder is used.
             dtype: what weights are cast to, e.g. "float32".
-            trust_remote_code: run Python code that comes with the model.
 
         Raises:
             CheckpointError: if a weight is missing, left over or of another shape than the config says.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         self.read, self.dtype = read, getattr(torch, dtype)
-        options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, **options)
-        with _without_values():
-            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, **options)
-        model.tie_weights()
-        model.eval()
-        self._pieces = _find_pieces(checkpoint, model)
+        model = build_outline(checkpoint, self.dtype)
+        self._pieces = find_pieces(checkpoint, model)
         super().__init__(model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # Only gradients read it, and rows are numbered anew.
@@ -206,23 +196,6 @@ class StreamedDecoder(Decoder):
             put_tensor(module, name, value)
 
 
-@contextmanager
-def _without_values() -> Iterator[None]:
-    """Parameters made within the block have a shape only; buffers, which no checkpoint holds, have their values.
-
-    By torch's own hook: accelerate's `init_empty_weights` does the same, and would be a package more on a GPU machine.
-    """
-
-    def make_empty(module: torch.nn.Module, name: str, value: torch.nn.Parameter | None) -> torch.nn.Parameter | None:
-        return None if value is None else torch.nn.Parameter(value.to("meta"), requires_grad=False)
-
-    hook = register_module_parameter_registration_hook(make_empty)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def _empty(module: Any) -> list[torch.Tensor]:
     """Take a module's values away; returns them."""
     values = dict(module.named_parameters())
@@ -235,36 +208,3 @@ def put_tensor(module: Any, name: str, value: torch.Tensor) -> None:
     """Make a tensor the parameter of a module that has this name; it is not copied."""
     holder, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(holder), leaf, torch.nn.Parameter(value, requires_grad=False))
-
-
-def _find_pieces(checkpoint: Checkpoint, model: Any) -> dict[str, tuple[str, ...]]:
-    """Return the stored tensors that make each parameter; refuse weights that are not the config's, as loaders do."""
-    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
-    found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    if model.config.tie_word_embeddings:
-        found.pop(checkpoint.family.head_tensor, None)
-    pieces = {
-        name: (name,) if name in found else checkpoint.family.stored_pieces(name, shape[0])
-        for name, shape in shapes.items()
-    }
-    wanted = {piece for names in pieces.values() for piece in names}
-    _refuse(checkpoint, "missing", wanted - found.keys())
-    _refuse(checkpoint, "unexpected", found.keys() - wanted)
-    fits = {name: _fits([found[piece] for piece in pieces[name]], shape) for name, shape in shapes.items()}
-    _refuse(checkpoint, "mismatched", [name for name, fit in fits.items() if not fit])
-    return pieces
-
-
-def _fits(pieces: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> bool:
-    """Whether tensors of these shapes, row behind row, make one of that shape."""
-    if len(pieces) == 1:
-        return pieces[0] == shape
-    return sum(map(math.prod, pieces)) == math.prod(shape) and {piece[1:] for piece in pieces} == {shape[2:]}
-
-
-def _refuse(checkpoint: Checkpoint, kind: str, names: Sequence[str] | set[str]) -> None:
-    if names:
-        raise CheckpointError(
-            f"{checkpoint.path}: config and weights disagree: {len(names)} {kind} keys, e.g. {sorted(names)[0]}; "
-            "fetch or write the model again"
-        )

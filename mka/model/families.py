@@ -8,6 +8,9 @@ from typing import Any
 from mka.errors import CheckpointError, PlanError, nearest
 from mka.model.parts import ATTENTION, MLP, Part
 
+# Kinds of layers that no key of a config named: the even ones look back over a window.
+ALTERNATING = "alternating"
+
 
 @dataclass(frozen=True)
 class Family:
@@ -26,6 +29,9 @@ class Family:
         embedding: of tokens.
         norm: the final norm.
         head: the language-model head.
+        known_since: the first transformers that knows it, as ``"4.53"``; None if nobody looked.
+        older_kinds: the config key from which readers before 4.53 make kinds of layers; `ALTERNATING` if from none,
+            every other one; None if layers never differed then.
     """
 
     model_type: str
@@ -37,6 +43,8 @@ class Family:
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
     head: str = "lm_head"
+    known_since: str | None = None
+    older_kinds: str | None = None
 
     def part(self, kind: str) -> Part:
         """Return a layer's part of a kind.
@@ -107,6 +115,11 @@ class Family:
                 return tuple(self.layer_tensor(layer, piece) for piece in pieces)
         return (name,)
 
+    def is_derived(self, name: str) -> bool:
+        """Whether a stored tensor is a buffer that every reader makes of the config: rotary frequencies of old."""
+        place = self.split_tensor(name)
+        return place is not None and place[1].endswith("rotary_emb.inv_freq")
+
     def stored_offset(self, name: str) -> float:
         """Return what has to be added to a tensor to get what it means: `gain_offset` of a norm's weight, else 0."""
         return self.gain_offset if name.endswith("norm.weight") else 0.0
@@ -151,14 +164,14 @@ _SANDWICHED = (
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", _SPLIT),
-        Family("mistral", _SPLIT),
-        Family("qwen2", _SPLIT),
-        Family("qwen3", _SPLIT),
-        Family("smollm3", _SPLIT, per_layer_config=("layer_types", "no_rope_layers")),
-        Family("phi3", _FUSED),
-        Family("gemma2", _SANDWICHED, gain_offset=1.0),
-        Family("gemma3_text", _SANDWICHED, gain_offset=1.0),
+        Family("llama", _SPLIT, known_since="4.28"),
+        Family("mistral", _SPLIT, known_since="4.34"),
+        Family("qwen2", _SPLIT, known_since="4.37", older_kinds="max_window_layers"),
+        Family("qwen3", _SPLIT, known_since="4.51", older_kinds="max_window_layers"),
+        Family("smollm3", _SPLIT, per_layer_config=("layer_types", "no_rope_layers"), known_since="4.53"),
+        Family("phi3", _FUSED, known_since="4.41"),
+        Family("gemma2", _SANDWICHED, gain_offset=1.0, known_since="4.42", older_kinds=ALTERNATING),
+        Family("gemma3_text", _SANDWICHED, 1.0, known_since="4.50", older_kinds="sliding_window_pattern"),
     )
 }
 

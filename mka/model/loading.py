@@ -1,13 +1,13 @@
 """A model from disk: whole or refused. Nothing is filled with random weights, nothing is left over."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mka.errors import CheckpointError
-from mka.model.checkpoint import Checkpoint
+from mka.model.checkpoint import Checkpoint, open_checkpoint
+from mka.model.config import build_config
 from mka.terminal import quiet_libraries
 
 if TYPE_CHECKING:
@@ -20,12 +20,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 def load_model(folder: str | Path, dtype: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer from a local folder, in eval mode, on cuda if there is one.
 
+    The class is stock's, and how it attends and what it returns are the library's defaults, whatever the config names.
+
     Quantized folders (compressed-tensors) load as what they are; ``dtype`` is then that of the rest.
 
     Args:
         folder: stock folder with config.json, safetensors and tokenizer files.
         dtype: "float32", "bfloat16" or "float16".
-        trust_remote_code: run Python code that comes with the model.
+        trust_remote_code: run Python code that comes with the tokenizer.
 
     Raises:
         CheckpointError: if the folder cannot be read, or if a weight is missing, left over or of another shape
@@ -37,15 +39,14 @@ def load_model(folder: str | Path, dtype: str, trust_remote_code: bool = False) 
     folder = Path(folder)
     if dtype not in DTYPES:
         raise CheckpointError(f"{folder}: unknown dtype {dtype!r}, allowed: {', '.join(DTYPES)}")
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: config.json is missing; is this a model folder?")
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    checkpoint = open_checkpoint(folder, verify=False)
+    options: dict[str, Any] = {"local_files_only": True, "config": build_config(checkpoint.config, folder)}
     options |= {"dtype": getattr(torch, dtype), "use_safetensors": True, "output_loading_info": True}
-    with _refusing(folder), quiet_libraries(_is_quantized(folder)):
+    with _refusing(folder), quiet_libraries(checkpoint.is_quantized):
         model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
         tokenizer = load_tokenizer(folder, trust_remote_code)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if found := sorted(str(key) for key in info.get(kind) or ()):
+        if found := sorted({str(key) for key in info.get(kind) or ()} - set(checkpoint.left_out)):
             raise CheckpointError(
                 f"{folder}: config and weights disagree: {len(found)} {kind.replace('_', ' ')}, e.g. {found[0]}; "
                 "fetch or write the model again"
@@ -90,7 +91,7 @@ def open_decoder(
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code)
     with checkpoint.reader() as read:
         with _refusing(checkpoint.path), quiet_libraries():
-            decoder = StreamedDecoder(checkpoint, read, dtype, trust_remote_code)
+            decoder = StreamedDecoder(checkpoint, read, dtype)
         yield decoder, tokenizer
 
 
@@ -103,10 +104,3 @@ def _refusing(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise CheckpointError(f"{folder}: does not load: {' '.join(str(error).split())[:300]}") from None
-
-
-def _is_quantized(folder: Path) -> bool:
-    try:
-        return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False

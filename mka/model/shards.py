@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import re
-import shutil
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -11,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mka.errors import CheckpointError
-from mka.model.checkpoint import INDEX, SINGLE
 from mka.model.tensors import TensorInfo, torch_dtype
-from mka.store.sums import SUMS_NAME
+from mka.model.weights import INDEX, SINGLE
 
 if TYPE_CHECKING:
     import torch
@@ -25,19 +22,6 @@ MAX_SHARD_BYTES = 5_000_000_000
 # Bytes read or written at a time. Memory of this size is used again by the next block; a larger piece gets new pages
 # from the system every time, which costs more than the copy, and one write of it takes ten times as long.
 BLOCK_BYTES = 1 << 23
-# Left behind when a folder is derived from another: weights, what describes them, and code.
-_NOT_COPIED = re.compile(
-    r"(.*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|py|index\.json)|config\.json|README\.md|"
-    + SUMS_NAME
-    + r"|\..*)"
-)
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy what belongs to a model beside its weights and config: tokenizer, generation config, licence."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not _NOT_COPIED.fullmatch(file.name):
-            shutil.copyfile(file, target / file.name)
 
 
 def write_tensors(

@@ -10,7 +10,7 @@ from mka.alignment.table import fit_windows
 from mka.evaluation.tasks import check_tasks
 from mka.healing.table import cut_healing
 from mka.methods import Planner, check_alignment, resolve_method
-from mka.model.checkpoint import Checkpoint, open_checkpoint
+from mka.model.checkpoint import Checkpoint
 from mka.pipeline.inputs import Inputs, check_evaluation, read_inputs, want_own_text
 from mka.pipeline.written import open_own_text
 from mka.plan.target import Aim, resolve_target
@@ -104,8 +104,11 @@ def fetch_base(source: ModelSource, work: Path) -> tuple[Checkpoint, str]:
     Raises:
         CheckpointError: if it cannot be had, is damaged, inconsistent or unsupported.
     """
+    from mka.model.stock import open_base
+
     folder = materialize(source, work)
-    return open_checkpoint(folder), resolve_revision(source, folder)
+    base = open_base(folder, trust_remote_code=source.trust_remote_code)
+    return base, resolve_revision(source, folder)
 
 
 def prepare(

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from mka.errors import CheckpointError
 
@@ -43,28 +43,40 @@ def verify_sums(folder: Path) -> bool:
     Raises:
         CheckpointError: naming the first file that is missing or altered, or the line that cannot be read.
     """
+    listed = read_sums(folder)
+    paths = [folder / name for name in listed]
+    for path in paths:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, though {SUMS_NAME} lists it; fetch it again")
+    with ThreadPoolExecutor() as pool:  # hashing runs outside Python's lock
+        for path, expected, found in zip(paths, listed.values(), pool.map(file_sha256, paths)):
+            if found != expected:
+                raise CheckpointError(f"{path} is altered: expected sha256 {expected}, found {found}; fetch it again")
+    return bool(listed)
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """Read what the ``SHA256SUMS`` of a folder lists: file -> digest; nothing if it has none.
+
+    Raises:
+        CheckpointError: naming the line that cannot be read, or the file that is listed twice.
+    """
     listing = folder / SUMS_NAME
     try:
         lines = listing.read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        return {}
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{listing} cannot be read ({error}); fetch the folder again") from None
     if not lines:
         raise CheckpointError(f"{listing} is empty; fetch the folder again")
-    listed: dict[Path, str] = {}
+    listed: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
         expected, separator, name = line.partition("  ")
         if not separator or len(expected) != 64 or not name:
             raise CheckpointError(f"{listing}, line {number}: expected '<sha256>  <file>'; fetch the folder again")
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing, though {SUMS_NAME} lists it; fetch it again")
-        listed[path] = expected
-    with ThreadPoolExecutor() as pool:  # hashing runs outside Python's lock
-        for path, found in zip(listed, pool.map(file_sha256, listed)):
-            if found != listed[path]:
-                raise CheckpointError(
-                    f"{path} is altered: expected sha256 {listed[path]}, found {found}; fetch it again"
-                )
-    return True
+        name = PurePosixPath(name).as_posix()
+        if name in listed:
+            raise CheckpointError(f"{listing}, line {number}: lists {name} again; fetch the folder again")
+        listed[name] = expected
+    return listed

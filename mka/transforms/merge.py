@@ -5,7 +5,6 @@ into the linear layers that read it. That move is exact, ``W (g * x) = (W diag(g
 otherwise one layer's gains would scale another layer's weights.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mka.errors import CheckpointError, NumericsError, PlanError
 from mka.model.checkpoint import Checkpoint
+from mka.model.config import write_config
 from mka.model.families import Family
 from mka.model.parts import ATTENTION, MLP, check_parts
 from mka.model.shards import BLOCK_BYTES, MAX_SHARD_BYTES, Blocks, write_tensors
@@ -154,8 +154,7 @@ def merge_checkpoint(
     specs = [info for info, _, _ in planned]
 
     def write(folder: Path) -> Mapping[str, str]:
-        config = cut_config(source.config, source.kinds, source.family, plan.layers)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_config(folder, cut_config(source.config, source.kinds, source.family, plan.layers))
         # Without an alignment there is nothing to compute that a second thread would not lose by waiting.
         with source.reader() as read, _limit_threads(None if aligned else 1):
             stream = _stream(planned, source.family, read, folds, aligned, on_tensor)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mka.errors import CheckpointError, RecipeError
 from mka.model.checkpoint import Checkpoint
+from mka.model.config import write_config
 from mka.model.parts import ATTENTION, MLP, check_parts
 from mka.model.shards import BLOCK_BYTES, MAX_SHARD_BYTES, Blocks, split_shards, write_shards
 from mka.model.tensors import STORED_NAMES, TensorInfo, TensorReader, torch_dtype
@@ -222,8 +223,7 @@ def _write_config(source: Checkpoint, settings: QuantizeSettings, folder: Path) 
     )
     ModelCompressor(config).update_config(str(folder))
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    document = source.config | {"quantization_config": written["quantization_config"]}
-    (folder / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_config(folder, source.config | {"quantization_config": written["quantization_config"]})
 
 
 def foresee_packed(source: Checkpoint, settings: QuantizeSettings) -> int:

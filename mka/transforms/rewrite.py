@@ -1,13 +1,14 @@
 """A checkpoint written anew tensor by tensor: what transforms that look at one tensor at a time have in common."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mka.errors import CheckpointError, NumericsError
 from mka.model.checkpoint import Checkpoint
-from mka.model.shards import BLOCK_BYTES, MAX_SHARD_BYTES, Blocks, copy_companions, write_tensors
+from mka.model.companions import copy_companions
+from mka.model.config import write_config
+from mka.model.shards import BLOCK_BYTES, MAX_SHARD_BYTES, Blocks, write_tensors
 from mka.model.tensors import TensorInfo, is_finite
 from mka.store.publishing import publish
 from mka.store.sums import write_sums
@@ -87,7 +88,7 @@ def rewrite_checkpoint(
 
     def write(folder: Path) -> Mapping[str, str]:
         stream = _stream(source, outline, treat, on_tensor)
-        (folder / "config.json").write_text(json.dumps(outline.config, indent=2) + "\n", encoding="utf-8")
+        write_config(folder, outline.config)
         return write_tensors(folder, list(outline.tensors.values()), stream, max_shard_bytes)
 
     return publish_copy(source, output, write, needed_bytes=outline.nbytes, verify=verify)

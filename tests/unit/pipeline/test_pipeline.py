@@ -170,7 +170,7 @@ def test_nothing_is_resolved_or_opened_twice_in_a_run(root, monkeypatch):
 
     recipe = make_recipe(root)
     monkeypatch.setattr(mka.methods, "method_settings", lambda *a, **o: (resolved.append(a[0]), resolve(*a, **o))[1])
-    monkeypatch.setattr(mka.pipeline.job, "open_checkpoint", count_open)
+    monkeypatch.setattr("mka.model.stock.open_checkpoint", count_open)
     for module in ("merge", "transform", "evaluate", "quantize", "control"):
         monkeypatch.setattr(f"mka.pipeline.{module}.open_checkpoint", count_open)
     with showing(False):
