@@ -27,7 +27,7 @@ class ModelSource(Section):
         "float32", description="Precision of forward passes"
     )
     trust_remote_code: Annotated[bool, Option()] = Field(
-        False, description="Run Python code that comes with the model. Only for models you trust"
+        False, description="Run Python code that comes with the tokenizer. Only for models you trust"
     )
 
     @model_validator(mode="after")

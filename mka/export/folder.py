@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from mka.model.weights import list_files
 from mka.store.sums import SUMS_NAME, write_sums
 
 
@@ -11,9 +12,11 @@ def export_folder(source: Path, target: Path) -> None:
 
     Sums are kept where there are some: a copy that went wrong must not be given new ones.
     """
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.name != "README.md":
-            shutil.copyfile(file, target / file.name)
+    for file in list_files(source):
+        if file.name != "README.md":
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
     if not (target / SUMS_NAME).exists():
         write_sums(target)
 

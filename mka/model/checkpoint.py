@@ -27,6 +27,7 @@ class Checkpoint:
         tensors: name -> `TensorInfo`, in the order of the shards.
         verified: its files were compared with its SHA256SUMS when it was opened.
         left_out: stored tensors that every reader makes anew of the config.
+        rowless: marks of the tokenizer that no text may hold, since the embedding has no rows for them.
     """
 
     path: Path
@@ -36,6 +37,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     verified: bool = False
     left_out: tuple[str, ...] = ()
+    rowless: tuple[str, ...] = ()
 
     @property
     def layers(self) -> int:

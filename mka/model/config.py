@@ -150,7 +150,7 @@ _LISTS, _SCALING = "4.53", "4.45"
 def find_reader(body: Mapping[str, Any]) -> str | None:
     """Return the oldest transformers that takes a config for the same model, as ``"4.53"``; None if it is not known."""
     family = FAMILIES[body["model_type"]]
-    if family.known_since is None:
+    if family.known_since is None or body.get("quantization_config") is not None:
         return None
     needed, types = [family.known_since], body.get("layer_types")
     if types and family.older_kinds is not None and _DERIVE[family.older_kinds](types) is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mka.errors import CalibrationError
 from mka.model.checkpoint import Checkpoint
 from mka.model.families import Family, get_family
 from mka.model.stock import build_outline, find_pieces
@@ -71,7 +72,14 @@ class Decoder:
         Returns:
             Hidden states (S, T, D), and one dictionary of keyword arguments (masks, positions) per layer. Without a
             mask they serve any number of sequences of T tokens.
+
+        Raises:
+            CalibrationError: if the embedding has no row for a token.
         """
+        if (largest := int(ids.max())) >= (rows := self.model.config.vocab_size):
+            raise CalibrationError(
+                f"a text holds token {largest}, and the embedding has {rows} rows; take what it stands for out"
+            )
         states: list[torch.Tensor] = []
         contexts: list[dict[str, Any]] = []
 

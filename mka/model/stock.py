@@ -39,7 +39,7 @@ def open_base(folder: Path, *, trust_remote_code: bool = False, verified: bool =
         with quiet_libraries():
             find_pieces(checkpoint, build_outline(checkpoint, torch.float32))
         _check_head(checkpoint)
-        _check_tokens(checkpoint, trust_remote_code)
+        checkpoint = replace(checkpoint, rowless=_find_rowless(checkpoint, trust_remote_code))
     if left := sorted(checkpoint.left_out):
         say(f"{folder}: {len(left)} stored tensors are left out, since readers make them of the config, e.g. {left[0]}")
     return checkpoint
@@ -126,23 +126,33 @@ def _same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
     return torch.equal(first.view(torch.uint8), second.view(torch.uint8))
 
 
-def _check_tokens(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
-    """Refuse a tokenizer with ids beyond the embedding's rows; one that does not load is refused by who needs it."""
+def _find_rowless(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[str, ...]:
+    """Return marks that stand for tokens the embedding has no rows for, as Gemma 3 has one for pictures.
+
+    A tokenizer that does not load is refused by who needs it.
+
+    Raises:
+        CheckpointError: if there are such tokens that text may hold unawares, or that the tokenizer itself puts in.
+    """
     from mka.model.loading import load_tokenizer
 
     try:
         with quiet_libraries():
-            vocabulary = load_tokenizer(checkpoint.path, trust_remote_code).get_vocab()
+            tokenizer = load_tokenizer(checkpoint.path, trust_remote_code)
     except CheckpointError:
-        return
+        return ()
     rows = checkpoint.tensors[checkpoint.family.embedding_tensor].shape[0]
-    if beyond := sorted((number, token) for token, number in vocabulary.items() if number >= rows):
-        shown = ", ".join(f"{token!r} ({number})" for number, token in beyond[:3])
-        raise CheckpointError(
-            f"{checkpoint.path}: the tokenizer has {len(beyond)} tokens beyond the embedding's {rows} rows: {shown}"
-            f"{', …' if len(beyond) > 3 else ''}; take them out of the tokenizer, or give the embedding rows for them "
-            "(transformers' resize_token_embeddings)"
-        )
+    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
+    roles = {getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "unk", "pad")}
+    marks = {number for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
+    if beyond.keys() <= marks - roles:
+        return tuple(beyond[number] for number in sorted(beyond))
+    shown = ", ".join(f"{beyond[number]!r} ({number})" for number in sorted(beyond)[:3])
+    raise CheckpointError(
+        f"{checkpoint.path}: the tokenizer has {len(beyond)} tokens beyond the embedding's {rows} rows: {shown}"
+        f"{', …' if len(beyond) > 3 else ''}; take them out of the tokenizer, or give the embedding rows for them "
+        "(transformers' resize_token_embeddings)"
+    )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mka.alignment.table import AlignmentTable, open_alignment
-from mka.errors import RecipeError, StoreError
+from mka.errors import CalibrationError, RecipeError, StoreError
 from mka.evaluation.task_tables import list_tables
 from mka.evaluation.tasks import check_tasks
 from mka.healing.table import HealingTable, open_healing
@@ -53,6 +53,24 @@ class Inputs:
     def measures(self) -> bool:
         """Whether there is anything to measure a model on."""
         return bool(self.heldout or self.tasks or self.generation)
+
+    def refuse_marks(self, marks: Sequence[str]) -> None:
+        """Refuse texts that hold marks which a model has no embedding for.
+
+        Raises:
+            CalibrationError: naming table and mark.
+        """
+        tables: list[tuple[str, Sequence[str]]] = list(self.heldout.items())
+        tables += [("calibration", self.calibration.texts)] if self.calibration else []
+        for fitted in (self.alignment, self.healing):
+            tables += fitted.texts.items() if fitted else []
+        for mark in marks:
+            if (
+                name := next((name for name, texts in tables if any(mark in text for text in texts)), None)
+            ) is not None:
+                raise CalibrationError(
+                    f"{name}: a text holds {mark!r}, and the base's embedding has no row for that token; take it out"
+                )
 
 
 def reads_calibration(recipe: Recipe, planner: Planner) -> bool:

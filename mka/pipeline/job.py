@@ -158,8 +158,10 @@ def open_job(recipe: Recipe, planner: Planner, base: Checkpoint, revision: str, 
     Raises:
         RecipeError: if the recipe asks for something this model cannot give.
         CheckpointError: if the checkpoint is quantized already.
+        CalibrationError: if a text holds what the model has no embedding for.
     """
     aim = check_feasible(recipe, base)
+    inputs.refuse_marks(base.rowless)
     if inputs.heldout:
         check_context(recipe.evaluation.context, base.config.get("max_position_embeddings"))
     return Job(recipe, planner, base, revision, aim, inputs, resolve_transforms(recipe.transforms), **more)

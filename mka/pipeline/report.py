@@ -8,11 +8,13 @@ from typing import Any
 from mka.alignment.table import alignment_json
 from mka.evaluation.gate import recover_tasks
 from mka.healing.table import healing_json
+from mka.model.config import find_reader
+from mka.model.weights import read_json
 from mka.pipeline.evaluate import open_reports
 from mka.pipeline.job import Job
 from mka.pipeline.plan import open_plan
 from mka.pipeline.score import open_scores
-from mka.pipeline.stage import Cost, Found, Stage, find_model
+from mka.pipeline.stage import MODEL_FOLDER, Cost, Found, Stage, find_model
 from mka.pipeline.transform import describe_treatments
 from mka.report.data import ReportData
 from mka.report.page import write_card, write_report
@@ -26,6 +28,7 @@ def gather_evidence(job: Job, found: Found) -> ReportData:
     calibration = {"calibration_digest": inputs.calibration.digest if inputs.calibration else None}
     alignment = {"alignment_digest": inputs.alignment.digest} if inputs.alignment else {}
     healing = {"healing_digest": inputs.healing.digest} if inputs.healing else {}
+    reader = find_reader(read_json(find_model(found).folder / MODEL_FOLDER / "config.json"))
     return ReportData(
         recipe=job.recipe.model_dump(mode="json"),
         plan=open_plan(found)[0],
@@ -40,6 +43,7 @@ def gather_evidence(job: Job, found: Found) -> ReportData:
             "revision": job.revision,
             "digest": job.base.digest,
             "candidate_digest": candidate.checkpoint["digest"],
+            **({"needs_transformers": f"{reader} or newer"} if reader else {}),
             **calibration,
             **alignment,
             **healing,

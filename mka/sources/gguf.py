@@ -4,6 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from mka.errors import CheckpointError, OutputError
+from mka.model.config import write_config
+from mka.model.families import FAMILIES
+from mka.model.weights import read_json
 from mka.terminal import quiet_libraries
 
 
@@ -45,6 +48,8 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         try:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            if (body := read_json(folder / "config.json")).get("model_type") in FAMILIES:
+                write_config(folder, body)
         except SafetensorError as error:  # what a full disk looks like from inside safetensors
             raise OutputError(f"{folder} cannot be written: {error}") from None
 

@@ -7,6 +7,7 @@ otherwise one layer's gains would scale another layer's weights.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,7 +196,7 @@ def _stream(
                 blocks: Blocks = _check_finite([tensor], info, "weights; the refit gave no number")
             else:
                 blocks = _read_blocks(info, layer, name, family, read)
-                blocks = _check_finite(blocks, info, "weights; the source checkpoint is damaged")
+                blocks = _check_finite(blocks, info, partial(_find_cause, info, layer, name, family, read))
             yield _fold_blocks(blocks, info, family, folds or {})
             if on_tensor:
                 on_tensor(info.nbytes)
@@ -240,11 +241,25 @@ def _read_blocks(
         yield read(suffix, rows, buffers[0]) if layer is None else make_tensor(layer, suffix, family, read_source)
 
 
-def _check_finite(blocks: Blocks, info: TensorInfo, cause: str) -> Iterator["torch.Tensor"]:
+def _check_finite(blocks: Blocks, info: TensorInfo, cause: str | Callable[[], str]) -> Iterator["torch.Tensor"]:
     for block in blocks:
         if not is_finite(block):
-            raise NumericsError(f"{info.name}: NaN or infinite {cause}")
+            raise NumericsError(f"{info.name}: NaN or infinite {cause if isinstance(cause, str) else cause()}")
         yield block
+
+
+def _find_cause(info: TensorInfo, layer: MergedLayer | None, suffix: str, family: Family, read: TensorReader) -> str:
+    """Say why a tensor is not finite: a source of it is not, or the dtype cannot hold the sum of finite ones."""
+    if layer is not None:
+        module = suffix.removesuffix(".weight")
+        norms = [f"{norm}.weight" for norm, readers in family.folds.items() if module in readers]
+        names = [family.layer_tensor(index, name) for index in layer.used for name in (suffix, *norms)]
+        if all(is_finite(block) for name in names for block in read.blocks(name, BLOCK_BYTES)):
+            return (
+                f"once its norm's gains are folded in and the layers summed: {info.dtype} cannot hold what finite "
+                "weights give; store the base in bfloat16 or float32, or delete layers in the place of summing them"
+            )
+    return "weights; the source checkpoint is damaged"
 
 
 def _check(source: Checkpoint, plan: MergePlan) -> None:

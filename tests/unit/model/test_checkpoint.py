@@ -13,8 +13,8 @@ from support.models import LAYERS, make_tiny_model, save_model
 
 from mka.errors import CheckpointError, MkaError
 from mka.model.checkpoint import open_checkpoint
-from mka.model.families import FAMILIES
 from mka.model.companions import copy_companions
+from mka.model.families import FAMILIES
 from mka.model.verification import inspect_checkpoint, require_sound
 from mka.plan.plan import MergePlan, identity_layers
 from mka.store.sums import write_sums
