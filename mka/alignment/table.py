@@ -62,13 +62,12 @@ def fit_windows(table: AlignmentTable, checkpoint: Checkpoint) -> AlignmentTable
         CalibrationError: if there is too little text.
         RecipeError: if windows are longer than the model reads, or no source can be left out.
     """
-    from transformers import AutoTokenizer
-
+    from mka.model.loading import load_tokenizer
     from mka.texts.windows import deal_windows
 
     settings = table.settings
     check_context(settings.context, checkpoint.config.get("max_position_embeddings"), "alignment.context")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
+    tokenizer = load_tokenizer(checkpoint.path)
     dealt = deal_windows(tokenizer, table.texts, context=settings.context, tokens=settings.tokens)
     windows = {source: len(rows) for source, rows in dealt.items()}
     if settings.penalty == "auto":

@@ -41,7 +41,7 @@ def evaluate_checkpoint(
         settings: tasks, windows, prompts.
         dtype: precision of forward passes.
         seed: of task subsets, few-shot sampling and the tokens that time prefill.
-        trust_remote_code: run Python code that comes with the model.
+        trust_remote_code: run Python code that comes with the tokenizer.
         heldout: source -> texts.
         checkpoint_facts: path, digest, layers, parameters, bytes; copied into the report.
         command: the command that asked for this, for the record.

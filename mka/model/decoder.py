@@ -10,7 +10,7 @@ import torch
 from mka.errors import CalibrationError
 from mka.model.checkpoint import Checkpoint
 from mka.model.families import Family, get_family
-from mka.model.stock import build_outline, find_pieces
+from mka.model.outline import build_outline, find_pieces
 from mka.model.tensors import TRIM_BYTES, TensorReader, give_memory_back
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from mka.errors import CheckpointError
 from mka.model.checkpoint import Checkpoint, open_checkpoint
 from mka.model.config import build_config
+from mka.model.families import FAMILIES
+from mka.model.weights import read_json
 from mka.terminal import quiet_libraries
 
 if TYPE_CHECKING:
@@ -67,8 +69,13 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    body = read_json(Path(folder) / "config.json")
+    if body.get("model_type") in FAMILIES:
+        # The library looks at a model's config to find its tokenizer, which would run the model's own code.
+        options["config"] = build_config(body, folder)
     with _refusing(Path(folder)):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, **options)
 
 
 @contextmanager

@@ -44,13 +44,12 @@ def largest_layer(job: Job) -> int:
 
 def count_tokens(job: Job) -> list[int]:
     """Tokens of each calibration text; empty if there are none."""
-    from transformers import AutoTokenizer
-
+    from mka.model.loading import load_tokenizer
     from mka.texts.tokens import tokenize
 
     if job.inputs.calibration is None:
         return []
-    tokenizer = AutoTokenizer.from_pretrained(job.base.path, local_files_only=True)
+    tokenizer = load_tokenizer(job.base.path, job.recipe.model.trust_remote_code)
     texts = job.inputs.calibration.texts
     return [len(ids) for ids in tokenize(tokenizer, texts, job.recipe.calibration.max_tokens)]
 

@@ -57,7 +57,8 @@ def save_classifier(folder: Path) -> Path:
 
 
 def _swap(weight_map):
-    first, *_, last = weight_map
+    first = next(iter(weight_map))
+    last = next(name for name, file in weight_map.items() if file != weight_map[first])
     weight_map[first], weight_map[last] = weight_map[last], weight_map[first]
 
 
