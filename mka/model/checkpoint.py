@@ -11,7 +11,7 @@ from mka.errors import CheckpointError
 from mka.model.config import build_config
 from mka.model.families import Family, get_family, layer_kinds
 from mka.model.tensors import TensorInfo, TensorReader
-from mka.model.weights import check_floats, list_files, read_json, read_weights
+from mka.model.weights import list_files, read_json, read_weights
 from mka.store.sums import SUMS_NAME, file_sha256, read_sums, verify_sums
 
 
@@ -109,10 +109,8 @@ def open_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
     verified = verify and verify_sums(path)
     tensors = {name: info for name, info in stored.items() if not family.is_derived(name)}
     kinds = _kinds(path, config, family, tensors)
-    checkpoint = Checkpoint(path, config, family, kinds, tensors, verified, tuple(stored.keys() - tensors.keys()))
-    if not checkpoint.is_quantized:
-        check_floats(path, tensors)
-    return checkpoint
+    left_out = tuple(name for name in stored if name not in tensors)
+    return Checkpoint(path, config, family, kinds, tensors, verified, left_out)
 
 
 def _kinds(

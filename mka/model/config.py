@@ -10,10 +10,14 @@ from mka.errors import CheckpointError
 from mka.model.families import ALTERNATING, FAMILIES
 
 # Ours to set, whatever a fine-tune left behind: how attention is computed, and what a call returns.
-_OURS = (
-    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset"),
-    *("return_dict", "use_return_dict", "torchscript", "output_hidden_states", "output_attentions", "use_cache"),
+_ATTENTION = (
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+    "_attn_implementation_autoset",
 )
+_CALL = {
+    **{"return_dict": True, "use_return_dict": True, "use_cache": True},
+    **{"torchscript": False, "output_hidden_states": False, "output_attentions": False},
+}
 _TOKENIZER = "AutoTokenizer"
 _SLIDING = "sliding_attention"
 # What was made a list, and what makes the list where it is not spelled out.
@@ -24,11 +28,11 @@ _SUPERSEDED = {
 
 
 def clear_config(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config without what is a run's own to set, and without code in the place of stock's classes.
+    """Return a config with the defaults of what is a run's own to set, and without code in stock's classes' place.
 
     Phi-3's first names of its rotary scaling become the present one, as its own code has it.
     """
-    cleared = {key: deepcopy(value) for key, value in body.items() if key not in _OURS}
+    cleared = {key: deepcopy(_CALL.get(key, value)) for key, value in body.items() if key not in _ATTENTION}
     auto_map = cleared.pop("auto_map", None)
     if isinstance(auto_map, dict) and _TOKENIZER in auto_map:
         cleared["auto_map"] = {_TOKENIZER: auto_map[_TOKENIZER]}
@@ -152,8 +156,10 @@ def find_reader(body: Mapping[str, Any]) -> str | None:
     family = FAMILIES[body["model_type"]]
     if family.known_since is None or body.get("quantization_config") is not None:
         return None
-    needed, types = [family.known_since], body.get("layer_types")
-    if types and family.older_kinds is not None and _DERIVE[family.older_kinds](types) is None:
+    needed, types = [family.known_since], body.get("layer_types") or []
+    # Of Qwen's readers before, only those with flash attention looked back over a window at all.
+    windowed = family.older_kinds == "max_window_layers" and _SLIDING in types
+    if windowed or (types and family.older_kinds and _DERIVE[family.older_kinds](types) is None):
         needed.append(_LISTS)
     if body.get("rope_scaling"):
         needed.append(_SCALING)

@@ -15,6 +15,7 @@ from mka.terminal import quiet_libraries, say
 
 # Bytes of a head and of an embedding that are compared at a time.
 _COMPARED = 1 << 23
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def open_base(folder: Path, *, trust_remote_code: bool = False, verified: bool = False) -> Checkpoint:
@@ -26,13 +27,15 @@ def open_base(folder: Path, *, trust_remote_code: bool = False, verified: bool =
         verified: its files were compared with its sums a moment ago.
 
     Raises:
-        CheckpointError: of `open_checkpoint`; and if tensors are not those of stock's class, a head differs from the
-            embedding it is tied to, or the tokenizer has tokens that the embedding has not.
+        CheckpointError: of `open_checkpoint`; and if tensors are not those of stock's class or no floating-point
+            numbers, a head differs from the embedding it is tied to, or the tokenizer has tokens that the embedding
+            has not.
     """
     checkpoint = open_checkpoint(folder, verify=not verified)
     if verified:
         checkpoint = replace(checkpoint, verified=(folder / SUMS_NAME).exists())
     if not checkpoint.is_quantized:
+        _check_floats(checkpoint)
         with quiet_libraries():
             find_pieces(checkpoint, build_outline(checkpoint, torch.float32))
         _check_head(checkpoint)
@@ -40,6 +43,17 @@ def open_base(folder: Path, *, trust_remote_code: bool = False, verified: bool =
     if left := sorted(checkpoint.left_out):
         say(f"{folder}: {len(left)} stored tensors are left out, since readers make them of the config, e.g. {left[0]}")
     return checkpoint
+
+
+def _check_floats(checkpoint: Checkpoint) -> None:
+    """Refuse tensors of anything but floating-point numbers of at least two bytes, by the name of the first."""
+    for info in checkpoint.tensors.values():
+        if info.dtype not in _FLOATS:
+            what = "in fp8, which needs scales" if info.dtype.startswith("F8") else "no floating-point numbers"
+            raise CheckpointError(
+                f"{checkpoint.path}: {info.name} is stored as {info.dtype}, {what}, and config.json names no "
+                f"quantization; allowed: {', '.join(_FLOATS)}; give the original weights"
+            )
 
 
 def _check_head(checkpoint: Checkpoint) -> None:

@@ -14,7 +14,6 @@ ADAPTER = "adapter_config.json"
 # The one folder below a model's that belongs to it, as far as tokenizers go.
 TEMPLATES = "additional_chat_templates"
 _FOREIGN = (".bin", ".pt", ".pth", ".gguf")
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -93,21 +92,6 @@ def read_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, TensorInf
     if not (folder / INDEX).is_file():
         raise _missing(folder, [SINGLE], {})
     return _read_shards(folder)
-
-
-def check_floats(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    """Refuse an unquantized model with tensors of anything but floating-point numbers of at least two bytes.
-
-    Raises:
-        CheckpointError: naming the first one.
-    """
-    for info in tensors.values():
-        if info.dtype not in _FLOATS:
-            what = "in fp8, which needs scales" if info.dtype.startswith("F8") else "no floating-point numbers"
-            raise CheckpointError(
-                f"{folder}: {info.name} is stored as {info.dtype}, {what}, and config.json names no quantization; "
-                f"allowed: {', '.join(_FLOATS)}; give the original weights"
-            )
 
 
 def _read_index(folder: Path) -> dict[str, str]:
