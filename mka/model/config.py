@@ -99,6 +99,7 @@ def _spell_rotary(spelled: dict[str, Any], found: Mapping[str, Any]) -> None:
     parameters = found.get("rope_parameters")
     if not isinstance(parameters, dict) or not parameters:
         return
+    parameters = _drop_type(parameters)
     whole = parameters.get("full_attention", parameters)
     local = parameters.get(_SLIDING)
     spelled["rope_parameters"] = parameters
@@ -113,6 +114,12 @@ def _spell_rotary(spelled: dict[str, Any], found: Mapping[str, Any]) -> None:
     if spelled.get("model_type") == "phi3" and spelled["rope_scaling"]:
         spelled["original_max_position_embeddings"] = found["original_max_position_embeddings"]
         spelled["rope_scaling"] = _spell_longrope(spelled["rope_scaling"])
+
+
+def _drop_type(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave the older name of ``rope_type`` out of settings, which may be apart for kinds of layers."""
+    kept = {key: value for key, value in parameters.items() if key != "type"}
+    return {key: _drop_type(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _spell_longrope(scaling: Mapping[str, Any]) -> dict[str, Any]:
