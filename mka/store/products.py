@@ -7,13 +7,14 @@ name, a date or a path. It is reused only if every file it consists of still has
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mka.errors import StoreError
@@ -21,9 +22,7 @@ from mka.store.publishing import publish
 from mka.store.sums import file_sha256
 
 MANIFEST = "stage.json"
-FORMAT = "mka-stage/2"
-# What a manifest's own digest is under.
-SEAL = "sha256"
+FORMAT = "mka-stage/1"
 
 # What was opened since the innermost `reading` began; None outside of one.
 _opened: ContextVar["dict[Path, Product] | None"] = ContextVar("opened", default=None)
@@ -171,9 +170,9 @@ def produce(
                 },
                 "facts": facts,
             }
-            # What a later run will read, whether `make` returned tuples or lists.
+            # As it will be read, whether `make` returned tuples or lists: the digest is of that.
             body = json.loads(json.dumps(body))
-            manifest = json.dumps(body | {SEAL: _seal(body)}, indent=2) + "\n"
+            manifest = json.dumps(body | {"sha256": digest_manifest(body)}, indent=2) + "\n"
             (partial / MANIFEST).write_text(manifest, encoding="utf-8")
         shutil.rmtree(find_scratch(folder), ignore_errors=True)
         return _describe(body, folder, reused=False, why=why)
@@ -228,18 +227,50 @@ def _lock_path(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
 
 
+def read_manifest(folder: Path) -> Mapping[str, Any] | None:
+    """Return what a stored result's manifest says; None if it is damaged in whatever way: then there is no result.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    try:
+        body = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        whole = {"stage": str, "key": str, "seconds": int | float, "files": dict, "facts": dict}
+        sound = all(isinstance(body[name], kind) for name, kind in whole.items()) and 0 <= body["seconds"] < math.inf
+        sound = sound and all(
+            type(entry["bytes"]) is int and isinstance(entry["sha256"], str) and _lies_below(name)
+            for name, entry in body["files"].items()
+        )
+        # Manifests of earlier commits have no digest of their own.
+        return body if sound and body.get("sha256", known := digest_manifest(body)) == known else None
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def digest_manifest(body: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of everything a manifest says but this."""
+    rest = {name: value for name, value in body.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _lies_below(name: str) -> bool:
+    path = PurePosixPath(name)
+    possible = name.isprintable() and len(name) < 1024 and all(len(part.encode()) < 256 for part in path.parts)
+    return possible and not path.is_absolute() and ".." not in path.parts
+
+
 def _read(folder: Path, key: str) -> tuple[Product | None, str]:
     """Return the stored product, or None and why it cannot be used."""
     try:
-        body = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        body = read_manifest(folder)
     except FileNotFoundError:
         return None, "no result for these inputs and settings yet"
-    except (OSError, ValueError, RecursionError):
-        return None, "the stored result's manifest cannot be read"
-    if not isinstance(body, dict) or body.get("format") != FORMAT or body.get("key") != key:
+    if body is None:
+        return None, "the stored result's manifest is damaged"
+    if body.get("format") != FORMAT or body["key"] != key:
         return None, "the stored result is of another format or key"
-    if body.pop(SEAL, None) != _seal(body):
-        return None, "the stored result's manifest has changed"
     there = _list_files(folder)
     for name, entry in body["files"].items():
         file = there.pop(name, folder)
@@ -255,11 +286,6 @@ def _read(folder: Path, key: str) -> tuple[Product | None, str]:
     count = len(body["files"])
     why = "same inputs and settings" + (f"; {count} file{'s' if count > 1 else ''} intact" if count else "")
     return _describe(body, folder, reused=True, why=why), why
-
-
-def _seal(body: Mapping[str, Any]) -> str:
-    """Digest of a manifest; whatever is altered in it, it is no longer believed."""
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _describe(body: Mapping[str, Any], folder: Path, *, reused: bool, why: str) -> Product:

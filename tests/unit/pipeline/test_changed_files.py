@@ -184,5 +184,5 @@ def test_a_manifest_that_was_edited_is_not_believed(tmp_path):
     assert (again.reused, again.facts["verdict"], again.why) == (
         False,
         "fail",
-        "the stored result's manifest has changed",
+        "the stored result's manifest is damaged",
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mka.errors import OutputError
-from mka.store.products import MANIFEST, find_scratch, produce, stage_key
+from mka.store.products import MANIFEST, digest_manifest, find_scratch, produce, stage_key
 
 ROOT = Path(__file__).parents[3]
 WHAT = {"version": 1, "settings": {"a": 1}, "inputs": {"base": "d1"}}
@@ -113,12 +113,14 @@ def test_a_result_that_is_not_whole_is_made_again_and_the_reason_said(tmp_path, 
     ("manifest", "why"),
     [
         (None, "no result for these inputs and settings yet"),
-        ("", "manifest cannot be read"),
-        ("{", "manifest cannot be read"),
-        ("\xff", "manifest cannot be read"),
-        ("[]", "another format or key"),
-        ("{}", "another format or key"),
-        ('{"format": "mka-stage/9"}', "another format or key"),
+        ("", "manifest is damaged"),
+        ("{", "manifest is damaged"),
+        ("\xff", "manifest is damaged"),
+        ("[]", "manifest is damaged"),
+        ("{}", "manifest is damaged"),
+        ('{"format": "mka-stage/9"}', "manifest is damaged"),
+        ("[" * 100_000, "manifest is damaged"),
+        ('{"seconds": ' + "9" * 5000 + "}", "manifest is damaged"),
     ],
 )
 def test_a_result_without_a_sound_manifest_is_made_again(tmp_path, manifest, why):
@@ -132,12 +134,75 @@ def test_a_result_without_a_sound_manifest_is_made_again(tmp_path, manifest, why
     assert make(tmp_path, maker).reused
 
 
+ENTRY = {"bytes": 6, "sha256": "0" * 64}
+
+
+@pytest.mark.parametrize("sealed", [True, False], ids=["sealed", "of an earlier commit"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({name: wrong} for name in ("files", "facts", "seconds") for wrong in (None, [], [["x"]], "")),
+        *({"files": {"x.txt": wrong}} for wrong in (None, 6, "y", [], {}, {"bytes": 6}, {"sha256": "0" * 64})),
+        *({"files": {"x.txt": ENTRY | wrong}} for wrong in ({"bytes": "6"}, {"bytes": None}, {"sha256": 6})),
+        *(
+            {"files": {name: ENTRY}}
+            for name in ("/etc/hostname", "../x", "a/../../x", "x\0", "\ud800", "x\x1b[2J", "x" * 300)
+        ),
+        *({"seconds": wrong} for wrong in (float("nan"), float("inf"), -1, "1", {})),
+        *({name: wrong} for name in ("stage", "key") for wrong in (None, 1, ["x"])),
+    ],
+    ids=repr,
+)
+def test_a_manifest_damaged_in_any_shape_is_no_result(tmp_path, damage, sealed):
+    maker = Maker()
+    path = make(tmp_path, maker).folder / MANIFEST
+    body = json.loads(path.read_text()) | damage
+    path.write_text(json.dumps(body | {"sha256": digest_manifest(body)} if sealed else without_seal(body)))
+    again = make(tmp_path, maker)
+    assert not again.reused and again.why == "the stored result's manifest is damaged" and maker.calls == 2
+    assert make(tmp_path, maker).reused
+
+
+def without_seal(body):
+    return {name: value for name, value in body.items() if name != "sha256"}
+
+
+@pytest.mark.parametrize("name", ["format", "stage", "key", "files", "facts", "seconds"])
+def test_a_manifest_that_lacks_something_is_no_result(tmp_path, name):
+    maker = Maker()
+    path = make(tmp_path, maker).folder / MANIFEST
+    body = without_seal(json.loads(path.read_text()))
+    path.write_text(json.dumps({key: value for key, value in body.items() if key != name}))
+    assert not make(tmp_path, maker).reused and maker.calls == 2
+
+
+def test_a_manifest_whose_facts_were_changed_is_no_result(tmp_path):
+    maker = Maker()
+    path = make(tmp_path, maker).folder / MANIFEST
+    path.write_text(path.read_text().replace('"count": 2', '"count": 3'))
+    again = make(tmp_path, maker)
+    assert not again.reused and again.facts["count"] == 2 and maker.calls == 2
+
+
+def test_a_manifest_of_an_earlier_commit_is_read(tmp_path):
+    maker = Maker()
+    path = make(tmp_path, maker).folder / MANIFEST
+    path.write_text(json.dumps(without_seal(json.loads(path.read_text()))))
+    assert make(tmp_path, maker).reused and maker.calls == 1
+
+
+def test_a_manifest_is_sealed_as_it_is_read(tmp_path):
+    """Keys that are numbers become text, in another order."""
+    make(tmp_path, lambda folder: {"by layer": {10: (1, 2), 9: None}})
+    assert make(tmp_path, lambda folder: {}).reused
+
+
 def test_a_result_under_another_key_is_not_taken_for_this_one(tmp_path):
     """Folders carry only the first 16 digits of the key."""
     maker = Maker()
     path = make(tmp_path, maker).folder / MANIFEST
     body = json.loads(path.read_text())
-    path.write_text(json.dumps(body | {"key": body["key"][:16] + "0" * 48}))
+    path.write_text(json.dumps(without_seal(body) | {"key": body["key"][:16] + "0" * 48}))
     again = make(tmp_path, maker)
     assert not again.reused and "another format or key" in again.why and maker.calls == 2
 
