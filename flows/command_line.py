@@ -5,7 +5,18 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from mka.errors import MkaError, ServerError
+from mka.errors import LONGEST, MkaError, ServerError, one_line
+from mka.terminal import describe_error, explain_unforeseen, keep_traceback
+from tasks.machine.workplace import find_workplace
+
+INTERRUPTED = 130
+# Whose exceptions mean that something which answered at the start does so no more: package -> what a person calls it.
+SERVICES = {
+    **dict.fromkeys(("prefect", "httpx", "httpcore", "anyio"), "the Prefect server"),
+    **dict.fromkeys(("mlflow", "requests", "urllib3"), "the MLflow server"),
+    **dict.fromkeys(("sqlalchemy", "sqlite3", "alembic"), "a database of MLflow or Prefect"),
+}
+AGAIN = "see that it answers and run the same command again"
 
 
 def silence_prefect() -> None:
@@ -43,16 +54,36 @@ def require_server() -> None:
         )
 
 
+def refuse(program: str, error: BaseException, hint: str = "") -> int:
+    """Say on stderr, in one line, what ended a command; return its exit code.
+
+    Args:
+        program: what the command is called.
+        error: what ended it. What is no refusal leaves its traceback in the work folder.
+        hint: how to go on.
+    """
+    work = find_workplace().work
+    if isinstance(error, KeyboardInterrupt):
+        line = f"interrupted{hint}"
+    elif isinstance(error, MkaError | OSError):
+        line = f"{error}{hint}"
+    elif (service := SERVICES.get(type(error).__module__.partition(".")[0])) is not None:
+        line = f"{service} failed meanwhile: {describe_error(error)}; {keep_traceback(error, work)}; {AGAIN}{hint}"
+    else:
+        line = f"{explain_unforeseen(error, work)}{hint}"
+    typed = "\n" if isinstance(error, KeyboardInterrupt) and sys.stderr.isatty() else ""  # behind what ^C left there
+    print(f"{typed}{program}: {one_line(line, 2 * LONGEST)}", file=sys.stderr)
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return error.exit_code if isinstance(error, MkaError) else MkaError.exit_code
+
+
 def run_command(program: str, run: Callable[[], Any], *, is_flow: bool = True) -> int:
     """Run a command; return its exit code. A flow is not begun on a server that does not answer."""
     try:
         if is_flow:
             require_server()
         run()
-    except (MkaError, OSError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, MkaError) else MkaError.exit_code
-    except KeyboardInterrupt:
-        print(f"\n{program}: interrupted", file=sys.stderr)
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        return refuse(program, error)
     return 0

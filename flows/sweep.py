@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.command_line import require_server, say, silence_prefect
+from flows.command_line import refuse, require_server, say, silence_prefect
 
 if __name__ == "__main__":
     silence_prefect()
@@ -22,7 +22,6 @@ from prefect import flow
 from prefect.futures import as_completed
 
 from mka.bench.recipe import BenchRecipe, Cell, FanOut, load_bench
-from mka.errors import MkaError
 from tasks.machine.slots import compute_slot, hold_slot
 from tasks.machine.workplace import Workplace, find_workplace
 from tasks.sweep.fan_out import choose_fan_out, open_runner, submit_cells, take_result
@@ -138,16 +137,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choose_fan_out(loaded.fan_out, workers)
         hint = " (finished cells are kept: the same command resumes)"
         outcome = sweep(str(recipe), workers)
-    except (MkaError, OSError) as error:
-        print(f"sweep: {error}{hint}", file=sys.stderr)
-        return error.exit_code if isinstance(error, MkaError) else MkaError.exit_code
-    except KeyboardInterrupt:
-        print("\nsweep: interrupted; finished cells are kept, resume with the same command", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        return refuse("sweep", error, "; finished cells are kept, resume with the same command")
+    except Exception as error:
+        return refuse("sweep", error, hint)
     print(outcome.text)
     if outcome.refusal is not None:
-        print(f"sweep: {outcome.refusal}", file=sys.stderr)
-        return outcome.refusal.exit_code
+        return refuse("sweep", outcome.refusal)
     return 0
 
 

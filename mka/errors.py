@@ -1,13 +1,19 @@
 """Refusals: what failed, what was given, what is allowed, what to do. One line each, exit code 2."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+LONGEST = 480
 
 
 class MkaError(Exception):
     """Base of every refusal this project raises on purpose; its message is one line a person can act on."""
 
     exit_code = 2
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(message))
 
 
 class RecipeError(MkaError):
@@ -80,7 +86,17 @@ class PromotionError(GateRefused):
     """A version that may not become champion: stale, not approved, or worse than the champion."""
 
 
+def one_line(text: object, most: int = LONGEST) -> str:
+    """Return a text as one printable line: control characters are spelled out, what is too long lacks its middle."""
+    line = re.sub(r"\s*\n\s*", " ", str(text).strip())
+    if len(line) > most:
+        line = f"{line[: most * 2 // 3]} … {line[len(line) + 3 - most + most * 2 // 3 :]}"
+    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the allowed name closest to ``given``, or an empty string."""
+    if len(given) > 100:  # no misspelling, and the comparison would take long
+        return ""
     matches = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
     return f" (did you mean {matches[0]!r}?)" if matches else ""

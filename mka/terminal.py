@@ -2,16 +2,22 @@
 
 import contextlib
 import logging
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
 
-from mka.errors import MkaError
+from mka.errors import MkaError, one_line
+
+# Files with the traceback of something nobody foresaw; older ones than the last few go.
+TRACEBACK, KEPT_TRACEBACKS = "traceback-", 20
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,46 @@ def say(line: str) -> None:
     """Print a line of progress on stderr, unless bars are off: then nobody watches."""
     if is_shown():
         click.echo(line, err=True)
+
+
+def explain_unforeseen(error: BaseException, folder: Path) -> str:
+    """Say in one line what nobody foresaw, and where its traceback is; see `keep_traceback`."""
+    where = keep_traceback(error, folder)
+    return f"unforeseen: {describe_error(error)}; {where}; please report it"
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an exception's class and message on one line, without passwords."""
+    return f"{type(error).__name__}: {one_line(_hide_passwords(str(error)), 200) or 'no message'}"
+
+
+def keep_traceback(error: BaseException, folder: Path) -> str:
+    """Write the traceback of an exception to a file of the user's alone, and say where it is.
+
+    Args:
+        error: the exception.
+        folder: where the file shall be, if it is a folder that can be written; else the system's temporary folder.
+    """
+    import tempfile
+    import time
+    import traceback
+
+    told = _hide_passwords("".join(traceback.format_exception(error)))
+    for place in (folder, Path(tempfile.gettempdir())):
+        try:
+            handle, name = tempfile.mkstemp(".txt", time.strftime(f"{TRACEBACK}%Y%m%d-%H%M%S-"), place)
+            with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(told)
+            for old in sorted(place.glob(f"{TRACEBACK}*.txt"))[:-KEPT_TRACEBACKS]:
+                old.unlink(missing_ok=True)
+        except (OSError, ValueError):
+            continue
+        return f"traceback in {name}"
+    return "its traceback could not be written anywhere"
+
+
+def _hide_passwords(text: str) -> str:
+    return re.sub(r"(://[^\s/:@]*):[^\s/@]+@", r"\1:***@", text)
 
 
 def align(rows: list[list[Any]], headers: list[str], right: str = "") -> str:

@@ -17,13 +17,14 @@ from mka.cli.export import export
 from mka.cli.heal import heal
 from mka.cli.merge import merge
 from mka.cli.methods import methods
+from mka.cli.models import find_work
 from mka.cli.observe import observe
 from mka.cli.plan import plan
 from mka.cli.report import report
 from mka.cli.score import score
 from mka.cli.write import write
-from mka.errors import MkaError
-from mka.terminal import SHARED_MACHINE
+from mka.errors import LONGEST, MkaError, one_line
+from mka.terminal import SHARED_MACHINE, explain_unforeseen
 
 INTERRUPTED = 130
 
@@ -117,13 +118,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _refuse("memory is used up; try --dtype bfloat16, fewer --samples or a smaller --batch-size", 2)
     except Exception as error:
-        if type(error).__name__ not in ("ValidationError", "SafetensorError"):
-            raise
-        return _refuse(str(error), 2)
+        return _refuse(explain_unforeseen(error, find_work()), 2)
 
 
 def _refuse(reason: str, code: int) -> int:
-    click.echo(f"mka: {' '.join(reason.split())}", err=True)
+    click.echo(f"mka: {one_line(reason, 2 * LONGEST)}", err=True)
     return code
 
 
