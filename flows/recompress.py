@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flows.command_line import require_server, silence_prefect
+from flows.command_line import refuse, require_server, silence_prefect
 
 if __name__ == "__main__":
     silence_prefect()
@@ -24,7 +24,7 @@ from prefect import flow, get_run_logger
 from prefect.events import emit_event
 from prefect.runtime import flow_run
 
-from mka.errors import GateRefused, GuardError, MkaError, PromotionError
+from mka.errors import GateRefused, GuardError, PromotionError
 from mka.methods import resolve_method
 from mka.pipeline.evaluate import CANDIDATE
 from mka.pipeline.job import Job, open_job
@@ -291,14 +291,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = " (finished stages are kept: the same command resumes)"
         recompress(str(recipe), overrides)
     except GateRefused as error:
-        print(f"recompress: {error}", file=sys.stderr)
-        return error.exit_code
-    except (MkaError, OSError) as error:
-        print(f"recompress: {error}{hint}", file=sys.stderr)
-        return MkaError.exit_code
-    except KeyboardInterrupt:
-        print("\nrecompress: interrupted; finished stages are kept, resume with the same command", file=sys.stderr)
-        return 130
+        return refuse("recompress", error)
+    except KeyboardInterrupt as error:
+        return refuse("recompress", error, "; finished stages are kept, resume with the same command")
+    except Exception as error:
+        return refuse("recompress", error, hint)
     return 0
 
 
