@@ -31,7 +31,9 @@ from mka.pipeline.job import Job, open_job
 from mka.pipeline.pipeline import run as run_pipeline
 from mka.pipeline.recipes import load_recipe
 from mka.pipeline.stage import MODEL_FOLDER, PLAN_FILE, Found, Stage, find_model
+from mka.reading import UnreadableError
 from mka.recipe import Recipe
+from mka.sections import parse_yaml
 from mka.store.products import Product
 from mka.store.publishing import write_text
 from tasks.base_model import fetch_base_model
@@ -125,7 +127,9 @@ def recompress(recipe: str, overrides: dict[str, Any] | None = None) -> dict[str
 def describe_command(place: Workplace, recipe: str, overrides: dict[str, Any] | None) -> str:
     """Return the command line that does the same again, with a path relative to the project where it can be."""
     shown = place.relative(place.path(Path(recipe)))
-    options = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in (overrides or {}).items())
+    # Of a deployment's parameters anything may come; what is no mapping is refused when the recipe is read.
+    changed = overrides.items() if isinstance(overrides, Mapping) else ()
+    options = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in changed)
     return f"python -m flows.recompress {shown}{options}"
 
 
@@ -258,8 +262,6 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """Read the command line: a recipe and ``--set key=value`` overrides."""
     import argparse
 
-    import yaml
-
     parser = argparse.ArgumentParser(
         prog="python -m flows.recompress",
         description="Recompress a model: observe, merge, quantize, evaluate, gate, register.",
@@ -275,7 +277,10 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
         key, separator, value = item.partition("=")
         if not separator:
             parser.error(f"--set wants KEY=VALUE, got {item!r}")
-        overrides[key] = yaml.safe_load(value)
+        try:
+            overrides[key] = parse_yaml(value)
+        except UnreadableError as error:
+            parser.error(f"--set {key}: the value cannot be read: {error}")
     return given.recipe, overrides
 
 

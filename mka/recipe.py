@@ -404,7 +404,10 @@ class Recipe(Section):
     gate: GateSettings = GateSettings()
     registry: RegistrySettings = RegistrySettings()
     seed: Annotated[int, Option()] = Field(
-        0, description="Draws the items of benchmarks, the resamples, and what the base writes itself"
+        0,
+        ge=0,
+        le=2**32 - 1,
+        description="Draws the items of benchmarks, the resamples, and what the base writes itself",
     )
 
     @property

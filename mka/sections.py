@@ -5,15 +5,33 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from mka.errors import RecipeError, nearest
+from mka.errors import RecipeError, nearest, one_line
+from mka.reading import LARGEST, UnreadableError, quote, read_within
+
+# Bytes of a recipe; the longest one of the project has four thousand.
+LONGEST_YAML = 250_000
+# Values of a recipe, with aliases written out.
+MOST_VALUES = 50_000
+# Mistakes that one refusal lists.
+MOST_TOLD = 4
 
 
 class Section(BaseModel):
     """A part of the recipe: frozen, and closed to keys it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _sane(cls, value: Any) -> Any:
+        # Names go to terminals, files and registries; numbers to libraries that have 64 bits for them.
+        if isinstance(value, str | Path) and not str(value).isprintable():
+            raise ValueError("must be one line without control characters")
+        if isinstance(value, int | float) and abs(value) > LARGEST:
+            raise ValueError(f"must be a number of at most {LARGEST}")
+        return value
 
 
 @dataclass(frozen=True)
@@ -40,7 +58,7 @@ def explain_validation(error: ValidationError, model: type[BaseModel], where: st
     parts = []
     for item in error.errors():
         location = [str(step) for step in item["loc"]]
-        key = ".".join(location) or "recipe"
+        key = one_line(".".join(location), 80) or "recipe"
         if item["type"] == "extra_forbidden":
             allowed = _fields_at(model, location[:-1])
             hint = nearest(location[-1], allowed) or f" (allowed: {', '.join(allowed)})"
@@ -49,9 +67,10 @@ def explain_validation(error: ValidationError, model: type[BaseModel], where: st
             parts.append(f"missing key '{key}'")
         else:
             silent = isinstance(item["input"], dict) or "holds a password" in item["msg"]
-            given = "" if silent else f", got {item['input']!r}"
+            given = "" if silent else f", got {quote(item['input'])}"
             parts.append(f"'{key}': {item['msg'].removeprefix('Value error, ')}{given}")
-    return f"{where}: " + "; ".join(parts)
+    more = [f"and {len(parts) - MOST_TOLD} more"] if len(parts) > MOST_TOLD else []
+    return f"{where}: " + "; ".join([*parts[:MOST_TOLD], *more])
 
 
 def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:
@@ -78,6 +97,38 @@ class _UniqueLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def parse_yaml(text: str) -> Any:
+    """Read YAML of a length a person writes.
+
+    Raises:
+        UnreadableError: if it is none, or would become far larger than it looks.
+    """
+    try:
+        loader = _UniqueLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_nodes(node, {})
+        return loader.construct_document(node)
+    except RecursionError:
+        raise UnreadableError("it is nested too deeply") from None
+    # Beside its own errors the reader raises those of int, float, date and base64, and of keys that have no hash.
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        raise UnreadableError(one_line(" ".join(str(error).split()), 300)) from None
+
+
+def _count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """Count the values that a node becomes, those behind an alias each time that it stands there."""
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES  # until it is known: an alias to what it stands in has no end
+        inner = [node.value] if isinstance(node, yaml.SequenceNode) else zip(*node.value) if node.value else []
+        children = [] if isinstance(node, yaml.ScalarNode) else [child for part in inner for child in part]
+        known[id(node)] = 1 + sum(_count_nodes(child, known) for child in children)
+        if known[id(node)] >= MOST_VALUES:
+            raise UnreadableError(f"its aliases make more than {MOST_VALUES} values of it")
+    return known[id(node)]
+
+
 def read_yaml(path: str | Path, hint: str) -> Any:
     """Read a recipe's YAML.
 
@@ -90,8 +141,8 @@ def read_yaml(path: str | Path, hint: str) -> Any:
     """
     path = Path(path)
     try:
-        return _UniqueLoader(path.read_text(encoding="utf-8")).get_single_data()
+        return parse_yaml(read_within(path, LONGEST_YAML).decode("utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"recipe not found: {path}; {hint}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error}") from None

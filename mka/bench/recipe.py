@@ -129,7 +129,9 @@ class BenchRecipe(Section):
     resamples: int = Field(10_000, ge=100, description="Bootstrap resamples")
     output: Path | None = Field(None, description="Page written with the results, e.g. docs/benchmarks.md")
     picture: Path | None = Field(None, description="Picture of them, e.g. docs/benchmarks.png")
-    seed: int = Field(0, description="Draws the items of tasks, the resamples, and what the base writes itself")
+    seed: int = Field(
+        0, ge=0, le=2**32 - 1, description="Draws the items of tasks, the resamples, and what the base writes itself"
+    )
     fan_out: FanOut = FanOut()
 
     @model_validator(mode="after")

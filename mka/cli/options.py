@@ -1,5 +1,6 @@
 """Options of the command line, made from the fields of the recipe's sections, and how their values are read."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 import click
 from click.core import ParameterSource
 
-from mka.errors import RecipeError
+from mka.errors import RecipeError, one_line
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -20,7 +21,20 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 Section = TypeVar("Section", bound="BaseModel")
 
-FILE = click.Path(path_type=Path)
+
+class FileName(click.Path):
+    """A path that can be told on one line: names with control characters or broken UTF-8 are refused."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        """Read what was typed."""
+        if not str(value).isprintable():
+            self.fail(
+                f"{one_line(value, 80)!r}: a name must be one line without control characters", parameter, context
+            )
+        return super().convert(value, parameter, context)
+
+
+FILE = FileName(path_type=Path)
 
 model_argument = click.argument("model")
 output_folder = click.option(
@@ -170,7 +184,8 @@ def read_type(annotation: Any) -> dict[str, Any]:
 
 def read_settings(context: click.Context, option: click.Parameter, values: Sequence[str]) -> dict[str, Any]:
     """Read ``key=value`` pairs; values are YAML, so numbers, lists and null are what they look like."""
-    import yaml
+    from mka.reading import UnreadableError
+    from mka.sections import parse_yaml
 
     settings = {}
     for item in values:
@@ -178,9 +193,9 @@ def read_settings(context: click.Context, option: click.Parameter, values: Seque
         if not separator or not key:
             raise click.BadParameter(f"{item!r} is not KEY=VALUE, e.g. coordinates=3")
         try:
-            settings[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise click.BadParameter(f"{item!r}: the value cannot be read") from None
+            settings[key] = parse_yaml(value)
+        except UnreadableError as error:
+            raise click.BadParameter(f"{one_line(item, 60)!r}: the value cannot be read: {error}") from None
     return settings
 
 
@@ -189,9 +204,9 @@ def read_tasks(context: click.Context, option: click.Parameter, values: Sequence
     tasks: dict[str, int | None] = {}
     for item in (part.strip() for value in values for part in value.split(",")):
         name, separator, limit = item.partition("=")
-        if not name or (separator and limit != "all" and not limit.isdecimal()):
+        if not name or (separator and limit != "all" and not re.fullmatch("[0-9]{1,9}", limit)):
             raise click.BadParameter(f"{item!r} is not TASK, TASK=ITEMS or TASK=all, e.g. hellaswag=40")
-        tasks[name] = int(limit) if limit.isdecimal() else None
+        tasks[name] = int(limit) if separator and limit != "all" else None
     return tasks
 
 

@@ -1,12 +1,14 @@
 """What was measured of one model: scores with their n, error bar and per-item values, and the conditions."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 from mka.errors import ReportError
+from mka.evaluation.metrics import METRICS
+from mka.reading import LARGEST, STRICT, UnreadableError, build_from, give_reason, is_number, quote, read_json
 
 FORMAT, FORMER = "mka-evaluation/2", "mka-evaluation/1"
 
@@ -27,6 +29,8 @@ class Score:
             log-likelihoods in nats.
         extra: further figures of the same measurement (bits_per_byte, tokens, bytes, task version).
     """
+
+    __pydantic_config__ = STRICT
 
     name: str
     metric: str
@@ -50,6 +54,8 @@ class EvalReport:
         conditions: dtype, device, threads, context, batch size, shots, limits, library versions, command.
     """
 
+    __pydantic_config__ = STRICT
+
     checkpoint: Mapping[str, Any]
     scores: tuple[Score, ...]
     speed: Mapping[str, float]
@@ -65,19 +71,53 @@ class EvalReport:
         """Read a report file, of this format or the former, which kept texts and tasks apart.
 
         Raises:
-            ValueError: if it is of another.
+            ValueError: if it is of another, or holds something that is none.
         """
-        body = json.loads(Path(path).read_text(encoding="utf-8"))
+        body = read_json(path)
         if (given := body.pop("format")) not in (FORMAT, FORMER):
-            raise ValueError(f"format {given!r}, expected {FORMAT!r}")
+            raise UnreadableError(f"format {quote(given)}, expected {FORMAT!r}")
         if given == FORMER:
             body["scores"] = [*body.pop("text"), *body.pop("tasks")]
-        return cls(**{**body, "scores": tuple(map(read_score, body["scores"]))})
+        report = build_from(cls, body)
+        report.check()
+        return replace(report, scores=tuple(replace(score, items=_tuples(score.items)) for score in report.scores))
+
+    def check(self) -> None:
+        """Refuse facts and scores that no model has.
+
+        Raises:
+            ValueError: naming the first.
+        """
+        facts = {name: self.checkpoint[name] for name in ("layers", "parameters", "bytes") if name in self.checkpoint}
+        for name, value in {**facts, **self.speed}.items():
+            if not is_number(value) or not 0 < value < LARGEST:
+                raise UnreadableError(f"{name} must be a number above 0, got {quote(value)}")
+        for score in self.scores:
+            row = METRICS.get(score.metric)
+            if row is None:
+                raise UnreadableError(f"{quote(score.name)}: unknown metric {quote(score.metric)}")
+            what = f"{row.name} of {quote(score.name)}"
+            if not 2 <= score.n < LARGEST or score.stderr < 0:
+                raise UnreadableError(f"{what}: n is {score.n} and its error {score.stderr}; n must be at least 2")
+            good = _is_window if row.resampled == "windows" else is_number
+            if strange := [item for item in score.items if not good(item)]:
+                raise UnreadableError(f"{what}: an item of its {row.resampled} is {quote(strange[0])}")
+            extras = {extra.key: score.extra.get(extra.key) for extra in row.extras}
+            if strange := [key for key, value in extras.items() if value is not None and not is_number(value)]:
+                raise UnreadableError(f"{what}: {strange[0]} is {quote(extras[strange[0]])}, not a number")
+
+
+def _is_window(item: Any) -> bool:
+    return isinstance(item, list | tuple) and len(item) == 2 and all(map(is_number, item)) and item[1] > 0
 
 
 def read_score(body: Mapping[str, Any]) -> Score:
     """Read what `asdict` wrote of a score."""
-    return Score(**{**body, "items": tuple(tuple(i) if isinstance(i, list) else i for i in body["items"])})
+    return Score(**{**body, "items": _tuples(body["items"])})
+
+
+def _tuples(items: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(tuple(item) if isinstance(item, list) else item for item in items)
 
 
 def read_report(path: Path) -> EvalReport:
@@ -88,5 +128,5 @@ def read_report(path: Path) -> EvalReport:
     """
     try:
         return EvalReport.load(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ReportError(f"{path} is not a report of mka evaluate ({type(error).__name__}: {error})") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ReportError(f"{path} is not a report of mka evaluate ({give_reason(error)})") from None

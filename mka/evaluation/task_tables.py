@@ -1,11 +1,12 @@
 """Local tables in place of the hub's data sets, behind lm-eval's own task definitions."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from mka.errors import RecipeError
+from mka.reading import parse_json, quote, read_within
+from mka.texts.rows import LARGEST_TABLE
 
 # Task -> (folder in lm_eval/tasks, columns it reads). Indexing these takes milliseconds; indexing all, minutes.
 TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -19,6 +20,7 @@ TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 MMLU = "mmlu"
 MMLU_FOLDER = "mmlu/default"
+MMLU_LETTERS = "ABCD"
 MMLU_COLUMNS = ("question", "choices", "answer")
 
 
@@ -66,7 +68,7 @@ def override_tables(name: str, folder: Path, shots: int) -> dict[str, Any]:
         splits = {"training_split": None, "validation_split": "validation", "test_split": None}
         splits |= {"training_split": "train"} if shots else {}
     columns = TASKS[name][1] if name in TASKS else MMLU_COLUMNS
-    rows = {split: _read_table(name, path, columns) for split, path in files.items()}
+    rows = {split: read_table(name, path, columns) for split, path in files.items()}
 
     # A function rather than the "json" builder: that one guesses dates out of strings and fills a disk cache.
     def custom_dataset(**_: Any) -> Any:
@@ -77,9 +79,20 @@ def override_tables(name: str, folder: Path, shots: int) -> dict[str, Any]:
     return {"custom_dataset": custom_dataset, **splits}
 
 
-def _read_table(name: str, path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+def read_table(name: str, path: Path, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Read the items of a task.
+
+    Args:
+        name: of the task.
+        path: JSON lines.
+        columns: what every item has to have, each of the kind that its task reads.
+
+    Raises:
+        RecipeError: if it is missing, empty, unreadable, or an item is none.
+    """
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = read_within(path, LARGEST_TABLE).decode("utf-8").split("\n")
+        rows = [parse_json(line) for line in lines if line.strip()]
     except FileNotFoundError:
         raise RecipeError(
             f"task {name!r}: its table {path} is missing; build the tables with `dvc repro`, or set "
@@ -94,7 +107,35 @@ def _read_table(name: str, path: Path, columns: Sequence[str]) -> list[dict[str,
             raise RecipeError(
                 f"task {name!r}: {path} item {number} lacks {', '.join(missing)}; needed columns: {', '.join(columns)}"
             )
+        if not isinstance(row, dict):
+            raise RecipeError(f"task {name!r}: {path} item {number} is no object with columns, got {quote(row)}")
+        for column in columns:
+            if not _fits(row, column):
+                raise RecipeError(f"task {name!r}: {path} item {number}: {column} cannot be {quote(row[column])}")
     return rows
+
+
+def _fits(row: dict[str, Any], column: str) -> bool:
+    """Whether a column holds what lm-eval's definitions make of it: a text, options, or which of them is right."""
+    value = row[column]
+    if column == "endings":
+        return _are_options(value)
+    if column == "choices":  # of ARC with their letters, of MMLU the four texts alone
+        if "answerKey" not in row:
+            return _are_options(value) and len(value) == len(MMLU_LETTERS)
+        texts, letters = (value.get(key) if isinstance(value, dict) else None for key in ("text", "label"))
+        return _are_options(texts) and _are_options(letters) and len(texts) == len(letters)
+    if column == "answerKey":
+        return isinstance(row["choices"], dict) and value in (row["choices"].get("label") or ())
+    if column in ("label", "answer"):
+        allowed = range(len(row["endings"])) if "endings" in row else range(2)
+        allowed = range(len(MMLU_LETTERS)) if "choices" in row else range(1, 3) if "option1" in row else allowed
+        return type(value) in (int, str) and str(value) in map(str, allowed)
+    return isinstance(value, str)
+
+
+def _are_options(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(option, str) for option in value)
 
 
 def one_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from mka.errors import OutputError
 from mka.evidence.needs import Repairs
 from mka.evidence.states import HiddenStates
 from mka.plan.plan import MergedLayer
+from mka.reading import parse_json
 
 JOURNAL_FILE = "journal.jsonl"
 
@@ -33,8 +34,10 @@ class Journal:
             for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
                 if not line.endswith(b"\n"):
                     break
-                entry = json.loads(line)
-                self._known[entry["of"]] = entry["value"]
+                entry = parse_json(line)
+                if not isinstance(entry["of"], str) or not isinstance(entry["value"], int | float):
+                    raise TypeError
+                self._known[entry["of"]] = float(entry["value"])
                 whole += len(line)
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as file:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 
 from mka.errors import NumericsError
+from mka.reading import STRICT, UnreadableError, build_from, give_reason, is_number, quote, read_json
 
 SCORES_FORMAT = "mka-scores/1"
 ScoreKind = Literal["pairwise-similarity", "layer-importance", "block-distance"]
@@ -87,9 +88,28 @@ class HiddenStates:
         from safetensors.numpy import load_file
 
         try:
-            return cls(**load_file(path))
-        except (OSError, SafetensorError, TypeError) as error:
+            arrays = load_file(path)
+            _check_arrays(arrays)
+        # What the library raises of a damaged header, of a dtype numpy has not, and of a name that is none.
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise NumericsError(f"hidden states {path} cannot be read: {error}") from None
+        return cls(**arrays)
+
+
+def _check_arrays(arrays: Mapping[str, np.ndarray]) -> None:
+    """Refuse arrays that `HiddenStates.save` would not have written."""
+    wanted = {"pooled": (3, "f"), "block_influence": (1, "f"), "tokens": (1, "iu")}
+    if arrays.keys() != wanted.keys():
+        raise ValueError(f"it holds {quote(sorted(arrays))}; expected {', '.join(wanted)}")
+    for name, (rank, kinds) in wanted.items():
+        if arrays[name].ndim != rank or arrays[name].dtype.kind not in kinds or not arrays[name].size:
+            raise ValueError(f"{name} is {arrays[name].dtype} of shape {arrays[name].shape}")
+    layers, texts = arrays["pooled"].shape[0] - 1, arrays["pooled"].shape[1]
+    if (len(arrays["block_influence"]), len(arrays["tokens"])) != (layers, texts) or layers < 1:
+        shapes = ", ".join(f"{name} {arrays[name].shape}" for name in wanted)
+        raise ValueError(f"its arrays do not fit each other: {shapes}")
+    if not np.isfinite(arrays["block_influence"]).all() or (arrays["tokens"] < 1).any():
+        raise ValueError("a Block Influence is not finite, or a text has no tokens")
 
 
 @dataclass(frozen=True)
@@ -104,6 +124,8 @@ class Stability:
         best: half-samples whose most similar pair of neighbours is the full set's.
         best_two: half-samples whose two most similar pairs are the full set's, in either order.
     """
+
+    __pydantic_config__ = STRICT
 
     texts: int
     halves: int
@@ -174,12 +196,26 @@ class LayerScores:
             NumericsError: if the file is not a scores file.
         """
         try:
-            body = json.loads(Path(path).read_text(encoding="utf-8"))
+            body = read_json(path)
             if body["format"] != SCORES_FORMAT or body["kind"] not in get_args(ScoreKind):
-                raise ValueError(f"format {body['format']!r}, kind {body['kind']!r}; expected {SCORES_FORMAT!r}")
-            values = np.asarray(body["values"], dtype=np.float64)
+                raise UnreadableError(
+                    f"format {quote(body['format'])}, kind {quote(body['kind'])}; expected {SCORES_FORMAT!r}"
+                )
+            if not all(isinstance(body[name], str) for name in ("meaning", "method")):
+                raise UnreadableError("meaning and method must be texts")
+            if not isinstance(body["settings"], dict):
+                raise UnreadableError(f"settings must be an object, got {quote(body['settings'])}")
             found = body.get("stability")
-            stability = None if found is None else Stability(**found)
+            stability = None if found is None else build_from(Stability, found)
+            values = _read_values(body["values"])
             return cls(body["kind"], values, body["meaning"], body["method"], body["settings"], stability)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise NumericsError(f"scores {path} cannot be read: {error}") from None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise NumericsError(f"scores {path} cannot be read: {give_reason(error)}") from None
+
+
+def _read_values(values: Any) -> np.ndarray:
+    rows = values if isinstance(values, list) else [values]
+    strange = next((x for row in rows for x in (row if isinstance(row, list) else [row]) if not is_number(x)), None)
+    if strange is not None or not rows:
+        raise UnreadableError(f"values must be finite numbers, got {quote(strange)}")
+    return np.asarray(values, dtype=np.float64)

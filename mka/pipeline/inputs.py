@@ -1,6 +1,5 @@
 """The texts and tables of one job: read, checked, kept apart, digested."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -9,7 +8,7 @@ from typing import Any
 
 from mka.alignment.table import AlignmentTable, open_alignment
 from mka.errors import CalibrationError, RecipeError, StoreError
-from mka.evaluation.task_tables import list_tables
+from mka.evaluation.task_tables import list_tables, read_table
 from mka.evaluation.tasks import check_tasks
 from mka.healing.table import HealingTable, open_healing
 from mka.methods import Planner
@@ -196,7 +195,7 @@ def _task_texts(settings: Measurement) -> Iterator[str]:
     """Texts of the tasks that calibration must not contain."""
     if settings.overlap_index is not None and settings.overlap_index.is_file():
         yield from read_texts(settings.overlap_index)
-    for table in (t for task in settings.tasks for t in list_tables(settings.tasks_folder or Path(), task)):
-        for line in table.read_text(encoding="utf-8").split("\n"):
-            row = json.loads(line) if line.strip() else {}
-            yield from (value for value in row.values() if isinstance(value, str))
+    for task in settings.tasks:
+        for table in list_tables(settings.tasks_folder or Path(), task):
+            for row in read_table(task, table):
+                yield from (value for value in row.values() if isinstance(value, str))

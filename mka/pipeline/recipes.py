@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from mka.errors import RecipeError
 from mka.evaluation.rules import check_rules
 from mka.methods import check_alignment, resolve_method
+from mka.reading import quote
 from mka.recipe import Recipe
 from mka.sections import explain_validation, read_yaml
 from mka.transforms import resolve_transforms
@@ -59,11 +60,13 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     Raises:
         RecipeError: if the file cannot be read or its content is refused.
     """
+    if not isinstance(overrides, Mapping | None):
+        raise RecipeError(f"overrides must map dotted keys to values, e.g. target.layers: 26; got {quote(overrides)}")
     raw = read_yaml(path, "recipes live in recipes/")
     if not isinstance(raw, dict):
         return validate_recipe(raw, str(path))
     for dotted, value in (overrides or {}).items():
-        *parents, key = dotted.split(".")
+        *parents, key = str(dotted).split(".")
         node = raw
         for parent in parents:
             node = node.setdefault(parent, {})

@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 from mka.errors import PlanError
+from mka.reading import LONGEST_JSON, STRICT, UnreadableError, build_from, give_reason, parse_json, quote, read_within
 
 FORMAT = "mka-plan/1"
+# More than any model has; a plan is walked layer by layer.
+MOST_LAYERS = 100_000
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class MergedLayer:
     ``take``: the attention of the layers in ``attention`` and the MLP of those in ``mlp``. Of one layer the sublayer is
     taken whole; of several, the heads and neurons that matter most, as many as one layer has, chosen while aligning.
     """
+
+    __pydantic_config__ = STRICT
 
     sources: tuple[int, ...]
     weights: tuple[float, ...] = ()
@@ -89,6 +94,8 @@ class Step:
     ``score`` what made it first choice, ``weight`` the share of the left group.
     """
 
+    __pydantic_config__ = STRICT
+
     left: tuple[int, ...]
     right: tuple[int, ...]
     score: float
@@ -125,6 +132,8 @@ class MergePlan:
         search: what a search for it spent and tried; empty where nothing was searched.
     """
 
+    __pydantic_config__ = STRICT
+
     method: str
     label: str
     layers_in: int
@@ -141,8 +150,9 @@ class MergePlan:
         Raises:
             PlanError: if an index is out of range, out of order or used twice, or weights do not sum to 1.
         """
-        if not 1 <= len(self.layers) <= self.layers_in:
-            raise PlanError(f"plan keeps {len(self.layers)} layers; allowed: 1 to {self.layers_in}")
+        if not 1 <= len(self.layers) <= self.layers_in <= MOST_LAYERS:
+            most = min(self.layers_in, MOST_LAYERS)
+            raise PlanError(f"plan keeps {len(self.layers)} layers; allowed: 1 to {most}")
         last = -1
         for position, layer in enumerate(self.layers):
             layer.check(position)
@@ -155,6 +165,20 @@ class MergePlan:
                         f"{self.layers_in}, each used once"
                     )
                 last = source
+
+    def check_steps(self, where: str) -> None:
+        """Refuse steps about layers that there are not.
+
+        Raises:
+            PlanError: naming the step.
+        """
+        named = {source for layer in self.layers for source in layer.sources}
+        for number, step in enumerate(self.steps):
+            known = all(0 <= source < self.layers_in for source in step.left + step.right)
+            if not step.left or not known or (step.right and step.left[0] not in named):
+                raise PlanError(
+                    f"{where}: step {number} is about layers {quote(step.left)} that the plan does not have"
+                )
 
     @property
     def layers_out(self) -> int:
@@ -198,28 +222,23 @@ class MergePlan:
             PlanError: if the text is not a plan in this format.
         """
         try:
-            body = json.loads(text)
+            body = parse_json(text)
+            if not isinstance(body, dict):
+                raise UnreadableError(f"expected an object, got {quote(body)}")
             if body.get("format") != FORMAT:
-                raise PlanError(f"{where}: format {body.get('format')!r}, expected {FORMAT!r}")
-            verbs = {layer["verb"] for layer in body["layers"]} - {"combine", "take"}
-            if verbs:
-                raise PlanError(f"{where}: unknown verb {sorted(verbs)}; allowed: combine, take")
-            return cls(
-                method=body["method"],
-                label=body["label"],
-                layers_in=body["layers_in"],
-                layers=tuple(
-                    MergedLayer(*(tuple(x.get(key, ())) for key in ("sources", "weights", "attention", "mlp")))
-                    for x in body["layers"]
-                ),
-                steps=tuple(Step(tuple(s["left"]), tuple(s["right"]), s["score"], s["weight"]) for s in body["steps"]),
-                settings=body["settings"],
-                base=body["base"],
-                folds=body.get("folds"),
-                search=body.get("search", {}),
-            )
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise PlanError(f"{where}: not a plan ({type(error).__name__}: {error})") from None
+                raise PlanError(f"{where}: format {quote(body.get('format'))}, expected {FORMAT!r}")
+            for layer in body.get("layers", ()):
+                if (verb := layer.pop("verb")) not in ("combine", "take"):
+                    raise PlanError(f"{where}: unknown verb {quote(verb)}; allowed: combine, take")
+            # Of those with a default only these two may be left out; what follows from the others is not read.
+            missing = sorted({f.name for f in fields(cls)} - {"folds", "search"} - body.keys())
+            if missing:
+                raise UnreadableError(f"{missing[0]} is missing")
+            plan = build_from(cls, {f.name: body[f.name] for f in fields(cls) if f.name in body})
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise PlanError(f"{where}: not a plan ({give_reason(error)})") from None
+        plan.check_steps(where)
+        return plan
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -229,8 +248,8 @@ class MergePlan:
             PlanError: if it does not exist or is not a plan.
         """
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"), str(path))
-        except (OSError, UnicodeDecodeError) as error:
+            return cls.from_json(read_within(path, LONGEST_JSON).decode("utf-8"), str(path))
+        except (OSError, ValueError) as error:
             raise PlanError(f"plan {path} cannot be read: {error}") from None
 
 

@@ -5,7 +5,6 @@ or `mka.bench.cells` take for it, and whatever is not known by name stays.
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mka.errors import DurationError, OutputError
+from mka.reading import read_json
 from mka.store.products import MANIFEST
 from mka.store.sums import SUMS_NAME
 
@@ -259,7 +259,7 @@ def _names_of_last_run(root: Path) -> frozenset[str]:
     """
     record = root / "last_run.json"
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
+        found = read_json(record)
     except FileNotFoundError:
         return frozenset()
     except (OSError, ValueError) as error:

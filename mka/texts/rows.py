@@ -6,9 +6,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mka.errors import CalibrationError
+from mka.errors import CalibrationError, one_line
+from mka.reading import UnreadableError, parse_json, quote, read_within
 
 EXCERPT_CHARACTERS = 60
+# Of one text. Tokenizing takes some 200 bytes for each, all at once.
+LONGEST_TEXT = 2_000_000
+# Of a source's name, which stands in tables and names metrics.
+LONGEST_SOURCE = 200
+# Bytes of a table, which is held in memory.
+LARGEST_TABLE = 1_000_000_000
+# What other files begin with that are taken for tables.
+_FOREIGN = {b"\x1f\x8b": "gzip", b"PK": "a zip archive", b"PAR1": "Parquet", b"\x28\xb5\x2f\xfd": "Zstandard"}
+_FOREIGN |= {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"SQLite": "SQLite", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 
 
 def normalize_text(text: str) -> str:
@@ -50,6 +60,8 @@ def read_rows(data: bytes | Path, name: str | None = None) -> list[dict[str, Any
     if name.endswith(".txt"):
         paragraphs = "\n".join(line.strip() for line in decoded.split("\n")).split("\n\n")
         rows = [{"text": text.strip(), "source": stem} for text in paragraphs if text.strip()]
+        for number, row in enumerate(rows, start=1):
+            _check_length(row["text"], f"{name}, paragraph {number}")
     else:
         # Not splitlines(): U+2028 and U+0085 are legal inside a JSON string.
         lines = enumerate(decoded.split("\n"), start=1)
@@ -84,11 +96,15 @@ def format_rows(rows: Iterable[dict[str, Any]]) -> str:
 def _decode(data: bytes | Path, name: str) -> str:
     if isinstance(data, Path):
         try:
-            data = data.read_bytes()
+            data = read_within(data, LARGEST_TABLE)
         except FileNotFoundError:
             raise CalibrationError(f"text table not found: {name}; `make data` builds the project's own") from None
         except OSError as error:
             raise CalibrationError(f"{name} cannot be read: {error.strerror}") from None
+        except UnreadableError as error:
+            raise CalibrationError(f"{name} cannot be read: {error}") from None
+    if foreign := next((kind for mark, kind in _FOREIGN.items() if data.startswith(mark)), None):
+        raise CalibrationError(f"{name} is {foreign}; give JSON lines with a `text` field, or a .txt file, in UTF-8")
     try:
         return data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -97,18 +113,27 @@ def _decode(data: bytes | Path, name: str) -> str:
 
 def _parse_line(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise CalibrationError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+        row = parse_json(line)
+    except UnreadableError as error:
+        raise CalibrationError(f"{where}: not JSON ({error})") from None
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        keys = one_line(", ".join(row) if isinstance(row, dict) else type(row).__name__, 120)
         raise CalibrationError(f"{where}: needs a `text` field that is a string, got {keys or 'no fields'}")
     if not row["text"].strip():
         raise CalibrationError(f"{where}: the text is empty")
     if not isinstance(row.get("source", ""), str):
-        raise CalibrationError(f"{where}: `source` must be a string, got {row['source']!r}")
-    try:
-        row["text"].encode()
-    except UnicodeEncodeError as error:
-        raise CalibrationError(f"{where}: the text holds a lone surrogate at character {error.start}") from None
+        raise CalibrationError(f"{where}: `source` must be a string, got {quote(row['source'])}")
+    if not row.get("source", "").isprintable() or len(row.get("source", "")) > LONGEST_SOURCE:
+        given = quote(row["source"])
+        raise CalibrationError(
+            f"{where}: `source` must be a name on one line, at most {LONGEST_SOURCE} long, got {given}"
+        )
+    _check_length(row["text"], where)
     return row
+
+
+def _check_length(text: str, where: str) -> None:
+    if len(text) > LONGEST_TEXT:
+        raise CalibrationError(
+            f"{where}: the text has {len(text):,} characters; at most {LONGEST_TEXT:,} are read at once, divide it"
+        )

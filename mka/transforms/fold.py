@@ -204,5 +204,5 @@ def load_folds(plan: MergePlan, plan_path: Path) -> Folds | None:
         return load_file(path)
     except FileNotFoundError:
         raise PlanError(f"plan {plan_path} needs its folds in {path}, which is missing; copy it there") from None
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PlanError(f"folds {path} cannot be read: {error}") from None

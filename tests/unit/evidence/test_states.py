@@ -172,5 +172,5 @@ def test_a_file_that_holds_no_scores_is_refused(tmp_path, content):
 
 def test_nan_in_a_scores_file_is_refused(tmp_path):
     (tmp_path / "scores.json").write_text(json.dumps(GOOD | {"values": [1, float("nan")]}))
-    with pytest.raises(NumericsError, match="1 scores are NaN or infinite"):
+    with pytest.raises(NumericsError, match="values must be finite numbers, got nan"):
         LayerScores.load(tmp_path / "scores.json")

@@ -49,7 +49,7 @@ def test_plain_text_paragraphs_are_texts(tmp_path):
         (b"[1]\n", "line 1: needs a `text` field that is a string, got list"),
         (b'{"text": " "}\n', "line 1: the text is empty"),
         (b'{"text": "a", "source": 1}\n', "line 1: `source` must be a string"),
-        (b'{"text": "a\\ud800"}\n', "line 1: the text holds a lone surrogate at character 1"),
+        (b'{"text": "a\\ud800"}\n', "line 1: not JSON (a text holds half of a character (a lone surrogate))"),
     ],
 )
 def test_bad_tables_are_refused_in_one_line(data, message):
