@@ -238,6 +238,8 @@ class MergePlan:
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise PlanError(f"{where}: not a plan ({give_reason(error)})") from None
         plan.check_steps(where)
+        if strange := [key for key in ("model", "digest") if not isinstance(plan.base.get(key, ""), str | None)]:
+            raise PlanError(f"{where}: base.{strange[0]} must be a text, got {quote(plan.base[strange[0]])}")
         return plan
 
     @classmethod
