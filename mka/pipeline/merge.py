@@ -121,7 +121,7 @@ def _foresee(job: Job) -> Cost:
 
 MERGE = Stage(
     "merge",
-    version=2,
+    version=3,
     reads=_read,
     settings=_settings,
     make=_make,
