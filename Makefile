@@ -1,7 +1,7 @@
 # `make` lists the targets. Works with GNU make 3.81 (what macOS ships) and any POSIX shell.
 # VENV=DIR uses another environment, PYTHON=EXE another interpreter to make it with.
 .DEFAULT_GOAL := help
-.PHONY: help setup data demo test test-operations bench check up down lock clean FORCE
+.PHONY: help setup data demo test test-operations bench check audit up down lock clean FORCE
 .DELETE_ON_ERROR:
 
 VENV ?= .venv
@@ -61,6 +61,13 @@ up: setup ## Start a local Prefect server, MLflow server and worker; prints thei
 
 down: ## Stop exactly what `make up` started
 	@$(BIN)/python -m flows.servers down
+
+# Tools of an environment of their own: they are no part of what is locked.
+audit: setup ## List every locked package in build/sbom.json, and ask the advisory database about each
+	@test -x build/audit/bin/pip-audit || { $(BIN)/python -m venv build/audit && \
+		build/audit/bin/python -m pip install --quiet pip-audit==2.10.1 cyclonedx-bom==7.5.0; }
+	@build/audit/bin/cyclonedx-py requirements requirements.lock --output-file build/sbom.json
+	@build/audit/bin/pip-audit --disable-pip --no-deps --requirement requirements.lock
 
 # One version of each package for every Python ("fewest"), so that results do not depend on the interpreter.
 lock: | $(BIN)/uv ## Make requirements.lock from pyproject.toml; LOCK_ARGS=--upgrade moves every pin
