@@ -1,5 +1,6 @@
 """Which tensors are a model's weights: those stock loading takes, each from the one file said to hold it."""
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -143,7 +144,10 @@ def _missing(
     if foreign := sorted(file.name for file in folder.iterdir() if file.suffix in _FOREIGN):
         hint = f"found {foreign[0]}, but only safetensors are read"
     others = [file.name for file in sorted(folder.glob("*.safetensors")) if file.is_file()]
-    held = {info.name for file in others for info in _read_shard(folder, file)} if weight_map else set()
+    held: set[str] = set()
+    if weight_map:
+        with contextlib.suppress(CheckpointError):  # a damaged one, which no index names, is not what is wrong here
+            held = {info.name for file in others for info in _read_shard(folder, file)}
     if held and held >= weight_map.keys():
         hint = f"all tensors lie in other files, {others[0]} to {others[-1]}; write an index of those"
     return CheckpointError(f"{folder}: missing shard {missing[0]} ({len(missing)} of {len(files)} missing); {hint}")
