@@ -2,16 +2,11 @@
 
 from pathlib import Path
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from mka.errors import CalibrationError
-
-
-class Section(BaseModel):
-    """A part of data/params.yaml: closed to keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from mka.reading import explain_first, read_within
+from mka.sections import LONGEST_YAML, Section, parse_yaml
 
 
 class PackagePin(Section):
@@ -87,9 +82,8 @@ def load_params(path: Path) -> Params:
         CalibrationError: naming the key that is missing, unknown or impossible.
     """
     try:
-        return Params.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return Params.model_validate(parse_yaml(read_within(path, LONGEST_YAML).decode("utf-8")))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise CalibrationError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CalibrationError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        raise CalibrationError(f"{path}: {explain_first(error)}") from None
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"{path} cannot be read: {error}") from None

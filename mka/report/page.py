@@ -85,8 +85,9 @@ def _render(template: str, data: ReportData, **more: Any) -> str:
     before, after = (dict(report.generations) if report else {} for report in (base, candidate))
     rows, control = result_table(base, candidate, data.control), data.control
     ratios = {"layer_ratio": plan.layer_ratio}
-    if base and candidate and base.checkpoint.get("bytes"):
-        ratios["size_ratio"] = 1 - candidate.checkpoint["bytes"] / base.checkpoint["bytes"]
+    facts = [report.checkpoint if report else {} for report in (base, candidate)]
+    if all(fact.get("bytes") for fact in facts):
+        ratios["size_ratio"] = 1 - facts[1]["bytes"] / facts[0]["bytes"]
     checks = (data.gate or {}).get("checks", ())
     return engine.get_template(template).render(
         data=data,

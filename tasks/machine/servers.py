@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock
 
 from mka.errors import ServerError
+from mka.reading import STRICT, build_from, read_json
 from mka.store.publishing import write_text
 from tasks.machine.workplace import Workplace
 
@@ -37,6 +38,8 @@ class Server:
         address: where it listens; empty for a worker.
         log: what it says.
     """
+
+    __pydantic_config__ = STRICT
 
     name: str
     pid: int
@@ -68,10 +71,10 @@ class Servers:
     def read(self) -> list[Server]:
         """Return what was started and still runs."""
         try:
-            entries = json.loads(self.record.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            entries = [build_from(Server, entry) for entry in read_json(self.record)]
+        except (OSError, ValueError, TypeError):
             return []
-        return [server for server in (Server(**entry) for entry in entries) if server.find() is not None]
+        return [server for server in entries if server.find() is not None]
 
     def write(self, servers: Sequence[Server]) -> None:
         """Replace the record in one step."""
