@@ -5,8 +5,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from mka.errors import LONGEST, MkaError, ServerError, one_line
-from mka.terminal import describe_error, explain_unforeseen, keep_traceback
+from mka.errors import MkaError, ServerError
+from mka.printable import LONGEST, describe_error, one_line
+from mka.terminal import explain_unforeseen, keep_traceback
 from tasks.machine.workplace import find_workplace
 
 INTERRUPTED = 130

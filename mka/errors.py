@@ -1,10 +1,9 @@
 """Refusals: what failed, what was given, what is allowed, what to do. One line each, exit code 2."""
 
 import difflib
-import re
 from collections.abc import Iterable
 
-LONGEST = 480
+from mka.printable import one_line
 
 
 class MkaError(Exception):
@@ -13,6 +12,7 @@ class MkaError(Exception):
     exit_code = 2
 
     def __init__(self, message: object = "") -> None:
+        """Keep one line that is safe to show, whatever names and addresses from outside stand in it."""
         super().__init__(one_line(message))
 
 
@@ -84,14 +84,6 @@ class ServerError(MkaError):
 
 class PromotionError(GateRefused):
     """A version that may not become champion: stale, not approved, or worse than the champion."""
-
-
-def one_line(text: object, most: int = LONGEST) -> str:
-    """Return a text as one printable line: control characters are spelled out, what is too long lacks its middle."""
-    line = re.sub(r"\s*\n\s*", " ", str(text).strip())
-    if len(line) > most:
-        line = f"{line[: most * 2 // 3]} … {line[len(line) + 3 - most + most * 2 // 3 :]}"
-    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:

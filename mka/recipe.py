@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
-from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from mka.printable import hide_passwords
 from mka.sections import Option, Section
 
 # In the place of a table's path: text that the base writes itself.
@@ -383,7 +383,7 @@ class RegistrySettings(Section):
     @classmethod
     def _no_password(cls, value: str | None) -> str | None:
         # Recipes are logged, printed and published.
-        if value is not None and urlsplit(value).password is not None:
+        if value is not None and hide_passwords(value) != value:
             raise ValueError("holds a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead")
         return value
 

@@ -7,7 +7,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from mka.errors import RecipeError, nearest, one_line
+from mka.errors import RecipeError, nearest
+from mka.printable import one_line
 from mka.reading import LARGEST, UnreadableError, quote, read_within
 
 # Bytes of a recipe; the longest one of the project has four thousand.

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,8 @@ from typing import Any
 
 import click
 
-from mka.errors import MkaError, one_line
+from mka.errors import MkaError
+from mka.printable import describe_error, hide_passwords, make_printable
 
 # Files with the traceback of something nobody foresaw; older ones than the last few go.
 TRACEBACK, KEPT_TRACEBACKS = "traceback-", 20
@@ -38,18 +38,13 @@ class Outcome:
 def say(line: str) -> None:
     """Print a line of progress on stderr, unless bars are off: then nobody watches."""
     if is_shown():
-        click.echo(line, err=True)
+        click.echo(make_printable(line), err=True)
 
 
 def explain_unforeseen(error: BaseException, folder: Path) -> str:
     """Say in one line what nobody foresaw, and where its traceback is; see `keep_traceback`."""
     where = keep_traceback(error, folder)
     return f"unforeseen: {describe_error(error)}; {where}; please report it"
-
-
-def describe_error(error: BaseException) -> str:
-    """Return an exception's class and message on one line, without passwords."""
-    return f"{type(error).__name__}: {one_line(_hide_passwords(str(error)), 200) or 'no message'}"
 
 
 def keep_traceback(error: BaseException, folder: Path) -> str:
@@ -63,7 +58,7 @@ def keep_traceback(error: BaseException, folder: Path) -> str:
     import time
     import traceback
 
-    told = _hide_passwords("".join(traceback.format_exception(error)))
+    told = hide_passwords("".join(traceback.format_exception(error)))
     for place in (folder, Path(tempfile.gettempdir())):
         try:
             handle, name = tempfile.mkstemp(".txt", time.strftime(f"{TRACEBACK}%Y%m%d-%H%M%S-"), place)
@@ -77,22 +72,19 @@ def keep_traceback(error: BaseException, folder: Path) -> str:
     return "its traceback could not be written anywhere"
 
 
-def _hide_passwords(text: str) -> str:
-    return re.sub(r"(://[^\s/:@]*):[^\s/@]+@", r"\1:***@", text)
-
-
 def align(rows: list[list[Any]], headers: list[str], right: str = "") -> str:
     """Lay out a table with a header line.
 
     Args:
-        rows: cells, printed as they are.
+        rows: cells, printed as they are but for control characters.
         headers: column names.
         right: one letter per column, ``r`` or ``l``; columns without one are left-aligned.
     """
     from tabulate import tabulate
 
+    shown = [[make_printable(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
     sides = tuple("right" if side == "r" else "left" for side in right.ljust(len(headers), "l"))
-    return tabulate(rows, headers, tablefmt="simple", disable_numparse=True, colalign=sides if rows else None)
+    return tabulate(shown, headers, tablefmt="simple", disable_numparse=True, colalign=sides if rows else None)
 
 
 # To be set before torch is imported. Threads that spin while they wait for one another's part of a product take the

@@ -7,6 +7,7 @@ from mka.bench.page import render_page, update_readme
 from mka.bench.results import Results
 from mka.bench.statistics import Comparison
 from mka.bench.tables import show_comparison, to_document
+from mka.printable import make_page
 from mka.store.publishing import write_bytes, write_text
 from mka.terminal import Outcome
 
@@ -31,7 +32,7 @@ def publish_results(results: Results, readme: Path | None = None) -> Outcome:
             written.append(recipe.picture)
         if recipe.output is not None:
             link = os.path.relpath(recipe.picture, recipe.output.parent) if recipe.picture else None
-            write_text(recipe.output, render_page(comparison, link))
+            write_text(recipe.output, make_page(render_page(comparison, link)))
             written.append(recipe.output)
         if readme is not None:
             update_readme(readme, comparison)

@@ -23,7 +23,8 @@ from mka.cli.plan import plan
 from mka.cli.report import report
 from mka.cli.score import score
 from mka.cli.write import write
-from mka.errors import LONGEST, MkaError, one_line
+from mka.errors import MkaError
+from mka.printable import LONGEST, one_line
 from mka.terminal import SHARED_MACHINE, explain_unforeseen
 
 INTERRUPTED = 130

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 import click
 from click.core import ParameterSource
 
-from mka.errors import RecipeError, one_line
+from mka.errors import RecipeError
+from mka.printable import one_line
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from mka.errors import RecipeError
+from mka.printable import describe_error
 from mka.reading import parse_json, quote, read_within
 from mka.texts.rows import LARGEST_TABLE
 
@@ -99,7 +100,7 @@ def read_table(name: str, path: Path, columns: Sequence[str] = ()) -> list[dict[
             "evaluation.tasks_folder to null to download them from the hub"
         ) from None
     except (OSError, ValueError) as error:
-        raise RecipeError(f"task {name!r}: {path} is not readable as JSON lines ({one_line(error)})") from None
+        raise RecipeError(f"task {name!r}: {path} is not readable as JSON lines ({describe_error(error)})") from None
     if not rows:
         raise RecipeError(f"task {name!r}: {path} holds no items; build it with `dvc repro`")
     for number, row in enumerate(rows, 1):
@@ -136,8 +137,3 @@ def _fits(row: dict[str, Any], column: str) -> bool:
 
 def _are_options(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and len(value) > 1 and all(isinstance(option, str) for option in value)
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's class and message on one line of at most 200 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

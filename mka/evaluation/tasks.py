@@ -12,7 +12,8 @@ import numpy as np
 from mka.errors import NumericsError, RecipeError, nearest
 from mka.evaluation.metrics import Subject
 from mka.evaluation.scores import Score
-from mka.evaluation.task_tables import MMLU, MMLU_FOLDER, TASKS, one_line, override_tables
+from mka.evaluation.task_tables import MMLU, MMLU_FOLDER, TASKS, override_tables
+from mka.printable import describe_error
 from mka.terminal import quiet_lm_eval
 
 LONGEST_PROMPT = 2048
@@ -172,9 +173,9 @@ def _build_tasks(names: Sequence[str], folder: Path | None, shots: int) -> tuple
     # The hub's client raises from many libraries; a person needs the data set and the reason, in one line.
     except Exception as error:
         if folder is not None:
-            raise RecipeError(f"tasks in {folder}: not usable by lm-eval: {one_line(error)}") from None
+            raise RecipeError(f"tasks in {folder}: not usable by lm-eval: {describe_error(error)}") from None
         raise RecipeError(
-            f"tasks {', '.join(names[:3])}: the hub's data sets cannot be fetched ({one_line(error)}); go online, "
+            f"tasks {', '.join(names[:3])}: the hub's data sets cannot be fetched ({describe_error(error)}); go online, "
             "or set evaluation.tasks_folder to local tables (dvc repro builds them)"
         ) from None
 

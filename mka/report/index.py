@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from mka.evaluation.metrics import HEADLINE, METRICS, read_check, shorten_check
+from mka.printable import make_page
 from mka.report.verdict import VERDICTS
 from mka.store.publishing import write_text
 
@@ -136,7 +137,7 @@ def write_index(rows: Iterable[Recompression], path: str | Path, moves: Iterable
         OutputError: if it cannot be written.
     """
     path = Path(path)
-    write_text(path, render_index(list(rows), list(moves), path.parent))
+    write_text(path, make_page(render_index(list(rows), list(moves), path.parent)))
     return path
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from mka.evaluation.metrics import HEADLINE, group_scores
 from mka.evaluation.scores import EvalReport
 from mka.plan.wording import describe_layer, describe_steps
+from mka.printable import make_page
 from mka.report.alignment import describe_alignment, draw_errors, layer_rows
 from mka.report.caveats import list_caveats
 from mka.report.control import describe_control, has_own_control, tell_against_control
@@ -47,7 +48,7 @@ def write_report(data: ReportData, folder: str | Path) -> Path:
     if checks or data.recoveries:
         images["recovery"] = _embed(lambda form: pictures.draw_recovery(checks, data.recoveries, form))
     path = Path(folder) / "report.html"
-    write_text(path, _render("report.html.j2", data, images=images))
+    write_text(path, make_page(_render("report.html.j2", data, images=images)))
     return path
 
 
@@ -66,7 +67,7 @@ def write_card(data: ReportData, folder: str | Path) -> Path:
     # Hubs refuse a card whose base_model is not a model id; other sources are named in the text.
     header = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False, allow_unicode=True)
     path = Path(folder) / "README.md"
-    write_text(path, _render("card.md.j2", data, header=header))
+    write_text(path, make_page(_render("card.md.j2", data, header=header)))
     return path
 
 

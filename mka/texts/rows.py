@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mka.errors import CalibrationError, one_line
+from mka.errors import CalibrationError
+from mka.printable import one_line
 from mka.reading import UnreadableError, parse_json, quote, read_within
 
 EXCERPT_CHARACTERS = 60
