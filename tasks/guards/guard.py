@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mka.errors import GuardError, OutputError
+from mka.printable import escape_controls
 from mka.store.publishing import write_text
 
 if TYPE_CHECKING:
@@ -204,6 +205,9 @@ def _build_docs(context: Any, checks_folder: Path) -> Path:
             store.remove_key(key)
     if len(kept) < len(keys):
         context.clean_data_docs()
+    from tasks.guards.docs import use_escaping_pages
+
+    use_escaping_pages(context)
     context.build_data_docs()
     return _write_page(checks_folder, [_lay_out(key, store.get(key)) for key in kept])
 
@@ -232,7 +236,7 @@ def _write_page(checks_folder: Path, validations: list[dict[str, Any]]) -> Path:
         newest.add(validation["name"])
     template = jinja2.Environment(autoescape=True).from_string(_PAGE)
     page = checks_folder / PAGE
-    write_text(page, template.render(validations=validations, data_docs=DATA_DOCS))
+    write_text(page, escape_controls(template.render(validations=validations, data_docs=DATA_DOCS), keep="\n\t"))
     return page
 
 

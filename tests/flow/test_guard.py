@@ -374,6 +374,21 @@ def test_docs_hold_passes_and_failures_and_need_no_network(tmp_path, monkeypatch
     assert "plan" in docs and "calibration" in docs
 
 
+def test_text_of_a_table_stands_on_every_page_as_text(tmp_path):
+    planted = "<script>alert(1)</script> \x1b[31mred\x07 \u202e<img src=x onerror=alert(2)>"
+    with pytest.raises(GuardError) as refused:
+        table = calibration_table([planted, "A river.", "x"], [planted, "a", "b"], {text_digest(planted): "words"})
+        guard.check("calibration", table, calibration_suite(3), tmp_path / "checks")
+    assert "<script>alert" in str(refused.value) and not {"\x1b", "\x07", "\u202e"} & set(str(refused.value))
+    pages = list((tmp_path / "checks").rglob("*.html"))
+    shown = "".join(page.read_text() for page in pages)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; " in shown and len(pages) > 2
+    for page in pages:
+        text = page.read_text()
+        assert "<script>alert" not in text and "<img src=x" not in text, page
+        assert not {"\x1b", "\x07", "\u202e"} & set(text), page
+
+
 def test_repeating_a_check_keeps_the_newest_results(tmp_path):
     expectations = plan_suite(3)
     for _ in range(guard.KEPT_RUNS + 2):
