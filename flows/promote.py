@@ -19,7 +19,7 @@ from prefect.runtime import flow_run
 from mka.methods import resolve_method
 from mka.pipeline.job import open_job
 from tasks.base_model import fetch_base_model
-from tasks.calibration import open_inputs, read_tables
+from tasks.calibration import open_inputs
 from tasks.machine.slots import compute_slot, hold_slot
 from tasks.machine.workplace import find_workplace
 from tasks.registry.challenge import promote_measured, read_recipe, refuse_stale, refuse_unapproved, require_pass
@@ -27,6 +27,7 @@ from tasks.registry.index import write_index_page
 from tasks.registry.promotion import Move, find_candidate, name_person, read_version
 from tasks.registry.tracking import registry_address
 from tasks.stages import Run
+from tasks.tables import Tables, read_tables
 
 
 @flow(name="promote", validate_parameters=False)
@@ -70,7 +71,7 @@ def promote(
         resolve_method(recipe.method),
         base.checkpoint,
         base.revision,
-        open_inputs(recipe, tables, {}, None),
+        open_inputs(recipe, Tables(versions, tables, None), {}),
         command=command,
     )
     run = Run(place, job, str(flow_run.name), versions, tables)

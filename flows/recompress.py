@@ -39,7 +39,6 @@ from mka.store.publishing import write_text
 from tasks.base_model import fetch_base_model
 from tasks.calibration import (
     open_inputs,
-    read_tables,
     select_alignment,
     select_calibration,
     select_healing,
@@ -56,6 +55,7 @@ from tasks.registry.promotion import find_reign, name_person, read_aliases, read
 from tasks.registry.record import Registration, as_facts, reach_registry, register
 from tasks.registry.tracking import CHAMPION, registered_address
 from tasks.stages import Run, run_stage
+from tasks.tables import Tables, read_tables
 
 
 @dataclass
@@ -160,7 +160,7 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
         resolve_method(recipe.method),
         base.checkpoint,
         base.revision,
-        open_inputs(recipe, tables, start, own_text),
+        open_inputs(recipe, Tables(versions, tables, own_text), start),
         command=log.facts["command"],
         registered=registered_address(recipe.registered_name),
         provenance=describe_provenance(recipe, versions, place.root),

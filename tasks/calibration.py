@@ -1,9 +1,8 @@
 """The calibration set: read at a DVC revision, guarded, kept apart from everything evaluation uses."""
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,16 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from mka.alignment.table import AlignmentTable, fit_windows, open_alignment
-from mka.errors import CalibrationError
 from mka.healing.table import HealingTable, cut_healing, open_healing
 from mka.methods import resolve_method
 from mka.model.checkpoint import Checkpoint
 from mka.pipeline.inputs import Inputs, list_read, read_measured
-from mka.pipeline.written import TEXTS_FILE, as_own_text, want_text, write_table
-from mka.recipe import BASE_TEXT, AlignmentSettings, HealSettings, Recipe
+from mka.pipeline.written import as_own_text, want_text, write_table
+from mka.recipe import Recipe
 from mka.store.products import Product, produce
 from mka.texts.calibration import load_calibration
 from mka.texts.overlap import refuse_overlap
-from mka.texts.rows import read_heldout, read_rows
+from mka.texts.rows import format_rows, read_heldout, read_rows
 from tasks.guards import guard
 from tasks.guards.texts import (
     calibration_suite,
@@ -32,7 +30,8 @@ from tasks.guards.texts import (
     heldout_table,
 )
 from tasks.machine.workplace import Workplace
-from tasks.versioned import Version, copy_tables, resolve_versions, table_name
+from tasks.tables import Tables, read_index
+from tasks.versioned import Version
 
 VERSION = 2
 CALIBRATION_FILE, TABLE_FILE = "calibration.jsonl", "table.jsonl"
@@ -48,42 +47,6 @@ def write_own_text(place: Workplace, recipe: Recipe, base: Checkpoint) -> Produc
     read = list_read(recipe, resolve_method(recipe.method)) | {"calibration": recipe.calibration}
     wanted = want_text(**read, seed=recipe.seed)
     return write_table(base, recipe.model, wanted, place.stages) if wanted is not None else None
-
-
-@task(task_run_name="read tables", cache_policy=NO_CACHE)
-def read_tables(place: Workplace, recipe: Recipe) -> tuple[dict[str, Version], Product]:
-    """Look up every table the recipe names at its DVC revision and copy them aside; the base's own text has none.
-
-    Raises:
-        CalibrationError: if a table or the revision does not exist.
-    """
-    evaluation = recipe.evaluation
-    paths = [recipe.calibration.path] if recipe.calibration.path != BASE_TEXT else []
-    paths += [p for p in (evaluation.text, evaluation.overlap_index) if p is not None]
-    if evaluation.tasks and evaluation.tasks_folder is not None:
-        paths.append(evaluation.tasks_folder)
-    versions = resolve_versions(place, paths, recipe.calibration.rev)
-    if recipe.alignment.enabled:
-        versions |= _resolve_table(place, recipe.alignment, "alignment", versions)
-    if recipe.heal.mode != "off":
-        versions |= _resolve_table(place, recipe.heal, "heal", versions)
-    return versions, copy_tables(place, versions)
-
-
-def _resolve_table(
-    place: Workplace, settings: AlignmentSettings | HealSettings, section: str, others: Mapping[str, Version]
-) -> dict[str, Version]:
-    if settings.path == BASE_TEXT:
-        return {}
-    found = resolve_versions(place, [settings.path], settings.rev, f"{section}.rev")
-    # Copies lie side by side under their names.
-    for other in others.values():
-        if table_name(other.path) == table_name(settings.path) and found[str(settings.path)] != other:
-            raise CalibrationError(
-                f"{section} table {settings.path} has the name of {other.path}, which is read at another place or "
-                "revision; rename one of them, or give both the same revision"
-            )
-    return found
 
 
 @task(task_run_name="calibration set of {recipe.calibration.samples} texts", cache_policy=NO_CACHE)
@@ -102,12 +65,11 @@ def select_calibration(
         CalibrationError: if a table cannot be read or holds too few texts.
     """
     settings, evaluation = recipe.calibration, recipe.evaluation
-    used = _digest_tables(versions, own_text)
+    tables = Tables(versions, copies, own_text)
 
     def make(folder: Path) -> Mapping[str, Any]:
-        source = _find_table(settings.path, copies, own_text)
-        chosen = load_calibration(source, settings.samples, path=str(settings.path))
-        claimed, evaluation_texts = _read_evaluation(place, recipe, copies, run)
+        chosen = load_calibration(tables.find(settings.path), settings.samples, path=str(settings.path))
+        claimed, evaluation_texts = _read_evaluation(place, recipe, tables, run)
         guard.check(
             "calibration",
             calibration_table(chosen.texts, chosen.sources, claimed),
@@ -122,6 +84,7 @@ def select_calibration(
         return {"digest": chosen.digest, "texts": len(chosen.texts), "sources": sorted(set(chosen.sources))}
 
     keyed = {"samples": settings.samples, "tasks": sorted(evaluation.tasks)}
+    used = tables.digest(recipe, "calibration", settings.path)
     return produce(place.stages, "calibration", version=VERSION, settings=keyed, inputs=used, make=make)
 
 
@@ -181,21 +144,6 @@ def select_healing(
     return _select(place, recipe, base, tables, run, "healing", settings.path, keyed, choose)
 
 
-@dataclass(frozen=True)
-class Tables:
-    """Where texts are read from.
-
-    Attributes:
-        versions: what each of the recipe's tables holds at its revision.
-        copies: private copies of them.
-        own_text: what the base wrote; None if no table is that.
-    """
-
-    versions: Mapping[str, Version]
-    copies: Product
-    own_text: Product | None
-
-
 def _select(
     place: Workplace,
     recipe: Recipe,
@@ -208,40 +156,30 @@ def _select(
     choose: Callable[[Path, list[str]], Mapping[str, Any]],
 ) -> Product:
     """Guard a table of texts by source and take it over; ``choose(file, evaluation texts)`` says what is in it."""
-    used = _digest_tables(tables.versions, tables.own_text) | {"base": base.digest}
+    used = tables.digest(recipe, kind, named) | {"base": base.digest}
 
     def make(folder: Path) -> Mapping[str, Any]:
-        claimed, evaluation_texts = _read_evaluation(place, recipe, tables.copies, run)
-        file = _find_table(named, tables.copies, tables.own_text)
+        claimed, evaluation_texts = _read_evaluation(place, recipe, tables, run)
+        file = tables.find(named)
         rows = read_rows(file)
         texts, sources = [row["text"] for row in rows], [row["source"] for row in rows]
         guard.check(kind, calibration_table(texts, sources, claimed), calibration_suite(1), place.checks, run)
         facts = choose(file, evaluation_texts)
-        shutil.copyfile(file, folder / TABLE_FILE)
+        # Rows and not the file: one of plain text has another name.
+        (folder / TABLE_FILE).write_text(format_rows(rows), encoding="utf-8")
         return {"texts": len(texts), **facts}
 
     settings = {**keyed, "tasks": sorted(recipe.evaluation.tasks)}
     return produce(place.stages, kind, version=VERSION, settings=settings, inputs=used, make=make)
 
 
-def _digest_tables(versions: Mapping[str, Version], own_text: Product | None) -> dict[str, str]:
-    used = {table_name(path): version.digest for path, version in versions.items()}
-    return used | ({"text of the base": own_text.digest} if own_text else {})
-
-
-def _find_table(path: Path, copies: Product, own_text: Product | None) -> Path:
-    if path == BASE_TEXT and own_text is not None:
-        return own_text.folder / TEXTS_FILE
-    return copies.folder / table_name(path)
-
-
-def _read_evaluation(place: Workplace, recipe: Recipe, copies: Product, run: str) -> tuple[dict[str, str], list[str]]:
+def _read_evaluation(place: Workplace, recipe: Recipe, tables: Tables, run: str) -> tuple[dict[str, str], list[str]]:
     """Guard and read what evaluation uses; returns digest -> task or source, and the texts."""
     evaluation = recipe.evaluation
     claimed: dict[str, str] = {}
     used: list[str] = []
     if evaluation.overlap_index is not None:
-        rows = read_rows(copies.folder / table_name(evaluation.overlap_index))
+        rows = read_index(tables.find(evaluation.overlap_index), evaluation.overlap_index)
         guard.check(
             "evaluation_texts",
             evaluation_table(rows),
@@ -252,7 +190,7 @@ def _read_evaluation(place: Workplace, recipe: Recipe, copies: Product, run: str
         claimed |= {row["text_sha256"]: row["task"] for row in rows}
         used += [row["text"] for row in rows]
     if evaluation.text is not None:
-        heldout = read_heldout(copies.folder / table_name(evaluation.text))
+        heldout = read_heldout(tables.find(evaluation.text))
         texts = [text for group in heldout.values() for text in group]
         sources = [name for name, group in heldout.items() for _ in group]
         table = heldout_table(texts, sources)
@@ -262,20 +200,19 @@ def _read_evaluation(place: Workplace, recipe: Recipe, copies: Product, run: str
     return claimed, used
 
 
-def open_inputs(recipe: Recipe, copies: Product, chosen: Mapping[str, Product], own_text: Product | None) -> Inputs:
+def open_inputs(recipe: Recipe, tables: Tables, chosen: Mapping[str, Product]) -> Inputs:
     """Read what a job reads: from the private copies, and from what the guards let through.
 
     Args:
         recipe: the recipe.
-        copies: private copies of its tables.
+        tables: where its texts are read from.
         chosen: of "calibration", "alignment" and "healing" those that there are.
-        own_text: what the base wrote; None if no table is that.
 
     Raises:
         RecipeError: on an unknown task or a missing table.
     """
-    text, folder = recipe.evaluation.text, recipe.evaluation.tasks_folder
-    text, folder = (copies.folder / table_name(path) if path is not None else None for path in (text, folder))
+    text, folder = recipe.evaluation.text, recipe.evaluation.tasks_folder if recipe.evaluation.tasks else None
+    text, folder = (tables.find(path) if path is not None else None for path in (text, folder))
     found: dict[str, Any] = {}
     if (product := chosen.get("calibration")) is not None:
         found["calibration"] = load_calibration(product.folder / CALIBRATION_FILE, product.facts["texts"])
@@ -284,6 +221,6 @@ def open_inputs(recipe: Recipe, copies: Product, chosen: Mapping[str, Product], 
         found["alignment"] = AlignmentTable(texts, recipe.alignment, product.facts["windows"])
     if (product := chosen.get("healing")) is not None:
         found["healing"] = HealingTable(read_heldout(product.folder / TABLE_FILE), recipe.heal)
-    if own_text is not None:
-        found["own_text"] = as_own_text(own_text)
+    if tables.own_text is not None:
+        found["own_text"] = as_own_text(tables.own_text)
     return replace(read_measured(recipe.evaluation, text, folder), **found)

@@ -13,7 +13,7 @@ from mka.store.products import Product, produce
 from mka.store.sums import file_sha256
 from tasks.machine.workplace import Workplace
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class Version:
     path: str
     rev: str | None
     digest: str
+
+    @property
+    def copy(self) -> str:
+        """Where its copy lies among others: two tables of one file name are two, and the name stays readable."""
+        return f"{hashlib.sha256(self.digest.encode()).hexdigest()[:16]}/{Path(self.path).name}"
 
 
 def resolve_versions(
@@ -62,35 +67,55 @@ def copy_tables(place: Workplace, versions: Mapping[str, Version]) -> Product:
     """Copy tables at their versions into a stage result, so that nothing edited meanwhile is read.
 
     Raises:
-        CalibrationError: if the content of a version is neither in the DVC cache nor in its remote.
+        CalibrationError: if the content of a version is neither in the DVC cache nor in its remote, or a table was
+            edited after its digest was taken.
     """
 
     def make(folder: Path) -> dict[str, Any]:
         for version in versions.values():
-            target = folder / table_name(version.path)
-            if version.rev is None:
-                source = place.path(Path(version.path))
-                (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
-                continue
-            tracked = _open(place, version.rev)
-            inside = place.path(Path(version.path)).relative_to(place.root).as_posix()
-            try:
-                tracked.files.get(inside, str(target), recursive=tracked.files.isdir(inside))
-            except Exception as error:
-                raise CalibrationError(
-                    f"{version.path} at revision {version.rev[:12]} is not in the DVC cache ({type(error).__name__}); "
-                    "`make data` rebuilds it, `dvc pull` fetches it"
-                ) from None
+            target = folder / version.copy
+            if not target.exists():  # the same content under the same name in two places
+                target.parent.mkdir(exist_ok=True)
+                _copy(place, version, target)
         return {"tables": {v.path: {"rev": v.rev, "digest": v.digest} for v in versions.values()}}
 
-    settings = {"names": sorted(table_name(v.path) for v in versions.values())}
-    inputs = {table_name(v.path): v.digest for v in versions.values()}
+    settings = {"names": sorted({v.copy for v in versions.values()})}
+    inputs = {v.copy: v.digest for v in versions.values()}
     return produce(place.stages, "tables", version=VERSION, settings=settings, inputs=inputs, make=make)
 
 
-def table_name(path: str | Path) -> str:
-    """Name of a table inside the copy: its last component."""
-    return Path(path).name
+def _copy(place: Workplace, version: Version, target: Path) -> None:
+    if version.rev is None:
+        source = place.path(Path(version.path))
+        try:
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
+        except (OSError, shutil.Error) as error:
+            raise CalibrationError(f"table {version.path} cannot be copied: {error}") from None
+        _require_same(version, _digest_working_copy(target))
+        return
+    tracked = _open(place, version.rev)
+    inside = place.path(Path(version.path)).relative_to(place.root).as_posix()
+    try:
+        is_folder = tracked.files.isdir(inside)
+        tracked.files.get(inside, str(target), recursive=is_folder)
+    except Exception as error:
+        raise CalibrationError(
+            f"{version.path} at revision {version.rev[:12]} is not in the DVC cache ({type(error).__name__}); "
+            "`make data` rebuilds it, `dvc pull` fetches it"
+        ) from None
+    if not is_folder:
+        data = target.read_bytes()
+        # Older DVC digested text with the line ends of Unix.
+        sums = [hashlib.md5(b, usedforsecurity=False).hexdigest() for b in (data, data.replace(b"\r\n", b"\n"))]
+        _require_same(version, sums[1] if sums[1] == version.digest else sums[0])
+
+
+def _require_same(version: Version, found: str) -> None:
+    if found != version.digest:
+        raise CalibrationError(
+            f"table {version.path} is not what it was a moment ago: digest {found[:16]}, was {version.digest[:16]}; "
+            "it was edited meanwhile, run again"
+        )
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,11 @@ from mka.recipe import Recipe
 from mka.report.control import tell_against_control
 from mka.store.products import Product, stage_key
 from mka.store.sums import file_sha256
+from mka.texts.rows import read_rows
 from tasks.base_model import is_worth_retrying
 from tasks.guards import guard
 from tasks.machine.workplace import Workplace
+from tasks.registry.naming import refuse_recipe_names
 from tasks.registry.tracking import CANDIDATE, COMPLETE, EXPERIMENT, connect_registry, registry_address
 from tasks.stages import Run
 from tasks.versioned import Version
@@ -65,6 +67,7 @@ def reach_registry(place: Workplace, recipe: Recipe) -> str:
     Raises:
         RegistryError: if it cannot be reached.
     """
+    refuse_recipe_names(recipe)
     with connect_registry(registry_address(place, recipe)) as client:
         client.search_registered_models(max_results=1)
         return str(client.tracking_uri)
@@ -209,13 +212,14 @@ def _log_evidence(run: Run, found: Found) -> None:
     if job.recipe.evaluation.text is not None:
         contexts[job.recipe.evaluation.text] = "evaluation"
     for path, context in contexts.items():
-        file = run.tables.folder / path.name
         version = run.versions.get(str(path))
-        if version is None:
+        if version is not None:
+            file = run.tables.folder / version.copy
+        else:
             assert job.inputs.own_text is not None
             file = job.inputs.own_text.file
             version = Version(str(path), "written by the base", file_sha256(file))
-        table = pd.read_json(file, lines=True, dtype=False)
+        table = pd.DataFrame(read_rows(file))
         dataset = mlflow.data.from_pandas(table, source=str(path), name=path.stem, digest=version.digest[:36])
         tags = {"dvc_rev": version.rev or "working copy", "dvc_path": str(path), "hash": version.digest}
         mlflow.log_input(dataset, context=context, tags=tags)
