@@ -112,9 +112,9 @@ MISSING := $(filter-out $(wildcard $(TABLES)),$(TABLES))
 
 $(BUILT): $(SOURCES) $(if $(MISSING),FORCE) | $(INSTALLED)
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/dvc repro --quiet
-	@mkdir -p $(@D) && touch $@
+	@mkdir -p -m 700 $(WORK) && mkdir -p $(@D) && touch $@
 
 $(FETCHED): $(RECIPE) | $(INSTALLED)
 	@$(BIN)/python -c 'import pathlib, sys; from mka.pipeline.recipes import load_recipe; from mka.sources.fetch import materialize; \
 		materialize(load_recipe(sys.argv[1]).model, pathlib.Path(sys.argv[2]))' $(RECIPE) $(WORK)
-	@mkdir -p $(@D) && touch $@
+	@mkdir -p -m 700 $(WORK) && mkdir -p $(@D) && touch $@

@@ -32,4 +32,5 @@ for _name, _value in {
 # Prefect makes its home, but not the folders above it. Where it cannot be made the flow says so itself, in one line.
 warnings.filterwarnings("ignore", message="Failed to create the Prefect home directory")
 with contextlib.suppress(OSError):
+    _WORK.mkdir(mode=0o700, parents=True, exist_ok=True)
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)

@@ -156,13 +156,13 @@ def _says_full(error: Exception) -> bool:
 
 
 def make_work(folder: Path) -> None:
-    """Make the work folder.
+    """Make the work folder, for its owner alone: it holds texts and databases. One that exists is left as it is.
 
     Raises:
         OutputError: if it cannot be made or written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:

@@ -164,10 +164,13 @@ def make_work_pool(api: str) -> None:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectAlreadyExists
+    from prefect.settings import get_current_settings
     from prefect.workers.process import ProcessWorker
 
     template = ProcessWorker.get_default_base_job_template()
-    with SyncPrefectClient(api) as client, suppress(ObjectAlreadyExists):
+    password = get_current_settings().api.auth_string
+    auth = password.get_secret_value() if password else None
+    with SyncPrefectClient(api, auth_string=auth) as client, suppress(ObjectAlreadyExists):
         client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -18,12 +17,10 @@ os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 
 import pytest
 from support.project import Project
+from support.servers import LOCAL, ROOT, SECONDS, free_port, run_module
 
-ROOT = Path(__file__).resolve().parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
-LOCAL = ("127.0.0.1", "localhost")
-SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -98,12 +95,6 @@ def executable() -> str:
     return found
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def ask(address: str, body: dict[str, Any]) -> Any:
     request = urllib.request.Request(
         address, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
@@ -139,15 +130,6 @@ def stack(tmp_path_factory):
         )
     finally:
         run_module(environment, "flows.servers", "down")
-
-
-def run_module(environment: dict[str, str], *arguments: str) -> str:
-    """Run a command of this project in a process of its own; returns what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def read_aliases(mlflow: str) -> dict[str, dict[str, str]]:
