@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 from mka.errors import MkaError, ServerError
-from mka.printable import LONGEST, describe_error, one_line
+from mka.printable import LONGEST, describe_error, make_printable, one_line
 from mka.terminal import explain_unforeseen, keep_traceback
+from tasks.machine.temporary import start_temporary_server
 from tasks.machine.workplace import find_workplace
+from tasks.registry.tracking import refuse_password
 
 INTERRUPTED = 130
 # Whose exceptions mean that something which answered at the start does so no more: package -> what a person calls it.
@@ -29,12 +31,15 @@ def say(line: str, stream: TextIO | None = None) -> None:
     """Tell the terminal, on stdout unless told otherwise, and the flow run's log."""
     from prefect import get_run_logger
 
-    print(line, file=stream, flush=True)
-    get_run_logger().info(line)
+    shown = make_printable(line)
+    print(shown, file=stream, flush=True)
+    get_run_logger().info(shown)
 
 
 def require_server() -> None:
-    """Make sure that the Prefect server answers, if one was named; a flow would end in a traceback.
+    """Make sure that the Prefect server answers; where none was named, start the temporary one of this process.
+
+    A flow would end in a traceback.
 
     Raises:
         ServerError: if it does not.
@@ -44,6 +49,7 @@ def require_server() -> None:
 
     settings = get_current_settings()
     if settings.api.url is None:
+        start_temporary_server()
         return
     # One try: Prefect's own patience is meant for a server that is there.
     client = SyncPrefectClient(settings.api.url, httpx_settings={"timeout": 10.0})
@@ -79,10 +85,18 @@ def refuse(program: str, error: BaseException, hint: str = "") -> int:
     return error.exit_code if isinstance(error, MkaError) else MkaError.exit_code
 
 
-def run_command(program: str, run: Callable[[], Any], *, is_flow: bool = True) -> int:
-    """Run a command; return its exit code. A flow is not begun on a server that does not answer."""
+def run_command(program: str, run: Callable[[], Any], *, is_flow: bool = True, registry: str | None = None) -> int:
+    """Run a command; return its exit code. A flow is not begun on a server that does not answer.
+
+    Args:
+        program: what messages begin with.
+        run: does it.
+        is_flow: whether it is a flow, whose parameters are kept.
+        registry: the store that was named on the command line.
+    """
     try:
         if is_flow:
+            refuse_password(registry, "--registry")
             require_server()
         run()
     except (Exception, KeyboardInterrupt) as error:

@@ -115,7 +115,7 @@ def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the flow on this machine."""
     given = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    return run_command("promote", lambda: promote(**given))
+    return run_command("promote", lambda: promote(**given), registry=given["registry"])
 
 
 if __name__ == "__main__":

@@ -4,18 +4,18 @@ python -m flows.recompress recipes/smollm2_135m.yaml
 python -m flows.recompress recipes/smollm2_135m.yaml --set target.layers=26
 """
 
-import json
 import re
 import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from flows.command_line import refuse, require_server, silence_prefect
+from flows.run_log import Log, write_last_run
 
 if __name__ == "__main__":
     silence_prefect()
@@ -26,7 +26,6 @@ from prefect.runtime import flow_run
 
 from mka.errors import GateRefused, GuardError, PromotionError
 from mka.methods import resolve_method
-from mka.pipeline.evaluate import CANDIDATE
 from mka.pipeline.job import Job, open_job
 from mka.pipeline.pipeline import run as run_pipeline
 from mka.pipeline.recipes import load_recipe
@@ -35,7 +34,6 @@ from mka.reading import UnreadableError
 from mka.recipe import Recipe
 from mka.sections import parse_yaml
 from mka.store.products import Product
-from mka.store.publishing import write_text
 from tasks.base_model import fetch_base_model
 from tasks.calibration import (
     open_inputs,
@@ -49,32 +47,13 @@ from tasks.machine.slots import compute_slot, hold_slot
 from tasks.machine.workplace import Workplace, find_workplace
 from tasks.pages import print_summary, publish_artifacts
 from tasks.provenance import describe_provenance
-from tasks.registry.challenge import promote_measured
+from tasks.registry.challenge import promote_measured, require_pass
 from tasks.registry.index import write_index_page
 from tasks.registry.promotion import find_reign, name_person, read_aliases, read_version
 from tasks.registry.record import Registration, as_facts, reach_registry, register
 from tasks.registry.tracking import CHAMPION, registered_address
 from tasks.stages import Run, run_stage
 from tasks.tables import Tables, read_tables
-
-
-@dataclass
-class Log:
-    """What a run did, for last_run.json and the terminal: facts grow stage by stage."""
-
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def stage(self, name: str, seconds: float, reused: bool, why: str) -> None:
-        """Note one stage and say so on the terminal."""
-        self.facts.setdefault("stages", {})[name] = {"seconds": seconds, "reused": reused, "why": why}
-        took = "reused" if reused else f"{seconds:6.1f} s"
-        print(f"{name:<20} {took:>9}  {why}", file=sys.stderr, flush=True)
-        get_run_logger().info("%s: %s, %s", name, took.strip(), why)
-
-    def product(self, name: str, product: Product) -> Product:
-        """Note one stage's result."""
-        self.stage(name, product.seconds, product.reused, product.why)
-        return product
 
 
 def name_run() -> str:
@@ -199,7 +178,7 @@ def announce_verdict(recipe: Recipe, verdict: str, evidence: str) -> None:
 
 
 def compress(run: Run, start: Mapping[str, Product], log: Log) -> dict[str, Product]:
-    """Walk the pipeline, a task per stage, and put the card beside the weights; returns every product."""
+    """Walk the pipeline, a task per stage; returns every product."""
 
     def walk_stage(stage: Stage, job: Job, found: Found) -> Product:
         product = log.product(stage.name, run_stage(run, stage, found))
@@ -210,14 +189,15 @@ def compress(run: Run, start: Mapping[str, Product], log: Log) -> dict[str, Prod
         return product
 
     found = run_pipeline(run.job, walk_stage, start=start)
-    candidate = find_model(found).folder / MODEL_FOLDER
-    log.facts["candidate"] = str(candidate)
-    (candidate / "README.md").write_bytes((found["report"].folder / "README.md").read_bytes())
+    log.facts["candidate"] = str(find_model(found).folder / MODEL_FOLDER)
     return found
 
 
 def promote_on_pass(run: Run, found: Found, registration: Registration) -> tuple[str, Registration]:
-    """Promote what the gate passed, where the recipe leaves that to the run; return what came of it, in words."""
+    """Promote what the gate passed, where the recipe leaves that to the run; return what came of it, in words.
+
+    As by hand: what the registry holds is fetched, and the gate is decided again.
+    """
     settings = run.job.recipe.registry
     if registration.name is None or registration.version is None:
         return "none: nothing was registered", registration
@@ -236,7 +216,8 @@ def promote_on_pass(run: Run, found: Found, registration: Registration) -> tuple
     else:
         try:
             with hold_slot(compute_slot()):
-                move = promote_measured(run, chosen, found[CANDIDATE], who=name_person(), why="gate passed")
+                measured = require_pass(run, chosen)
+                move = promote_measured(run, chosen, measured, who=name_person(), why="gate passed")
             said = f"became champion, before version {move.old}" if move.old else "became champion, the first"
         except PromotionError as error:
             said = f"none: {error}"
@@ -251,11 +232,6 @@ def open_checks(place: Workplace, log: Log) -> Path:
     if page.exists() and all(stage["reused"] for stage in log.facts["stages"].values()):
         return page
     return guard.build_docs(place.checks)
-
-
-def write_last_run(place: Workplace, facts: dict[str, Any]) -> None:
-    """Replace last_run.json in one step, so that a reader never sees half of it."""
-    write_text(place.last_run, json.dumps(facts, indent=2) + "\n")
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:

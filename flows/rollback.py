@@ -64,7 +64,7 @@ def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the flow on this machine."""
     given = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    return run_command("rollback", lambda: rollback(**given))
+    return run_command("rollback", lambda: rollback(**given), registry=given["registry"])
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from prefect import flow
 from prefect.futures import as_completed
 
 from mka.bench.recipe import BenchRecipe, Cell, FanOut, load_bench
+from mka.printable import make_page
 from tasks.machine.slots import compute_slot, hold_slot
 from tasks.machine.workplace import Workplace, find_workplace
 from tasks.sweep.fan_out import choose_fan_out, open_runner, submit_cells, take_result
@@ -141,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return refuse("sweep", error, "; finished cells are kept, resume with the same command")
     except Exception as error:
         return refuse("sweep", error, hint)
-    print(outcome.text)
+    print(make_page(outcome.text))
     if outcome.refusal is not None:
         return refuse("sweep", outcome.refusal)
     return 0

@@ -17,6 +17,7 @@ from mka.pipeline.evaluate import open_reports
 from mka.pipeline.job import Job
 from mka.pipeline.report import find_fit, find_healing
 from mka.pipeline.stage import Found
+from mka.printable import make_page, make_printable
 from mka.report.alignment import summarise_alignment
 from mka.report.control import tell_against_control
 from mka.report.healing import summarise_healing
@@ -32,13 +33,15 @@ def publish_artifacts(run: Run, found: Found, facts: Mapping[str, Any]) -> None:
     key = recipe.name.replace("_", "-").replace(".", "-")
     base, candidate, control = open_reports(run.job, found)
     rows, against = result_table(base, candidate, control), tell_against_control(base, candidate, control)
-    create_table_artifact(rows, key=f"{key}-results", description=f"{recipe.name}: {against}")
+    shown = [{name: make_printable(str(value)) for name, value in row.items()} for row in rows]
+    create_table_artifact(shown, key=f"{key}-results", description=make_printable(f"{recipe.name}: {against}"))
     lines = "\n".join(describe_decision(found["gate"].facts))
     # Not a link: no browser follows one from a served page to a file, and the MLflow run has the report too.
     places = (
         f"Report: `{facts['report']}`, and in MLflow run `{facts['mlflow_run_id']}`. Promotion: {facts['promotion']}."
     )
-    create_markdown_artifact(f"```\n{lines}\n```\n\n{against}\n\n{places}", key=f"{key}-gate", description="Gate")
+    told = make_page(f"```\n{lines}\n```\n\n{against}\n\n{places}")
+    create_markdown_artifact(told, key=f"{key}-gate", description="Gate")
     picture = found["report"].folder / "similarity.png"
     if picture.exists():
         encoded = base64.b64encode(picture.read_bytes()).decode()
@@ -53,18 +56,14 @@ def print_summary(run: Run, found: Found, facts: Mapping[str, Any]) -> None:
     base, candidate, control = open_reports(job, found)
     rows = result_table(base, candidate, control)
     sides = ("left", *["right"] * (len(rows[0]) - 1))
-    print()
-    print(tabulate(rows, headers="keys", tablefmt="simple", colalign=sides, disable_numparse=True))
+    lines = ["", tabulate(rows, headers="keys", tablefmt="simple", colalign=sides, disable_numparse=True)]
     subset = " Tasks are seeded subsets of n items." if any(job.recipe.evaluation.tasks.values()) else ""
-    print(f"± is one standard error.{subset}")
+    lines.append(f"± is one standard error.{subset}")
     if (fit := find_fit(found)) is not None:
-        print(summarise_alignment(fit))
+        lines.append(summarise_alignment(fit))
     if (healing := find_healing(found)) is not None:
-        print(summarise_healing(healing))
-    print(tell_against_control(base, candidate, control))
-    print()
-    print("\n".join(describe_decision(found["gate"].facts)))
-    print()
+        lines.append(summarise_healing(healing))
+    lines += [tell_against_control(base, candidate, control), "", *describe_decision(found["gate"].facts), ""]
     registration = facts["registry"]
     if registration["name"]:
         version = f"{registration['name']} version {registration['version']}"
@@ -72,7 +71,7 @@ def print_summary(run: Run, found: Found, facts: Mapping[str, Any]) -> None:
         where += " (already there)" if registration["reused"] else ""
     else:
         where = "not registered: the gate refused it"
-    print(
+    lines.append(
         tabulate(
             [
                 ("candidate", facts["candidate"]),
@@ -89,6 +88,7 @@ def print_summary(run: Run, found: Found, facts: Mapping[str, Any]) -> None:
             tablefmt="plain",
         )
     )
+    print(make_page("\n".join(lines)))
 
 
 def _command(name: str) -> str:

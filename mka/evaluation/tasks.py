@@ -175,8 +175,8 @@ def _build_tasks(names: Sequence[str], folder: Path | None, shots: int) -> tuple
         if folder is not None:
             raise RecipeError(f"tasks in {folder}: not usable by lm-eval: {describe_error(error)}") from None
         raise RecipeError(
-            f"tasks {', '.join(names[:3])}: the hub's data sets cannot be fetched ({describe_error(error)}); go online, "
-            "or set evaluation.tasks_folder to local tables (dvc repro builds them)"
+            f"tasks {', '.join(names[:3])}: the hub's data sets cannot be fetched ({describe_error(error)}); go "
+            "online, or set evaluation.tasks_folder to local tables (dvc repro builds them)"
         ) from None
 
 

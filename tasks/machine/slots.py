@@ -2,7 +2,8 @@
 
 With a Prefect server a slot is one of its global concurrency limits, so that runs on several machines see each other;
 it is made with room for one where it is missing, and `prefect gcl update NAME --limit 2` makes room for more. Without a
-server it is a file lock, which the operating system gives back when its holder dies; `MKA_SLOTS=2` makes room for more.
+server it is a file lock, which the operating system gives back when its holder dies; `MKA_SLOTS=2` makes room for more
+that compute.
 """
 
 import getpass
@@ -31,9 +32,9 @@ def compute_slot() -> str:
     return f"mka-{device}-{_clean(socket.gethostname())}"
 
 
-def promotion_slot(model: str) -> str:
-    """Name the slot of whoever moves the aliases of one registered model."""
-    return f"mka-promotion-{_clean(model)}"
+def registry_slot(purpose: str, model: str) -> str:
+    """Name the slot of whoever registers, or moves the aliases of, one registered model."""
+    return f"mka-{purpose}-{_clean(model)}"
 
 
 def _clean(name: str) -> str:
@@ -48,13 +49,17 @@ def is_on_server() -> bool:
 
 
 @contextmanager
-def hold_slot(name: str) -> Iterator[None]:
+def hold_slot(name: str, room: int | None = None) -> Iterator[None]:
     """Wait for a slot and hold it; says so on the terminal if it has to wait.
+
+    Args:
+        name: of the slot.
+        room: how many may hold it where there is no server; None: as many as `MKA_SLOTS` says.
 
     Raises:
         RecipeError: if `MKA_SLOTS` is not a number above 0.
     """
-    with _hold_on_server(name) if is_on_server() else _hold_on_machine(name):
+    with _hold_on_server(name) if is_on_server() else _hold_on_machine(name, room):
         yield
 
 
@@ -91,15 +96,13 @@ def _make_limit(name: str) -> bool:
 
 
 @contextmanager
-def _hold_on_machine(name: str) -> Iterator[None]:
+def _hold_on_machine(name: str, room: int | None) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
-    room = os.environ.get("MKA_SLOTS", "1")
-    if not room.isdecimal() or int(room) < 1:
-        raise RecipeError(f"MKA_SLOTS is {room!r}; allowed: a number above 0, how many runs may compute at a time")
+    only, room = room is not None, room or _read_room()
     folder = Path(tempfile.gettempdir()) / f"mka-slots-{getpass.getuser()}"
-    folder.mkdir(exist_ok=True)
-    locks = [FileLock(folder / f"{name}.{number}.lock") for number in range(int(room))]
+    folder.mkdir(mode=0o700, exist_ok=True)
+    locks = [FileLock(folder / f"{name}.{number}.lock") for number in range(room)]
     waiting = False
     while True:
         for lock in locks:
@@ -113,9 +116,16 @@ def _hold_on_machine(name: str) -> Iterator[None]:
                 lock.release()
             return
         if not waiting:
-            _say_waiting(f"{name} (MKA_SLOTS={int(room) + 1} makes room for one more)")
+            _say_waiting(name if only else f"{name} (MKA_SLOTS={room + 1} makes room for one more)")
             waiting = True
         time.sleep(POLL_SECONDS)
+
+
+def _read_room() -> int:
+    room = os.environ.get("MKA_SLOTS", "1")
+    if not room.isdecimal() or int(room) < 1:
+        raise RecipeError(f"MKA_SLOTS is {room!r}; allowed: a number above 0, how many runs may compute at a time")
+    return int(room)
 
 
 def _say_waiting(what: str) -> None:

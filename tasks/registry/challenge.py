@@ -25,7 +25,7 @@ from mka.pipeline.evaluate import (
     speed_stage,
 )
 from mka.pipeline.job import Job
-from mka.pipeline.judge import GATE
+from mka.pipeline.judge import GATE, confirm_gate
 from mka.pipeline.recipes import validate_recipe
 from mka.pipeline.stage import Found
 from mka.recipe import Recipe
@@ -81,7 +81,9 @@ def refuse_stale(place: Workplace, recipe: Recipe, version: RegisteredVersion) -
             )
 
 
-def measure_version(run: Run, name: str, version: RegisteredVersion, fetch: Callable[[], Path]) -> Product:
+def measure_version(
+    run: Run, name: str, version: RegisteredVersion, fetch: Callable[[], Path], *, held_against_base: bool = False
+) -> Product:
     """Measure a registered version.
 
     Args:
@@ -89,6 +91,7 @@ def measure_version(run: Run, name: str, version: RegisteredVersion, fetch: Call
         name: of the stage.
         version: named by the digest it was registered with.
         fetch: brings its files here; called only if its measurement is not stored.
+        held_against_base: whether metrics that are a distance from the base are measured too.
     """
 
     def open_model(job: Job, found: Found) -> tuple[Checkpoint, dict[str, Any]]:
@@ -96,11 +99,14 @@ def measure_version(run: Run, name: str, version: RegisteredVersion, fetch: Call
         return checkpoint, describe_checkpoint(checkpoint)
 
     digest = version.tags["candidate_digest"]
-    return run_stage(run, evaluate_stage(name, lambda job, found: digest, open_model), {})
+    stage = evaluate_stage(name, lambda job, found: digest, open_model, held_against_base=held_against_base)
+    return run_stage(run, stage, {})
 
 
 def require_pass(run: Run, version: RegisteredVersion) -> Product:
     """Decide the gate anew on today's tables and the files in the registry; return the version's measurement.
+
+    The decision is made from the reports each time, whatever decision is stored.
 
     Raises:
         PromotionError: if the gate does not pass it.
@@ -108,7 +114,8 @@ def require_pass(run: Run, version: RegisteredVersion) -> Product:
     before = run_stage(run, EVALUATE_BASE, {})
     # Fetched whether it has been measured or not: what becomes champion is what the registry holds now.
     with fetch_version(run.place, version) as folder:
-        found = {BASE: before, CANDIDATE: measure_version(run, CANDIDATE, version, lambda: folder)}
+        measured = measure_version(run, CANDIDATE, version, lambda: folder, held_against_base=True)
+        found = {BASE: before, CANDIDATE: measured}
         gate = run.job.recipe.gate
         # Its run timed the version in turns with the control: with it, that timing is found again.
         if CONTROL.wanted(run.job) and (asks_control(gate) or asks_speed(gate)):
@@ -116,10 +123,11 @@ def require_pass(run: Run, version: RegisteredVersion) -> Product:
             found[EVALUATE_CONTROL.name] = run_stage(run, EVALUATE_CONTROL, found)
         if asks_speed(gate):
             found[SPEED.name] = run_stage(run, speed_stage(version.tags["candidate_digest"], folder), found)
-    decided = run_stage(run, GATE, found)
-    if decided.facts["verdict"] != "pass":
-        raise PromotionError(f"{version.label}: the gate says {decided.facts['verdict']}; {tell_checks(decided.facts)}")
-    return found[CANDIDATE]
+    found[GATE.name] = run_stage(run, GATE, found)
+    decided = confirm_gate(run.job, found)
+    if decided["verdict"] != "pass":
+        raise PromotionError(f"{version.label}: the gate says {decided['verdict']}; {tell_checks(decided)}")
+    return measured
 
 
 def require_as_good(run: Run, champion: RegisteredVersion, version: RegisteredVersion, measured: Product) -> str:
@@ -135,17 +143,18 @@ def require_as_good(run: Run, champion: RegisteredVersion, version: RegisteredVe
     held_to = replace(run.job, recipe=run.job.recipe.model_copy(update={"gate": thresholds}))
     try:
         found = {BASE: before, CANDIDATE: measured}
-        held = run_stage(replace(run, job=held_to), GATE, found, "compare with champion")
+        found[GATE.name] = run_stage(replace(run, job=held_to), GATE, found, "compare with champion")
+        held = confirm_gate(held_to, found)
     except GuardError as error:
         raise PromotionError(
             f"{version.label} cannot be held against champion version {champion.version}: {error}; to promote it "
             f"all the same: python -m flows.promote {version.model} --without-comparison --because TEXT"
         ) from None
-    if not all(is_met(check) for check in held.facts["checks"]):
+    if not all(is_met(check) for check in held["checks"]):
         raise PromotionError(
-            f"{version.label} is not proven as good as champion version {champion.version}: {tell_checks(held.facts)}"
+            f"{version.label} is not proven as good as champion version {champion.version}: {tell_checks(held)}"
         )
-    return f"as good as version {champion.version}: {tell_checks(held.facts)}"
+    return f"as good as version {champion.version}: {tell_checks(held)}"
 
 
 def is_met(check: Mapping[str, Any]) -> bool:

@@ -14,13 +14,12 @@ from mka.errors import RegistryError
 from mka.report.index import AliasMove, Recompression, Recovery, order_recoveries, write_index
 from tasks.machine.workplace import Workplace
 from tasks.registry.promotion import MOVE
-from tasks.registry.tracking import COMPLETE, EXPERIMENT, connect_registry, registry_address
+from tasks.registry.tracking import COMPLETE, EXPERIMENT, connect_registry, find_database, registry_address
 
 PAGE = "index.html"
 # Rows asked for at a time; every search of MLflow's stores allows it.
 BATCH = 100
 _GATE = re.compile(r"gate/(?P<check>.+)/(?P<part>recovery|lower|upper)")
-_SQLITE = re.compile(r"sqlite:///(?P<path>[^?]+)")
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def read_history(place: Workplace, tracking_uri: str | None = None) -> History:
         RegistryError: if the registry cannot be read.
     """
     uri = tracking_uri or registry_address(place)
-    if (file := _SQLITE.match(uri)) and not Path(file["path"]).exists():
+    if (file := find_database(uri)) is not None and not file.exists():
         # Opening it would make it; a store of one's own that nothing was ever written to is no fault.
         if uri == place.tracking_uri:
             return History()

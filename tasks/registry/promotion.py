@@ -8,19 +8,17 @@ written as a tag ``move.TIME`` of the version it leads to, and announced as a Pr
 import getpass
 import json
 import socket
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from mka.errors import PromotionError, RegistryError
-from mka.model.checkpoint import open_checkpoint
-from tasks.machine.slots import hold_slot, promotion_slot
 from tasks.machine.workplace import Workplace
-from tasks.registry.tracking import CANDIDATE, CHAMPION, COMPLETE, PREVIOUS, connect_registry
+from tasks.registry.held import fetch_back
+from tasks.registry.tracking import CANDIDATE, CHAMPION, COMPLETE, PREVIOUS, connect_registry, hold_registered
 
 MOVE = "move."
 
@@ -130,21 +128,10 @@ def fetch_version(place: Workplace, version: RegisteredVersion) -> Iterator[Path
     Raises:
         RegistryError: if it cannot be had, or is altered.
     """
-    recorded = version.tags.get("candidate_digest", "")
-    folder = place.work / "registry"
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".version-") as aside:
+    with ExitStack() as kept:
         with connect_registry(version.uri):
-            import mlflow
-
-            address = f"models:/{version.model}/{version.version}/artifacts/model"
-            fetched = Path(mlflow.artifacts.download_artifacts(address, dst_path=aside))
-        found = open_checkpoint(fetched, verify=False).digest
-        if found != recorded:
-            raise RegistryError(
-                f"{version.label} is not what was registered: digest {found[:16]}, registered {recorded[:16]}; its "
-                f"files were changed in {version.uri}, run its recipe again"
-            )
+            digest = version.tags.get("candidate_digest", "")
+            fetched = kept.enter_context(fetch_back(place, version.model, version.version, digest))
         yield fetched
 
 
@@ -177,7 +164,7 @@ def move_champion(
     Raises:
         RegistryError: if the store cannot be reached.
     """
-    with hold_slot(promotion_slot(version.model)), connect_registry(version.uri) as client:
+    with hold_registered(version.uri, version.model, "promotion"), connect_registry(version.uri) as client:
         if _read_aliases(client, version.model).get(CHAMPION) != expected:
             return None
         now = datetime.now(UTC)

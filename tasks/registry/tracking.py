@@ -2,18 +2,27 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from mka.errors import RegistryError
+from mka.printable import hide_passwords
 from mka.recipe import Recipe
+from tasks.machine.slots import hold_slot, registry_slot
 from tasks.machine.workplace import Workplace
 
 EXPERIMENT = "mka"
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 # Tag of versions that hold every file and are named.
 COMPLETE = "mka.complete"
+_SQLITE = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]+)")
+# Stores whose tables this process knows to be there.
+_OPENED: set[str] = set()
 
 
 def registry_address(place: Workplace, recipe: Recipe | None = None) -> str:
@@ -22,9 +31,71 @@ def registry_address(place: Workplace, recipe: Recipe | None = None) -> str:
     return named or os.environ.get("MLFLOW_TRACKING_URI") or place.tracking_uri
 
 
+def find_database(uri: str) -> Path | None:
+    """Return the file of a store on this machine; None if the store is anything but a SQLite file."""
+    found = _SQLITE.match(uri)
+    return Path(found["path"]) if found and found["path"] != ":memory:" else None
+
+
+def refuse_password(uri: str | None, option: str) -> None:
+    """Refuse an address that would be kept, password and all, among the parameters of a flow run.
+
+    Raises:
+        RegistryError: saying where a password belongs.
+    """
+    if uri is not None and hide_passwords(uri) != uri:
+        raise RegistryError(
+            f"{option} {uri} holds a password, which would be kept with the run; set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or name the store in MLFLOW_TRACKING_URI"
+        )
+
+
+@contextmanager
+def hold_registered(uri: str, model: str, purpose: str) -> Iterator[None]:
+    """Wait until nobody else does the same with a registered model, and keep others waiting.
+
+    On a store that is a file the lock lies beside it, so whoever uses that file is held. On a server it is a slot
+    (`tasks.machine.slots`): of all machines that use one Prefect server, or of this machine.
+
+    Args:
+        uri: the store.
+        model: registered model.
+        purpose: "registration" or "promotion".
+
+    Raises:
+        RegistryError: if the lock cannot be written.
+    """
+    if (database := find_database(uri)) is None:
+        with hold_slot(registry_slot(purpose, model), room=1):
+            yield
+        return
+    with _hold_file(database, f"{purpose}-{re.sub(r'[^A-Za-z0-9.-]+', '-', model)}"):
+        yield
+
+
+@contextmanager
+def _hold_file(database: Path, name: str) -> Iterator[None]:
+    lock = FileLock(database.with_name(f".{database.name}.{name}.lock"))
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise RegistryError(
+            f"registry {database} cannot be locked: {error.strerror or error}; make its folder writable, or name "
+            "another in registry.tracking_uri or MLFLOW_TRACKING_URI"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 @contextmanager
 def connect_registry(uri: str) -> Iterator[Any]:
     """Yield an MLflow client on a store; MLflow's own functions use it too until the end. Not to be nested.
+
+    A store that is a file is made by one process while the others wait: MLflow's own tables take turns, what it writes
+    into them first does not.
 
     Raises:
         RegistryError: if it cannot be reached.
@@ -33,6 +104,8 @@ def connect_registry(uri: str) -> Iterator[Any]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # It prints the store's address, password and all.
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     import mlflow
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -42,9 +115,9 @@ def connect_registry(uri: str) -> Iterator[Any]:
         try:
             mlflow.set_tracking_uri(uri)
             mlflow.set_registry_uri(uri)
-            yield mlflow.MlflowClient(uri, uri)
+            yield _open_client(uri)
         except (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = hide_passwords(" ".join(str(error).split()))[:200]
             raise RegistryError(
                 f"registry {uri} cannot be used: {reason}; nothing was changed there. Start it, or name another in "
                 f"registry.tracking_uri or MLFLOW_TRACKING_URI"
@@ -52,6 +125,23 @@ def connect_registry(uri: str) -> Iterator[Any]:
         finally:
             mlflow.set_tracking_uri(None)
             mlflow.set_registry_uri(None)
+
+
+def _open_client(uri: str) -> Any:
+    """Make a client; where the store is a file its tables are made first, once per process, by one at a time."""
+    import mlflow
+
+    database = find_database(uri)
+    if database is None or (uri in _OPENED and database.exists()):
+        return mlflow.MlflowClient(uri, uri)
+    # One that is there may be read where nothing can be written.
+    makes = not database.exists() or os.access(database.parent, os.W_OK)
+    with _hold_file(database, "tables") if makes else nullcontext():
+        client = mlflow.MlflowClient(uri, uri)
+        client.search_registered_models(max_results=1)
+        client.search_experiments(max_results=1)
+    _OPENED.add(uri)
+    return client
 
 
 @contextmanager

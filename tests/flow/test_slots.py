@@ -98,7 +98,7 @@ def test_on_a_server_a_slot_is_a_concurrency_limit_that_an_operator_may_raise():
 
 
 def test_slots_are_named_after_the_machine_and_the_model():
-    from tasks.machine.slots import compute_slot, promotion_slot
+    from tasks.machine.slots import compute_slot, registry_slot
 
     assert compute_slot().startswith(("mka-cpu-", "mka-gpu-")) and compute_slot() == compute_slot()
-    assert promotion_slot("My model/2") == "mka-promotion-my-model-2"
+    assert registry_slot("promotion", "My model/2") == "mka-promotion-my-model-2"
