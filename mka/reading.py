@@ -104,14 +104,13 @@ def build_from(kind: type[Kind], body: Any) -> Kind:
         UnreadableError: naming the first field that is missing, unknown or of another type.
     """
     from pydantic import ValidationError
-    from pydantic_core import PydanticSerializationError
 
     try:
         adapter: TypeAdapter[Kind] = _adapter(kind)  # type: ignore[arg-type]
         return adapter.validate_json(json.dumps(body))
     except ValidationError as error:
         raise UnreadableError(explain_first(error)) from None
-    except (PydanticSerializationError, RecursionError):
+    except RecursionError:
         raise UnreadableError("it is nested too deeply") from None
 
 

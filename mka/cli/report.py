@@ -7,7 +7,7 @@ import click
 
 from mka.cli.console import examples, reports, show_results, typed
 from mka.cli.options import FILE, recipe_option
-from mka.evaluation.scores import read_report
+from mka.evaluation.reports import read_report
 from mka.store.publishing import check_free
 from mka.terminal import Outcome
 

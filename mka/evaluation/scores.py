@@ -6,9 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from mka.errors import ReportError
-from mka.evaluation.metrics import METRICS
-from mka.reading import LARGEST, STRICT, UnreadableError, build_from, give_reason, is_number, quote, read_json
+from mka.reading import STRICT, UnreadableError, build_from, quote, read_json
 
 FORMAT, FORMER = "mka-evaluation/2", "mka-evaluation/1"
 
@@ -79,36 +77,7 @@ class EvalReport:
         if given == FORMER:
             body["scores"] = [*body.pop("text"), *body.pop("tasks")]
         report = build_from(cls, body)
-        report.check()
         return replace(report, scores=tuple(replace(score, items=_tuples(score.items)) for score in report.scores))
-
-    def check(self) -> None:
-        """Refuse facts and scores that no model has.
-
-        Raises:
-            ValueError: naming the first.
-        """
-        facts = {name: self.checkpoint[name] for name in ("layers", "parameters", "bytes") if name in self.checkpoint}
-        for name, value in {**facts, **self.speed}.items():
-            if not is_number(value) or not 0 < value < LARGEST:
-                raise UnreadableError(f"{name} must be a number above 0, got {quote(value)}")
-        for score in self.scores:
-            row = METRICS.get(score.metric)
-            if row is None:
-                raise UnreadableError(f"{quote(score.name)}: unknown metric {quote(score.metric)}")
-            what = f"{row.name} of {quote(score.name)}"
-            if not 2 <= score.n < LARGEST or score.stderr < 0:
-                raise UnreadableError(f"{what}: n is {score.n} and its error {score.stderr}; n must be at least 2")
-            good = _is_window if row.resampled == "windows" else is_number
-            if strange := [item for item in score.items if not good(item)]:
-                raise UnreadableError(f"{what}: an item of its {row.resampled} is {quote(strange[0])}")
-            extras = {extra.key: score.extra.get(extra.key) for extra in row.extras}
-            if strange := [key for key, value in extras.items() if value is not None and not is_number(value)]:
-                raise UnreadableError(f"{what}: {strange[0]} is {quote(extras[strange[0]])}, not a number")
-
-
-def _is_window(item: Any) -> bool:
-    return isinstance(item, list | tuple) and len(item) == 2 and all(map(is_number, item)) and item[1] > 0
 
 
 def read_score(body: Mapping[str, Any]) -> Score:
@@ -118,15 +87,3 @@ def read_score(body: Mapping[str, Any]) -> Score:
 
 def _tuples(items: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(tuple(item) if isinstance(item, list) else item for item in items)
-
-
-def read_report(path: Path) -> EvalReport:
-    """Read an evaluation report.
-
-    Raises:
-        ReportError: if the file is none.
-    """
-    try:
-        return EvalReport.load(path)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ReportError(f"{path} is not a report of mka evaluate ({give_reason(error)})") from None

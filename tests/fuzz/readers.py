@@ -77,7 +77,8 @@ def prepare_recipe(folder: Path) -> tuple[Path, bytes, Read]:
 
 def prepare_report(folder: Path) -> tuple[Path, bytes, Read]:
     """The report of an evaluation."""
-    from mka.evaluation.scores import EvalReport, Score, read_report
+    from mka.evaluation.reports import read_report
+    from mka.evaluation.scores import EvalReport, Score
     from mka.report.table import result_table
 
     scores = (

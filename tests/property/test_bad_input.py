@@ -27,7 +27,8 @@ from mka.bench.recipe import load_bench
 from mka.corpora.params import load_params
 from mka.errors import LONGEST, CheckpointError, MkaError
 from mka.evaluation.gate import decide, recover_tasks
-from mka.evaluation.scores import EvalReport, Score, read_report
+from mka.evaluation.reports import read_report
+from mka.evaluation.scores import EvalReport, Score
 from mka.evaluation.task_tables import MMLU_COLUMNS, TASKS, read_table
 from mka.evidence.journal import Journal
 from mka.evidence.needs import Evidence
