@@ -16,7 +16,7 @@ from mka.model.checkpoint import Checkpoint
 from mka.pipeline.inputs import Inputs, list_read, read_measured
 from mka.pipeline.written import as_own_text, want_text, write_table
 from mka.recipe import Recipe
-from mka.store.products import Product, produce
+from mka.store.products import Product, produce, reading
 from mka.texts.calibration import load_calibration
 from mka.texts.overlap import refuse_overlap
 from mka.texts.rows import format_rows, read_heldout, read_rows
@@ -210,17 +210,19 @@ def open_inputs(recipe: Recipe, tables: Tables, chosen: Mapping[str, Product]) -
 
     Raises:
         RecipeError: on an unknown task or a missing table.
+        StoreError: if one of them has changed since it was copied or chosen.
     """
     text, folder = recipe.evaluation.text, recipe.evaluation.tasks_folder if recipe.evaluation.tasks else None
     text, folder = (tables.find(path) if path is not None else None for path in (text, folder))
     found: dict[str, Any] = {}
-    if (product := chosen.get("calibration")) is not None:
-        found["calibration"] = load_calibration(product.folder / CALIBRATION_FILE, product.facts["texts"])
-    if (product := chosen.get("alignment")) is not None:
-        texts = read_heldout(product.folder / TABLE_FILE)
-        found["alignment"] = AlignmentTable(texts, recipe.alignment, product.facts["windows"])
-    if (product := chosen.get("healing")) is not None:
-        found["healing"] = HealingTable(read_heldout(product.folder / TABLE_FILE), recipe.heal)
-    if tables.own_text is not None:
-        found["own_text"] = as_own_text(tables.own_text)
-    return replace(read_measured(recipe.evaluation, text, folder), **found)
+    with reading():
+        if (product := chosen.get("calibration")) is not None:
+            found["calibration"] = load_calibration(product.open() / CALIBRATION_FILE, product.facts["texts"])
+        if (product := chosen.get("alignment")) is not None:
+            texts = read_heldout(product.open() / TABLE_FILE)
+            found["alignment"] = AlignmentTable(texts, recipe.alignment, product.facts["windows"])
+        if (product := chosen.get("healing")) is not None:
+            found["healing"] = HealingTable(read_heldout(product.open() / TABLE_FILE), recipe.heal)
+        if tables.own_text is not None:
+            found["own_text"] = as_own_text(tables.own_text)
+        return replace(read_measured(recipe.evaluation, text, folder), **found)

@@ -42,7 +42,7 @@ def publish_artifacts(run: Run, found: Found, facts: Mapping[str, Any]) -> None:
     )
     told = make_page(f"```\n{lines}\n```\n\n{against}\n\n{places}")
     create_markdown_artifact(told, key=f"{key}-gate", description="Gate")
-    picture = found["report"].folder / "similarity.png"
+    picture = found["report"].open() / "similarity.png"
     if picture.exists():
         encoded = base64.b64encode(picture.read_bytes()).decode()
         create_image_artifact(

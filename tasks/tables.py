@@ -38,8 +38,8 @@ class Tables:
     def find(self, path: Path) -> Path:
         """Return the file or folder to read for a path of the recipe."""
         if path == BASE_TEXT and self.own_text is not None:
-            return self.own_text.folder / TEXTS_FILE
-        return self.copies.folder / self.versions[str(path)].copy
+            return self.own_text.open() / TEXTS_FILE
+        return self.copies.open() / self.versions[str(path)].copy
 
     def digest(self, recipe: Recipe, role: str, path: Path) -> dict[str, str]:
         """Return what keys a choice of texts: the table it is from and those it is kept apart from, by their roles.

@@ -16,12 +16,17 @@ def hold_base(base: Checkpoint) -> Iterator[None]:
     Raises:
         StoreError: if its files are no longer those it was opened with.
     """
-    _verify_base(base)
+    verify_base(base)
     yield
-    _verify_base(base)
+    verify_base(base)
 
 
-def _verify_base(base: Checkpoint) -> None:
+def verify_base(base: Checkpoint) -> None:
+    """Compare a base with the digest it had when the run began.
+
+    Raises:
+        StoreError: if they differ.
+    """
     try:
         found = replace(base, verified=False).digest  # a copy has not hashed anything yet
     except OSError:

@@ -73,13 +73,13 @@ def log_evidence(run: Run, found: Found) -> None:
         mlflow.log_metrics(noted, step=point["step"])
     _log_tables(run)
     mlflow.log_dict(job.recipe.model_dump(mode="json"), "recipe.yaml")
-    mlflow.log_artifacts(str(found["report"].folder), "report")
-    mlflow.log_artifacts(str(found["plan"].folder), "plan")
+    mlflow.log_artifacts(str(found["report"].open()), "report")
+    mlflow.log_artifacts(str(found["plan"].open()), "plan")
     for role in ROLES:
         if f"evaluate {role}" in found:
-            mlflow.log_artifacts(str(found[f"evaluate {role}"].folder), f"evaluation/{role}")
+            mlflow.log_artifacts(str(found[f"evaluate {role}"].open()), f"evaluation/{role}")
     if open_scores(job, found) is not None:
-        mlflow.log_artifacts(str(found["score"].folder), "scores")
+        mlflow.log_artifacts(str(found["score"].open()), "scores")
     checks = run.place.checks / guard.PAGE
     if checks.exists():
         mlflow.log_artifact(str(checks), "checks")
@@ -112,7 +112,7 @@ def _log_tables(run: Run) -> None:
             file = job.inputs.own_text.file
             version = Version(str(path), "written by the base", file_sha256(file))
         else:
-            file = run.tables.folder / version.copy
+            file = run.tables.open() / version.copy
         table = pd.DataFrame(read_rows(file))
         dataset = mlflow.data.from_pandas(table, source=str(path), name=path.stem, digest=version.digest[:36])
         tags = {"dvc_rev": version.rev or "working copy", "dvc_path": str(path), "hash": version.digest}

@@ -15,6 +15,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from mka.errors import RegistryError
+from mka.pipeline.holding import verify_base
 from mka.pipeline.judge import confirm_gate
 from mka.pipeline.stage import MODEL_FOLDER, Found, find_model
 from mka.printable import hide_passwords
@@ -94,7 +95,9 @@ def register(run: Run, found: Found) -> Registration:
     Raises:
         RegistryError: if the registry cannot be reached, or does not hold what was measured afterwards.
         GuardError: if the stored gate is not what the reports say.
+        StoreError: if the base, or what a stage made, has changed since.
     """
+    verify_base(run.job.base)
     verdict, name = confirm_gate(run.job, found)["verdict"], run.job.recipe.registered_name
     inputs = {stage: product.digest for stage, product in found.items()}
     key = stage_key("register", VERSION, {"name": name}, inputs)
@@ -194,8 +197,8 @@ def _log_model(run: Run, found: Found) -> str:
 
     text = Schema([ColSpec("string")])
     signature = ModelSignature(text, text, ParamSchema([ParamSpec("max_new_tokens", "long", 32)]))
-    candidate, card = find_model(found), found["report"].folder / CARD
-    with lay_out(run.place, candidate.folder / MODEL_FOLDER, card, candidate.facts["digest"]) as folder:
+    candidate, card = find_model(found), found["report"].open() / CARD
+    with lay_out(run.place, candidate.open() / MODEL_FOLDER, card, candidate.facts["digest"]) as folder:
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("served_model.py")),
