@@ -110,9 +110,12 @@ def test_refusals_are_one_line_and_come_before_the_model_is_looked_at(project, a
     assert not list(project.work.glob("stages/observe-*"))
 
 
-def test_two_tables_of_one_name_are_refused(project, aligned, capsys):
-    other = project.folder / "other"
-    other.mkdir()
-    table = project.write_rows(other / project.calibration.name, make_texts(40, seed=9), "words")
-    assert run(project, **{**aligned, "alignment__path": str(table)}) == 2
-    assert "rename one of them" in capsys.readouterr().err
+def test_two_tables_of_one_name_are_each_read_for_what_they_are(project, aligned, capsys):
+    table = project.folder / "other" / project.calibration.name
+    table.parent.mkdir()
+    table.write_bytes((project.folder / "alignment.jsonl").read_bytes())
+    # Its sources are told, and not the calibration table's.
+    assert run(project, **{**aligned, "alignment__path": str(table), "alignment__heldout_source": "tow"}) == 2
+    assert "'tow' has no window (did you mean 'two'?)" in capsys.readouterr().err
+    (copies,) = project.work.glob("stages/tables-*")
+    assert len(list(copies.rglob(table.name))) == 2
