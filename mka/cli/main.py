@@ -24,7 +24,7 @@ from mka.cli.report import report
 from mka.cli.score import score
 from mka.cli.write import write
 from mka.errors import MkaError
-from mka.printable import LONGEST, one_line
+from mka.printable import one_line
 from mka.terminal import SHARED_MACHINE, explain_unforeseen
 
 INTERRUPTED = 130
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse(reason: str, code: int) -> int:
-    click.echo(f"mka: {one_line(reason, 2 * LONGEST)}", err=True)
+    click.echo(f"mka: {one_line(reason)}", err=True)
     return code
 
 

@@ -379,7 +379,10 @@ def folder(llama_folder, tmp_path):
 
 
 def open_folder(folder):
-    describe_checkpoint(open_checkpoint(folder))
+    try:
+        describe_checkpoint(open_checkpoint(folder))
+    except OSError as error:  # a name that is too long; commands tell these in one line, too
+        raise CheckpointError(str(error)) from None
 
 
 def write_and(read, path):
