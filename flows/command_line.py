@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 from mka.errors import MkaError, ServerError
 from mka.printable import LONGEST, describe_error, make_printable, one_line
-from mka.terminal import explain_unforeseen, keep_traceback
+from mka.terminal import explain_unforeseen, interrupt_on_sigterm, keep_traceback
 from tasks.machine.temporary import start_temporary_server
 from tasks.machine.workplace import find_workplace
 from tasks.registry.tracking import refuse_password
@@ -94,6 +94,7 @@ def run_command(program: str, run: Callable[[], Any], *, is_flow: bool = True, r
         is_flow: whether it is a flow, whose parameters are kept.
         registry: the store that was named on the command line.
     """
+    interrupt_on_sigterm()
     try:
         if is_flow:
             refuse_password(registry, "--registry")

@@ -34,6 +34,7 @@ from mka.reading import UnreadableError
 from mka.recipe import Recipe
 from mka.sections import parse_yaml
 from mka.store.products import Product
+from mka.terminal import interrupt_on_sigterm
 from tasks.base_model import fetch_base_model
 from tasks.calibration import (
     open_inputs,
@@ -264,17 +265,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the flow on this machine; refusals are one line on stderr and a non-zero exit."""
     given, overrides = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     recipe = Path(given).resolve()
-    hint = ""
+    hint, again = "", describe_command(find_workplace(), str(recipe), overrides)
+    interrupt_on_sigterm()
     try:
         load_recipe(recipe, overrides)
         find_workplace().prepare()
         require_server()
-        hint = " (finished stages are kept: the same command resumes)"
+        hint = f" (finished stages are kept; resume: {again})"
         recompress(str(recipe), overrides)
     except GateRefused as error:
         return refuse("recompress", error)
     except KeyboardInterrupt as error:
-        return refuse("recompress", error, "; finished stages are kept, resume with the same command")
+        return refuse("recompress", error, f"; finished stages are kept; resume: {again}")
     except Exception as error:
         return refuse("recompress", error, hint)
     return 0

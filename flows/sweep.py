@@ -23,6 +23,7 @@ from prefect.futures import as_completed
 
 from mka.bench.recipe import BenchRecipe, Cell, FanOut, load_bench
 from mka.printable import make_page
+from mka.terminal import interrupt_on_sigterm
 from tasks.machine.slots import compute_slot, hold_slot
 from tasks.machine.workplace import Workplace, find_workplace
 from tasks.sweep.fan_out import choose_fan_out, open_runner, submit_cells, take_result
@@ -130,16 +131,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the flow on this machine; refusals are one line on stderr and a non-zero exit."""
     given, workers = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     recipe = Path(given).resolve()
-    hint = ""
+    hint, again = "", f"python -m flows.sweep {shlex.quote(given)}"
+    interrupt_on_sigterm()
     try:
         loaded = load_bench(recipe)
         find_workplace().prepare()
         require_server()
         choose_fan_out(loaded.fan_out, workers)
-        hint = " (finished cells are kept: the same command resumes)"
+        hint = f" (finished cells are kept; resume: {again})"
         outcome = sweep(str(recipe), workers)
     except KeyboardInterrupt as error:
-        return refuse("sweep", error, "; finished cells are kept, resume with the same command")
+        return refuse("sweep", error, f"; finished cells are kept; resume: {again}")
     except Exception as error:
         return refuse("sweep", error, hint)
     print(make_page(outcome.text))

@@ -222,3 +222,16 @@ def quiet_lm_eval(progress: bool) -> Iterator[None]:
     finally:
         if bars:
             datasets.enable_progress_bars()
+
+
+def interrupt_on_sigterm() -> None:
+    """Have the signal that ends a job do what ^C does: what is half done is removed, and how to go on is said."""
+    import signal
+    import threading
+
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt

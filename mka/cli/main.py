@@ -1,6 +1,7 @@
 """The command `mka`: every stage on its own, or all of them in one call."""
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +26,7 @@ from mka.cli.score import score
 from mka.cli.write import write
 from mka.errors import MkaError
 from mka.printable import one_line
-from mka.terminal import SHARED_MACHINE, explain_unforeseen
+from mka.terminal import SHARED_MACHINE, explain_unforeseen, interrupt_on_sigterm
 
 INTERRUPTED = 130
 
@@ -60,8 +61,8 @@ class Commands(click.Group):
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             raise Interrupted(
-                "interrupted; no half-written output is left, run the same command again "
-                "(mka compress and bench go on where they were; observe, score and plan keep what they wrote)"
+                "interrupted; no half-written output is left (mka compress, heal and bench go on where they were; "
+                f"observe, score and plan keep what they wrote); resume: {shlex.join(['mka', *ctx.meta[ARGUMENTS]])}"
             ) from None
 
 
@@ -100,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Libraries read these when they are imported; what a user set is kept.
     for name, value in {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", **SHARED_MACHINE}.items():
         os.environ.setdefault(name, value)
+    interrupt_on_sigterm()
     try:
         code = cli.main(None if arguments is None else list(arguments), prog_name="mka", standalone_mode=False)
         return code if isinstance(code, int) else 0

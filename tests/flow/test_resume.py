@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,3 +64,28 @@ def test_importing_the_flow_is_light():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_ended_leaves_no_server_and_says_how_to_go_on(project, sent):
+    """A killed run cannot end its server: the next run in the same Prefect home does."""
+    log, home = project.folder / "log.txt", project.folder / "prefect"
+    process = start(project, log)
+    deadline = time.monotonic() + 120
+    while not list((project.work / "stages").glob("observe-*/stage.json")):
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+    (note,) = home.glob("temporary/*.json")
+    server = psutil.Process(json.loads(note.read_text())[1][0])
+    process.send_signal(sent)
+    code = process.wait(60)
+    if sent == signal.SIGKILL:
+        assert code == -9 and server.is_running()
+        assert start(project, log).wait(150) == 0, log.read_text()
+    else:
+        last = log.read_text().splitlines()[-1]
+        assert code == 130 and "finished stages are kept; resume: python -m flows.recompress " in last, log.read_text()
+        assert "Traceback" not in log.read_text()
+    psutil.wait_procs([server], timeout=30)
+    assert not server.is_running()

@@ -381,7 +381,7 @@ def test_interruption(refuse, monkeypatch):
 
     monkeypatch.setattr(mka.pipeline.observe, "observe_checkpoint", interrupt)
     line = refuse(code=130)
-    assert "interrupted" in line and "run the same command again" in line
+    assert "interrupted" in line and "resume: mka " in line
 
 
 def test_a_bug_is_not_dressed_up_as_bad_input(capsys, base, tables, tmp_path, monkeypatch):
