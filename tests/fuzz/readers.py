@@ -11,6 +11,7 @@ and the exit code is 1.
 
 import argparse
 import base64
+import importlib
 import os
 import resource
 import shutil
@@ -23,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 try:
-    import atheris
+    atheris = importlib.import_module("atheris")
 except ImportError:
     atheris = None
 
