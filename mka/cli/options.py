@@ -32,6 +32,8 @@ class FileName(click.Path):
             self.fail(
                 f"{one_line(value, 80)!r}: a name must be one line without control characters", parameter, context
             )
+        if str(value).startswith("--"):
+            self.fail(f"{one_line(value, 80)!r} is an option; ./ in front makes a name of it", parameter, context)
         return super().convert(value, parameter, context)
 
 

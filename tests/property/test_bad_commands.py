@@ -80,7 +80,7 @@ def mutate_arguments(command, random):
         arguments = arguments or [command.split()[0]]
     # Behind "--" it would be an argument.
     dry = command.split()[0] in DRY
-    return [a for a in arguments if a != "--"] + ["--dry-run"] if dry else arguments
+    return [a for a in arguments if a != "--"] + ["--dry-run"] * 2 if dry else arguments
 
 
 @pytest.fixture(scope="module")

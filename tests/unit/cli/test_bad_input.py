@@ -127,6 +127,12 @@ def flip(path, position):
         (["--layrs", "4"], "--layers"),
         (["--layers", "four"], "'four'"),
         (["--recipe", "nowhere.yaml"], "recipe not found"),
+        (["--recipe", "a\nb"], "one line without control characters"),
+        (["--recipe", "--dry-run"], "'--dry-run' is an option"),
+        (["--set", "grid=" + "[" * 3000], "nested too deeply"),
+        (["--set", "grid=&a [*a]"], "aliases"),
+        (["--seed", "-1"], "greater than or equal to 0"),
+        (["--tasks", "piqa=" + "9" * 5000], "TASK=ITEMS"),
     ],
 )
 def test_options_that_cannot_be_accepted(refuse, unloadable, extra, expected):
