@@ -79,7 +79,9 @@ def refuse(program: str, error: BaseException, hint: str = "") -> int:
     else:
         line = f"{explain_unforeseen(error, work)}{hint}"
     typed = "\n" if isinstance(error, KeyboardInterrupt) and sys.stderr.isatty() else ""  # behind what ^C left there
-    print(f"{typed}{program}: {one_line(line, LONGEST + 120)}", file=sys.stderr)
+    # How to go on is told whole.
+    longest = (error.longest if isinstance(error, MkaError) else LONGEST) + len(hint)
+    print(f"{typed}{program}: {one_line(line, longest)}", file=sys.stderr)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     return error.exit_code if isinstance(error, MkaError) else MkaError.exit_code

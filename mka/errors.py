@@ -3,17 +3,19 @@
 import difflib
 from collections.abc import Iterable
 
-from mka.printable import one_line
+from mka.printable import LONGEST, one_line
 
 
 class MkaError(Exception):
     """Base of every refusal this project raises on purpose; its message is one line a person can act on."""
 
     exit_code = 2
+    # Characters of the line; what is longer lacks its middle.
+    longest = LONGEST
 
     def __init__(self, message: object = "") -> None:
         """Keep one line that is safe to show, whatever names and addresses from outside stand in it."""
-        super().__init__(one_line(message))
+        super().__init__(one_line(message, self.longest))
 
 
 class RecipeError(MkaError):
@@ -61,7 +63,9 @@ class DurationError(MkaError):
 
 
 class GuardError(MkaError):
-    """A table at the door of a stage that fails its expectations."""
+    """A table at the door of a stage that fails its expectations; all of them are told."""
+
+    longest = 8 * LONGEST
 
 
 class RegistryError(MkaError):

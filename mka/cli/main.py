@@ -25,7 +25,7 @@ from mka.cli.report import report
 from mka.cli.score import score
 from mka.cli.write import write
 from mka.errors import MkaError
-from mka.printable import one_line
+from mka.printable import LONGEST, one_line
 from mka.terminal import SHARED_MACHINE, explain_unforeseen, interrupt_on_sigterm
 
 INTERRUPTED = 130
@@ -35,6 +35,7 @@ class Interrupted(MkaError):
     """The person at the keyboard wants it to end."""
 
     exit_code = INTERRUPTED
+    longest = 8 * LONGEST  # the command that resumes is whole
 
 
 class Commands(click.Group):
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = cli.main(None if arguments is None else list(arguments), prog_name="mka", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except MkaError as error:
-        return _refuse(str(error), error.exit_code)
+        return _refuse(str(error), error.exit_code, error.longest)
     except click.ClickException as error:
         path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "mka"
         return _refuse(f"{error.format_message()} See `{path} --help`.", error.exit_code)
@@ -124,8 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(explain_unforeseen(error, find_work()), 2)
 
 
-def _refuse(reason: str, code: int) -> int:
-    click.echo(f"mka: {one_line(reason)}", err=True)
+def _refuse(reason: str, code: int, longest: int = LONGEST) -> int:
+    click.echo(f"mka: {one_line(reason, longest)}", err=True)
     return code
 
 

@@ -123,7 +123,7 @@ def _kinds(
             f"{path}: weights are a backbone's alone: keys such as {bare[0]} lack {family.backbone!r} in front; load "
             "the folder with transformers' AutoModelForCausalLM, save it, and give that"
         )
-    if found != set(range(claimed if isinstance(claimed, int) else -1)):
+    if type(claimed) is not int or claimed != len(found) or found != set(range(len(found))):
         raise CheckpointError(
             f"{path}: config.json says num_hidden_layers={claimed}, the checkpoint holds {len(found)} layers"
             f"{f' (0 to {max(found)})' if found else ''}; the two must agree"

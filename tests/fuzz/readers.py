@@ -125,7 +125,8 @@ class Attempt:
     """Gives inputs to a reader; keeps one input of every way in which it failed."""
 
     def __init__(self, path: Path, read: Read, seconds: float, keep: Path) -> None:
-        from mka.errors import LONGEST, MkaError
+        from mka.errors import MkaError
+        from mka.printable import LONGEST
 
         self.path, self.read, self.keep, self.longest, self.refusal = path, read, keep, LONGEST, MkaError
         self.end = time.monotonic() + seconds

@@ -5,7 +5,6 @@ MKA_FUZZ_EXAMPLES says how many of each kind are tried; the counts are printed a
 
 import json
 import os
-import re
 import resource
 import shutil
 import sys
@@ -25,7 +24,7 @@ from support.mutations import STRANGE, TEXTS, dump_json, mutate_bytes, mutate_do
 
 from mka.bench.recipe import load_bench
 from mka.corpora.params import load_params
-from mka.errors import LONGEST, CheckpointError, MkaError
+from mka.errors import CheckpointError, MkaError
 from mka.evaluation.gate import decide, recover_tasks
 from mka.evaluation.reports import read_report
 from mka.evaluation.scores import EvalReport, Score
@@ -40,6 +39,7 @@ from mka.pipeline.recipes import load_recipe
 from mka.plan.plan import MergedLayer, MergePlan, Step
 from mka.plan.target import Aim
 from mka.plan.wording import describe_layer, describe_steps, label_sources
+from mka.printable import LONGEST
 from mka.recipe import GateSettings, MethodChoice
 from mka.report.control import tell_against_control
 from mka.report.data import ReportData
@@ -396,17 +396,9 @@ def write_and(read, path):
 def test_configs(trial, folder):
     body = json.loads((folder / "config.json").read_text())
 
-    def make(random):
-        while True:
-            made = mutate_json(body, random)
-            # Numbers of layers that no model has are asked apart, below.
-            if not re.search(rb'"num_hidden_layers": -?[0-9]{5}', made):
-                return made
-
-    trial.run(make, write_and(open_folder, folder / "config.json"))
+    trial.run(lambda random: mutate_json(body, random), write_and(open_folder, folder / "config.json"))
 
 
-@pytest.mark.xfail(strict=True, reason="open_checkpoint counts the claimed layers out before it compares their number")
 def test_a_config_of_a_thousand_million_layers(folder):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 10**9}))

@@ -50,4 +50,4 @@ def test_letters_of_any_script_stay(text):
 
 
 def test_a_refusal_is_one_line_whatever_stands_in_it():
-    assert str(RecipeError("source 'a\nb\x1b[31m\u202e' is refused")) == r"source 'a\nb\u202e' is refused"
+    assert str(RecipeError("source 'a\nb\x1b[31m\u202e' is refused")) == r"source 'a b\u202e' is refused"

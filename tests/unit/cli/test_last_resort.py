@@ -1,6 +1,5 @@
 """What nobody foresaw: one line on stderr, the traceback in a file, exit code 2."""
 
-import importlib
 import re
 import stat
 import tempfile
