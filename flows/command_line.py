@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 from mka.errors import MkaError, ServerError
-from mka.printable import LONGEST, describe_error, make_printable, one_line
+from mka.outside.printable import LONGEST, describe_error, make_printable, one_line
 from mka.terminal import explain_unforeseen, interrupt_on_sigterm, keep_traceback
 from tasks.machine.temporary import start_temporary_server
 from tasks.machine.workplace import find_workplace

@@ -26,11 +26,11 @@ from prefect.runtime import flow_run
 
 from mka.errors import GateRefused, GuardError, PromotionError
 from mka.methods import resolve_method
+from mka.outside.reading import UnreadableError
 from mka.pipeline.job import Job, open_job
 from mka.pipeline.pipeline import run as run_pipeline
 from mka.pipeline.recipes import load_recipe
 from mka.pipeline.stage import MODEL_FOLDER, PLAN_FILE, Found, Stage, find_model
-from mka.reading import UnreadableError
 from mka.recipe import Recipe
 from mka.sections import parse_yaml
 from mka.store.products import Product

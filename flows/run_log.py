@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from mka.printable import hide_passwords, make_printable
+from mka.outside.printable import hide_passwords, make_printable
 from mka.store.products import Product
 from mka.store.publishing import write_text
 from tasks.machine.workplace import Workplace

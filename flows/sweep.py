@@ -22,7 +22,7 @@ from prefect import flow
 from prefect.futures import as_completed
 
 from mka.bench.recipe import BenchRecipe, Cell, FanOut, load_bench
-from mka.printable import make_page
+from mka.outside.printable import make_page
 from mka.terminal import interrupt_on_sigterm
 from tasks.machine.slots import compute_slot, hold_slot
 from tasks.machine.workplace import Workplace, find_workplace

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-from mka.printable import LONGEST, one_line
+from mka.outside.printable import LONGEST, one_line
 
 
 class MkaError(Exception):

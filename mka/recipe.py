@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from mka.printable import hide_passwords
+from mka.outside.printable import hide_passwords
 from mka.sections import Option, Section
 
 # In the place of a table's path: text that the base writes itself.

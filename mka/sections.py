@@ -8,8 +8,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from mka.errors import RecipeError, nearest
-from mka.printable import one_line
-from mka.reading import LARGEST, UnreadableError, quote, read_within
+from mka.outside.printable import one_line
+from mka.outside.reading import LARGEST, UnreadableError, quote, read_within
 
 # Bytes of a recipe; the longest one of the project has four thousand.
 LONGEST_YAML = 250_000

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from mka.errors import MkaError
-from mka.printable import describe_error, hide_passwords, make_printable
+from mka.outside.printable import describe_error, hide_passwords, make_printable
 
 # Files with the traceback of something nobody foresaw; older ones than the last few go.
 TRACEBACK, KEPT_TRACEBACKS = "traceback-", 20

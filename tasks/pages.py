@@ -13,11 +13,11 @@ from prefect.artifacts import (
 )
 from tabulate import tabulate
 
+from mka.outside.printable import make_page, make_printable
 from mka.pipeline.evaluate import open_reports
 from mka.pipeline.job import Job
 from mka.pipeline.report import find_fit, find_healing
 from mka.pipeline.stage import Found
-from mka.printable import make_page, make_printable
 from mka.report.alignment import summarise_alignment
 from mka.report.control import tell_against_control
 from mka.report.healing import summarise_healing

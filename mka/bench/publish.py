@@ -7,7 +7,7 @@ from mka.bench.page import render_page, update_readme
 from mka.bench.results import Results
 from mka.bench.statistics import Comparison
 from mka.bench.tables import show_comparison, to_document
-from mka.printable import make_page
+from mka.outside.printable import make_page
 from mka.store.publishing import write_bytes, write_text
 from mka.terminal import Outcome
 

@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from mka.errors import RecipeError
-from mka.printable import one_line
+from mka.outside.printable import one_line
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -187,7 +187,7 @@ def read_type(annotation: Any) -> dict[str, Any]:
 
 def read_settings(context: click.Context, option: click.Parameter, values: Sequence[str]) -> dict[str, Any]:
     """Read ``key=value`` pairs; values are YAML, so numbers, lists and null are what they look like."""
-    from mka.reading import UnreadableError
+    from mka.outside.reading import UnreadableError
     from mka.sections import parse_yaml
 
     settings = {}

@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from mka.errors import CalibrationError
-from mka.reading import explain_first, read_within
+from mka.outside.reading import explain_first, read_within
 from mka.sections import LONGEST_YAML, Section, parse_yaml
 
 

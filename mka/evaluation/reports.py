@@ -6,7 +6,7 @@ from typing import Any
 from mka.errors import ReportError
 from mka.evaluation.metrics import METRICS
 from mka.evaluation.scores import EvalReport
-from mka.reading import LARGEST, UnreadableError, give_reason, is_number, quote
+from mka.outside.reading import LARGEST, UnreadableError, give_reason, is_number, quote
 
 
 def read_report(path: Path) -> EvalReport:

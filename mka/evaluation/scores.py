@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from mka.reading import STRICT, UnreadableError, build_from, quote, read_json
+from mka.outside.reading import STRICT, UnreadableError, build_from, quote, read_json
 
 FORMAT, FORMER = "mka-evaluation/2", "mka-evaluation/1"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from mka.errors import RecipeError
-from mka.printable import describe_error
-from mka.reading import parse_json, quote, read_within
+from mka.outside.printable import describe_error
+from mka.outside.reading import parse_json, quote, read_within
 from mka.texts.rows import LARGEST_TABLE
 
 # Task -> (folder in lm_eval/tasks, columns it reads). Indexing these takes milliseconds; indexing all, minutes.

@@ -13,7 +13,7 @@ from mka.errors import NumericsError, RecipeError, nearest
 from mka.evaluation.metrics import Subject
 from mka.evaluation.scores import Score
 from mka.evaluation.task_tables import MMLU, MMLU_FOLDER, TASKS, override_tables
-from mka.printable import describe_error
+from mka.outside.printable import describe_error
 from mka.terminal import quiet_lm_eval
 
 LONGEST_PROMPT = 2048

@@ -9,8 +9,8 @@ from typing import Any
 from mka.errors import OutputError
 from mka.evidence.needs import Repairs
 from mka.evidence.states import HiddenStates
+from mka.outside.reading import parse_json
 from mka.plan.plan import MergedLayer
-from mka.reading import parse_json
 
 JOURNAL_FILE = "journal.jsonl"
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 
 from mka.errors import NumericsError
-from mka.reading import STRICT, UnreadableError, build_from, give_reason, is_number, quote, read_json
+from mka.outside.reading import STRICT, UnreadableError, build_from, give_reason, is_number, quote, read_json
 
 SCORES_FORMAT = "mka-scores/1"
 ScoreKind = Literal["pairwise-similarity", "layer-importance", "block-distance"]

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from mka.errors import RecipeError
 from mka.evaluation.rules import check_rules
 from mka.methods import check_alignment, resolve_method
-from mka.reading import quote
+from mka.outside.reading import quote
 from mka.recipe import Recipe
 from mka.sections import explain_validation, read_yaml
 from mka.transforms import resolve_transforms

@@ -8,7 +8,16 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 from mka.errors import PlanError
-from mka.reading import LONGEST_JSON, STRICT, UnreadableError, build_from, give_reason, parse_json, quote, read_within
+from mka.outside.reading import (
+    LONGEST_JSON,
+    STRICT,
+    UnreadableError,
+    build_from,
+    give_reason,
+    parse_json,
+    quote,
+    read_within,
+)
 
 FORMAT = "mka-plan/1"
 # More than any model has; a plan is walked layer by layer.

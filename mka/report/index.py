@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from mka.evaluation.metrics import HEADLINE, METRICS, read_check, shorten_check
-from mka.printable import make_page
+from mka.outside.printable import make_page
 from mka.report.verdict import VERDICTS
 from mka.store.publishing import write_text
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from mka.evaluation.metrics import HEADLINE, group_scores
 from mka.evaluation.scores import EvalReport
+from mka.outside.printable import make_page
 from mka.plan.wording import describe_layer, describe_steps
-from mka.printable import make_page
 from mka.report.alignment import describe_alignment, draw_errors, layer_rows
 from mka.report.caveats import list_caveats
 from mka.report.control import describe_control, has_own_control, tell_against_control

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mka.errors import DurationError, OutputError
-from mka.reading import read_json
+from mka.outside.reading import read_json
 from mka.store.products import MANIFEST
 from mka.store.sums import SUMS_NAME
 

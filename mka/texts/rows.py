@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mka.errors import CalibrationError
-from mka.printable import one_line
-from mka.reading import UnreadableError, parse_json, quote, read_within
+from mka.outside.printable import one_line
+from mka.outside.reading import UnreadableError, parse_json, quote, read_within
 
 EXCERPT_CHARACTERS = 60
 # Of one text. Tokenizing takes some 200 bytes for each, all at once.

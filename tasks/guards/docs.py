@@ -6,7 +6,7 @@ from typing import Any
 from great_expectations.render.view.view import DefaultJinjaPageView
 from jinja2 import pass_context
 
-from mka.printable import escape_controls
+from mka.outside.printable import escape_controls
 
 SITE = "local_site"
 SECTIONS = ("expectations", "validations", "profiling")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mka.errors import GuardError, OutputError
-from mka.printable import escape_controls
+from mka.outside.printable import escape_controls
 from mka.store.publishing import write_text
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock
 
 from mka.errors import ServerError
-from mka.reading import STRICT, build_from, read_json
+from mka.outside.reading import STRICT, build_from, read_json
 from mka.store.publishing import write_text
 from tasks.machine.workplace import Workplace
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from mka.errors import RecipeError, RegistryError
 from mka.evaluation.metrics import METRICS
-from mka.printable import escape_controls
+from mka.outside.printable import escape_controls
 from mka.recipe import Recipe
 
 ALLOWED = "letters, digits, spaces and . _ - / :, of which / stands between names"

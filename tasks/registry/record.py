@@ -15,10 +15,10 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from mka.errors import RegistryError
+from mka.outside.printable import hide_passwords
 from mka.pipeline.holding import verify_base
 from mka.pipeline.judge import confirm_gate
 from mka.pipeline.stage import MODEL_FOLDER, Found, find_model
-from mka.printable import hide_passwords
 from mka.recipe import Recipe
 from mka.store.products import Product, stage_key
 from tasks.base_model import is_worth_retrying

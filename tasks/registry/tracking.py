@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock
 
 from mka.errors import RegistryError
-from mka.printable import hide_passwords
+from mka.outside.printable import hide_passwords
 from mka.recipe import Recipe
 from tasks.machine.slots import hold_slot, registry_slot
 from tasks.machine.workplace import Workplace

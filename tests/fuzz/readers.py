@@ -126,7 +126,7 @@ class Attempt:
 
     def __init__(self, path: Path, read: Read, seconds: float, keep: Path) -> None:
         from mka.errors import MkaError
-        from mka.printable import LONGEST
+        from mka.outside.printable import LONGEST
 
         self.path, self.read, self.keep, self.longest, self.refusal = path, read, keep, LONGEST, MkaError
         self.end = time.monotonic() + seconds

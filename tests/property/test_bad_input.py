@@ -35,11 +35,11 @@ from mka.evidence.states import HiddenStates, LayerScores
 from mka.methods import resolve_method
 from mka.model.checkpoint import describe_checkpoint, open_checkpoint
 from mka.model.loading import load_tokenizer
+from mka.outside.printable import LONGEST
 from mka.pipeline.recipes import load_recipe
 from mka.plan.plan import MergedLayer, MergePlan, Step
 from mka.plan.target import Aim
 from mka.plan.wording import describe_layer, describe_steps, label_sources
-from mka.printable import LONGEST
 from mka.recipe import GateSettings, MethodChoice
 from mka.report.control import tell_against_control
 from mka.report.data import ReportData

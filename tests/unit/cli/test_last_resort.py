@@ -12,7 +12,7 @@ import mka.methods
 from flows.command_line import run_command
 from mka.cli.main import main
 from mka.errors import MkaError
-from mka.printable import one_line
+from mka.outside.printable import one_line
 from mka.terminal import KEPT_TRACEBACKS
 
 UNFORESEEN = re.compile(r"(\S+): unforeseen: (.*); traceback in (\S+); please report it\n")

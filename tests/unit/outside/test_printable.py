@@ -3,7 +3,7 @@
 import pytest
 
 from mka.errors import RecipeError, RegistryError
-from mka.printable import escape_controls, hide_passwords, make_page, make_printable
+from mka.outside.printable import escape_controls, hide_passwords, make_page, make_printable
 
 
 @pytest.mark.parametrize(
