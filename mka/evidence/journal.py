@@ -37,7 +37,7 @@ class Journal:
                 entry = parse_json(line)
                 if not isinstance(entry["of"], str) or not isinstance(entry["value"], int | float):
                     raise TypeError
-                self._known[entry["of"]] = float(entry["value"])
+                self._known[entry["of"]] = entry["value"]
                 whole += len(line)
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as file:
