@@ -171,10 +171,10 @@ class HealFit(StageSettings):
     tokens: Annotated[int, Option("--heal-tokens")] = Field(
         102_400, ge=512, description="Tokens the healing reads, of each source by its share of the table"
     )
-    train: Annotated[Literal["all", "lora", "head-and-last"], Option("--heal-train")] = Field(
-        "all",
-        description="What a distillation trains: all weights from the first change on, low-rank additions to them, or "
-        "the last three layers with an untied head",
+    train: Annotated[Literal["changed", "all", "lora", "head-and-last"], Option("--heal-train")] = Field(
+        "changed",
+        description="What a distillation trains: the layers from the first change on, all layers, low-rank additions "
+        "to the former, or the last three with an untied head",
     )
     rate: Annotated[float | None, Option("--heal-rate")] = Field(
         None, gt=0, description="Peak learning rate; null: what `train` usually takes"

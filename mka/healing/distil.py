@@ -30,10 +30,10 @@ from mka.plan.budget import LAST_TRAINED
 from mka.recipe import HealFit, ModelSource
 from mka.terminal import quiet_libraries, show_progress
 
-VERSION = 1
+VERSION = 2
 TREATS = (ATTENTION, MLP)
 # Peak learning rates by what is trained; they rise over the first steps and fall to a tenth along a cosine.
-RATES = {"all": 3e-4, "lora": 1e-3, "head-and-last": 3e-4}
+RATES = {"changed": 3e-4, "all": 3e-4, "lora": 1e-3, "head-and-last": 3e-4}
 WARMUP, LOWEST = 0.1, 0.1
 # Of AdamW. Few steps: the second moment has to forget its first ones.
 BETAS = (0.9, 0.95)
@@ -109,10 +109,13 @@ def distil(
 
 
 def find_first_trained(layers: int, train: str, shared: int | None) -> int:
-    """Return the first of the student's layers that is trained: the first that is not the base's own.
+    """Return the first of the student's layers that is trained.
 
-    Where only the end was cut off, or the last layers alone are asked for, these are the last three.
+    Where that is the first that is not the base's own and only the end was cut off, or where the last layers alone are
+    asked for, it begins the last three.
     """
+    if train == "all":
+        return 0
     last = max(0, layers - LAST_TRAINED)
     return last if train == "head-and-last" else min(shared or 0, last)
 

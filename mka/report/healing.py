@@ -73,9 +73,10 @@ def draw_curve(facts: Mapping[str, Any], form: "Format" = "png") -> bytes:
 def _describe_mode(facts: Mapping[str, Any]) -> str:
     if facts["mode"] == "local":
         return "local: each layer follows the base's hidden states"
-    trained = {"all": "all weights", "lora": "low-rank additions", "head-and-last": "head and last layers"}
-    what, first = trained[facts["train"]], facts["first_layer"]
-    return f"distil: {what} from layer {first} on follow the base's logits, peak rate {facts['rate']:g}"
+    first = facts["first_layer"]
+    trained = {"all": "all layers", "changed": f"layers from {first} on", "lora": f"low-rank additions from {first} on"}
+    what = trained.get(facts["train"], f"head and last layers, from {first} on")
+    return f"distil: {what}, follow the base's logits, peak rate {facts['rate']:g}"
 
 
 def _fall(facts: Mapping[str, Any]) -> str:

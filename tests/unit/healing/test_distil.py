@@ -62,7 +62,8 @@ def test_the_loss_is_the_divergence_of_the_stock_models(tmp_path, family, kept):
     windows = cut_healing(table(), base)
     shared = count_shared(base, student)
     assert shared == next(i for i in range(5) if i == 4 or kept[i] != i)
-    assert find_first_trained(4, "all", shared) == min(shared, 1)
+    assert find_first_trained(4, "changed", shared) == min(shared, 1)
+    assert find_first_trained(4, "all", shared) == 0
     models = [AutoModelForCausalLM.from_pretrained(c.path, dtype=torch.float32).eval() for c in (base, student)]
     trained, _ = choose_trained(models[1], "all", shared)
     module = Student(*models, shared, trained, positions=1.0, length=16)
@@ -116,6 +117,17 @@ def test_only_what_comes_after_the_first_change_is_trained(pair, tmp_path):
     names = {name.split(".")[2] for name in made.tensors if ".layers." in name}
     assert names == {"2", "3", "4"} and "model.norm.weight" in made.tensors
     assert not any("embed" in name or "lm_head" in name for name in made.tensors)
+
+
+def test_all_layers_are_trained_where_that_is_asked_for(pair, tmp_path):
+    base, student = pair
+    made = heal(base, student, tmp_path / "scratch", train="all", rate=1e-3)
+    names = {name.split(".")[2] for name in made.tensors if ".layers." in name}
+    assert names == {"0", "1", "2", "3", "4"} and "model.norm.weight" in made.tensors
+    assert not any("embed" in name or "lm_head" in name for name in made.tensors)
+    replace_tensors(student, made.tensors, tmp_path / "healed")
+    after = divergence(base, open_checkpoint(tmp_path / "healed"), cut_healing(table(), base).heldout)
+    assert made.facts["best"] == pytest.approx(after, rel=1e-4) and after < 0.95 * made.facts["start"]
 
 
 @pytest.mark.parametrize("tied", [True, False])

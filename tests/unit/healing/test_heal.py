@@ -32,7 +32,20 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-ARGUMENTS = ["heal", "cut", "--base", "base", "--table", "table.jsonl", "--tokens", "2048", "--rate", "0.003"]
+ARGUMENTS = [
+    "heal",
+    "cut",
+    "--base",
+    "base",
+    "--table",
+    "table.jsonl",
+    "--tokens",
+    "2048",
+    "--rate",
+    "0.003",
+    "--train",
+    "changed",
+]
 
 
 def load(folder):

@@ -383,7 +383,7 @@ def test_recovery_picture_states_bounds_and_thresholds() -> None:
 
 HEALING = {
     "mode": "distil",
-    "train": "all",
+    "train": "changed",
     "first_layer": 12,
     "tokens": 5120,
     "windows": {"one": 12, "two": 8},
@@ -409,7 +409,7 @@ def test_a_healing_is_told_with_its_curve_and_its_guess_is_called_one(tmp_path: 
     told = " ".join(page.text.split())
     for said in (
         "0.500 → 0.250 nats per token",
-        "all weights from layer 12 on",
+        "layers from 12 on",
         "5,120 in windows of 256",
         "256 tokens/s",
     ):
