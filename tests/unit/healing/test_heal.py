@@ -32,20 +32,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-ARGUMENTS = [
-    "heal",
-    "cut",
-    "--base",
-    "base",
-    "--table",
-    "table.jsonl",
-    "--tokens",
-    "2048",
-    "--rate",
-    "0.003",
-    "--train",
-    "changed",
-]
+ARGUMENTS = ["heal", "cut", "--base", "base", "--table", "table.jsonl", "--tokens", "2048", "--rate", "0.003"]
 
 
 def load(folder):
