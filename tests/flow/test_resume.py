@@ -67,7 +67,7 @@ def test_importing_the_flow_is_light():
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_ended_leaves_no_server_and_says_how_to_go_on(project, sent):
     """A killed run cannot end its server: the next run in the same Prefect home does."""
     log, home = project.folder / "log.txt", project.folder / "prefect"
