@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support.bench import TINY, make_bench_folder
-from support.killing import run_forked
+from support.killing import run_killed
 from support.models import make_texts, make_tiny_model, save_model
 
 from mka.cli.main import main
@@ -88,7 +88,7 @@ def test_a_killed_command_ends_as_if_it_had_never_been_killed(place, name, monke
 
     def run(at: int | None) -> tuple[int, list[str]]:
         folders = [place / "work", place / "out", place / ".out", place / "docs"]
-        return run_forked(lambda: main(command(place, name)), folders, at, log)
+        return run_killed(command(place, name), folders, at, log)
 
     forget(place)
     code, operations = run(None)

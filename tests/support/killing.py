@@ -7,6 +7,7 @@ not seen. A kill falls between any two of Python's own operations, and before or
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,11 +66,11 @@ def arm(folders: Sequence[Path], at: int | None, tell: Callable[[str], None] = l
     sys.addaudithook(watch)
 
 
-def run_forked(main: Callable[[], int], folders: Sequence[Path], at: int | None, log: Path) -> tuple[int, list[str]]:
-    """Run something in a fork of this process, which has imported everything already.
+def run_killed(arguments: Sequence[str], folders: Sequence[Path], at: int | None, log: Path) -> tuple[int, list[str]]:
+    """Run ``mka`` in a process of its own.
 
     Args:
-        main: returns an exit code.
+        arguments: of the command line.
         folders: of `arm`.
         at: of `arm`.
         log: file that what it prints goes to.
@@ -79,20 +80,26 @@ def run_forked(main: Callable[[], int], folders: Sequence[Path], at: int | None,
     """
     kinds = log.with_suffix(".kinds")
     kinds.write_text("")
-    child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            output = log.open("w", buffering=1)
-            sys.stdout = sys.stderr = output
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
-            # Open before counting begins, and unbuffered: a killed process tells what it came to.
-            told = os.open(kinds, os.O_WRONLY | os.O_APPEND)
-            arm(folders, at, lambda kind: os.write(told, json.dumps(kind).encode() + b"\n") and None)
-            code = main()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status), [json.loads(line) for line in kinds.read_text().splitlines()]
+    given = json.dumps([list(arguments), [str(folder) for folder in folders], at, str(kinds)])
+    with log.open("w") as output:
+        done = subprocess.run([sys.executable, __file__, given], stdout=output, stderr=output, check=False)
+    return done.returncode, [json.loads(line) for line in kinds.read_text().splitlines()]
+
+
+def main(given: str) -> int:
+    """Run ``mka`` as `run_killed` asks for it."""
+    from mka.cli.main import main as run
+
+    arguments, folders, at, kinds = json.loads(given)
+    # Open before counting begins, and unbuffered: a killed process tells what it came to.
+    told = os.open(kinds, os.O_WRONLY | os.O_APPEND)
+    arm(
+        [Path(folder) for folder in folders],
+        at,
+        lambda kind: os.write(told, json.dumps(kind).encode() + b"\n") and None,
+    )
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
