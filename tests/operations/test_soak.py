@@ -14,7 +14,7 @@ pytestmark = pytest.mark.operations
 
 RUNS = int(os.environ.get("MKA_SOAK", "0"))
 # The first runs load libraries and make databases.
-WARM = 2
+WARM = 4
 # Per run, after those. Disk: the stored results of one tiny run and its registered version.
 MOST = {"memory": 4e6, "handles": 0.5, "processes": 0.0, "threads": 0.5, "disk": 6e6, "database": 1.5e6}
 
