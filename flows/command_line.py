@@ -7,12 +7,11 @@ from typing import Any, TextIO
 
 from mka.errors import MkaError, ServerError
 from mka.outside.printable import LONGEST, describe_error, make_printable, one_line
-from mka.terminal import explain_unforeseen, interrupt_on_sigterm, keep_traceback
+from mka.terminal import INTERRUPTED, explain_unforeseen, interrupt_on_sigterm, keep_traceback
 from tasks.machine.temporary import start_temporary_server
 from tasks.machine.workplace import find_workplace
 from tasks.registry.tracking import refuse_password
 
-INTERRUPTED = 130
 # Whose exceptions mean that something which answered at the start does so no more: package -> what a person calls it.
 SERVICES = {
     **dict.fromkeys(("prefect", "httpx", "httpcore", "anyio"), "the Prefect server"),

@@ -16,6 +16,8 @@ import click
 from mka.errors import MkaError
 from mka.outside.printable import describe_error, hide_passwords, make_printable
 
+# Exit code of what ^C or SIGTERM ended.
+INTERRUPTED = 130
 # Files with the traceback of something nobody foresaw; older ones than the last few go.
 TRACEBACK, KEPT_TRACEBACKS = "traceback-", 20
 

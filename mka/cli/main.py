@@ -26,9 +26,7 @@ from mka.cli.score import score
 from mka.cli.write import write
 from mka.errors import MkaError
 from mka.outside.printable import LONGEST, one_line
-from mka.terminal import SHARED_MACHINE, explain_unforeseen, interrupt_on_sigterm
-
-INTERRUPTED = 130
+from mka.terminal import INTERRUPTED, SHARED_MACHINE, explain_unforeseen, interrupt_on_sigterm
 
 
 class Interrupted(MkaError):
