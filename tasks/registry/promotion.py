@@ -200,10 +200,21 @@ def find_previous(uri: str, model: str) -> tuple[str, RegisteredVersion]:
         PromotionError: if there is nothing to go back to.
     """
     aliases = read_aliases(uri, model)
-    if CHAMPION not in aliases or aliases.get(PREVIOUS) in (None, aliases[CHAMPION]):
+    champion, previous = aliases.get(CHAMPION), aliases.get(PREVIOUS)
+    if champion is not None and previous == champion:
+        # A move was killed between its two aliases; what made the champion one knows whom it replaced.
+        previous = _read_replaced(read_version(uri, model, champion))
+    if champion is None or previous is None:
         known = ", ".join(f"{alias} = version {number}" for alias, number in sorted(aliases.items())) or "no alias"
         raise PromotionError(f"{model} has no previous champion to go back to ({known}); promote a version instead")
-    return aliases[CHAMPION], read_version(uri, model, aliases[PREVIOUS])
+    return champion, read_version(uri, model, previous)
+
+
+def _read_replaced(champion: RegisteredVersion) -> str | None:
+    """Return the version that was champion before; None if there was none, or no record says so."""
+    moves = sorted(name for name in champion.tags if name.startswith(MOVE))
+    replaced = json.loads(champion.tags[moves[-1]]).get("from") if moves else None
+    return replaced if replaced != champion.version else None
 
 
 def find_candidate(uri: str, model: str) -> RegisteredVersion:

@@ -181,6 +181,34 @@ def test_a_promotion_that_comes_second_is_held_against_the_new_champion(project,
     assert aliases(project) == {"champion": 3, "previous": 2}
 
 
+@pytest.mark.parametrize("killed_at", ["previous", "champion"])
+def test_a_move_killed_between_its_aliases_is_gone_back_from_and_on_with(project, registered, monkeypatch, killed_at):
+    from mlflow import MlflowClient
+
+    from tasks.registry.promotion import find_previous, move_champion
+
+    first, second, third = registered[:3]
+    uri, moved = first.uri, {"who": "a", "why": "b"}
+    move_champion(first, expected=None, action="promote", **moved)
+    move_champion(second, expected="1", action="promote", **moved)
+    point = MlflowClient.set_registered_model_alias
+
+    def die(client, name, alias, version):
+        if alias == killed_at:
+            raise KeyboardInterrupt
+        point(client, name, alias, version)
+
+    for target, action in ((third, "promote"), (first, "rollback")):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(MlflowClient, "set_registered_model_alias", die)
+            move_champion(target, expected="2", action=action, **moved)
+        assert aliases(project)["champion"] == 2
+        champion, previous = find_previous(uri, "tiny")
+        assert (champion, previous.version) == ("2", "1")
+    move_champion(first, expected="2", action="rollback", **moved)
+    assert aliases(project) == {"champion": 1, "previous": 2}
+
+
 @pytest.mark.parametrize(
     ("name", "verdict", "met"),
     [

@@ -1,15 +1,19 @@
-"""A process that ends itself with SIGKILL at a chosen file-system operation below chosen folders.
+"""A process that ends itself with SIGKILL at a chosen file-system operation below chosen folders, or in a database.
 
-Python announces its file-system operations to audit hooks; what a library does below Python (safetensors, SQLite) is
-not seen. A kill falls between any two of Python's own operations, and before or after what a library does, not within.
+Python announces its file-system operations to audit hooks, and SQLite each statement that it is about to run; what
+another library does below Python (safetensors) is not seen. A kill falls between any two of those operations, and
+before or after what such a library does, not within.
 """
 
+import importlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 # Audit event -> which of its arguments name paths.
@@ -30,10 +34,14 @@ OPERATIONS = {
     "shutil.rmtree": (0,),
     "shutil.move": (0, 1),
 }
+# First words of statements after which a database is another.
+WRITES = ("INSERT", "UPDATE", "DELETE", "COMMIT", "CREATE")
 
 
 def arm(folders: Sequence[Path], at: int | None, tell: Callable[[str], None] = lambda kind: None) -> None:
-    """Count file-system operations below folders from now on, and die at the one with the number ``at``.
+    """Count operations from now on, and die at the one with the number ``at``.
+
+    What counts are file-system operations below the folders, and statements that write into SQLite databases.
 
     Args:
         folders: where operations count.
@@ -43,8 +51,22 @@ def arm(folders: Sequence[Path], at: int | None, tell: Callable[[str], None] = l
     roots = tuple(str(folder.resolve()) for folder in folders)
     count = 0
 
-    def watch(event: str, arguments: tuple) -> None:
+    def come_to(kind: str) -> None:
         nonlocal count
+        count += 1
+        tell(kind)
+        if count == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def read_statement(statement: str) -> None:
+        first = statement.lstrip().partition(" ")[0].rstrip(";").upper()
+        if first in WRITES:
+            come_to(f"sql {first.lower()}")
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event == "sqlite3.connect/handle":
+            arguments[0].set_trace_callback(read_statement)
+            return
         places = OPERATIONS.get(event)
         if places is None:
             return
@@ -58,39 +80,58 @@ def arm(folders: Sequence[Path], at: int | None, tell: Callable[[str], None] = l
             mode = arguments[1] if len(arguments) > 1 else None
             writes = flags & (os.O_WRONLY | os.O_RDWR) or (isinstance(mode, str) and set(mode) & set("wax+"))
             kind = "open to write" if writes else "open to read"
-        count += 1
-        tell(kind)
-        if count == at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        come_to(kind)
 
     sys.addaudithook(watch)
 
 
-def run_killed(arguments: Sequence[str], folders: Sequence[Path], at: int | None, log: Path) -> tuple[int, list[str]]:
-    """Run ``mka`` in a process of its own.
+def draw_kills(operations: Sequence[str], count: int, seed: int = 0) -> Iterator[tuple[int, str]]:
+    """Yield numbers of operations with their kinds: as many of every kind as of any other, at places drawn at random.
 
     Args:
-        arguments: of the command line.
+        operations: kinds of those that an undisturbed run came to.
+        count: how many.
+        seed: of the places.
+    """
+    rng, by_kind = random.Random(seed), defaultdict(list)
+    for number, kind in enumerate(operations, 1):
+        by_kind[kind].append(number)
+    kinds = sorted(by_kind)
+    for turn in range(count):
+        kind = kinds[turn % len(kinds)]
+        yield rng.choice(by_kind[kind]), kind
+
+
+def run_killed(
+    command: Sequence[str], folders: Sequence[Path], at: int | None, log: Path, environment: Mapping[str, str]
+) -> tuple[int, list[str]]:
+    """Run a command of this project in a process of its own.
+
+    Args:
+        command: the module of its ``main``, and the arguments for that.
         folders: of `arm`.
         at: of `arm`.
         log: file that what it prints goes to.
+        environment: of the process.
 
     Returns:
         Its exit code, -9 if it was killed, and the kinds of the operations it came to.
     """
     kinds = log.with_suffix(".kinds")
     kinds.write_text("")
-    given = json.dumps([list(arguments), [str(folder) for folder in folders], at, str(kinds)])
+    given = json.dumps([list(command), [str(folder) for folder in folders], at, str(kinds)])
     with log.open("w") as output:
-        done = subprocess.run([sys.executable, __file__, given], stdout=output, stderr=output, check=False)
+        program = [sys.executable, __file__, given]
+        done = subprocess.run(program, stdout=output, stderr=output, env=environment, check=False)
     return done.returncode, [json.loads(line) for line in kinds.read_text().splitlines()]
 
 
 def main(given: str) -> int:
-    """Run ``mka`` as `run_killed` asks for it."""
-    from mka.cli.main import main as run
-
-    arguments, folders, at, kinds = json.loads(given)
+    """Run the command as `run_killed` asks for it."""
+    (program, *arguments), folders, at, kinds = json.loads(given)
+    # A flow settles its environment before it imports Prefect.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    module = importlib.import_module(program)
     # Open before counting begins, and unbuffered: a killed process tells what it came to.
     told = os.open(kinds, os.O_WRONLY | os.O_APPEND)
     arm(
@@ -98,7 +139,7 @@ def main(given: str) -> int:
         at,
         lambda kind: os.write(told, json.dumps(kind).encode() + b"\n") and None,
     )
-    return run(arguments)
+    return int(module.main(arguments))
 
 
 if __name__ == "__main__":
