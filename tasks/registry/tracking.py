@@ -3,8 +3,10 @@
 import logging
 import os
 import re
+import sqlite3
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 # Tag of versions that hold every file and are named.
 COMPLETE = "mka.complete"
 _SQLITE = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]+)")
+# For so long a store that is a file may be held by somebody else; MLflow's own patience is 20 s.
+HELD_SECONDS = 120
 # Stores whose tables this process knows to be there.
 _OPENED: set[str] = set()
 
@@ -95,7 +99,7 @@ def connect_registry(uri: str) -> Iterator[Any]:
     """Yield an MLflow client on a store; MLflow's own functions use it too until the end. Not to be nested.
 
     A store that is a file is made by one process while the others wait: MLflow's own tables take turns, what it writes
-    into them first does not.
+    into them first does not. One that somebody holds is waited for.
 
     Raises:
         RegistryError: if it cannot be reached.
@@ -112,19 +116,43 @@ def connect_registry(uri: str) -> Iterator[Any]:
     for logger in ("mlflow", "alembic"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     with _restore_environment("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        untouched = "; nothing was changed there"
         try:
+            _wait_for(uri)
             mlflow.set_tracking_uri(uri)
             mlflow.set_registry_uri(uri)
-            yield _open_client(uri)
+            client = _open_client(uri)
+            untouched = ""
+            yield client
         except (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError) as error:
             reason = hide_passwords(" ".join(str(error).split()))[:200]
             raise RegistryError(
-                f"registry {uri} cannot be used: {reason}; nothing was changed there. Start it, or name another in "
+                f"registry {uri} cannot be used: {reason}{untouched}. Start it, or name another in "
                 f"registry.tracking_uri or MLFLOW_TRACKING_URI"
             ) from None
         finally:
             mlflow.set_tracking_uri(None)
             mlflow.set_registry_uri(None)
+
+
+def _wait_for(uri: str) -> None:
+    """Wait until nobody else holds a store that is a file, for so long as somebody may; then it is MLflow's to fail."""
+    database = find_database(uri)
+    if database is None or not database.exists() or not os.access(database, os.W_OK):
+        return
+    deadline = time.monotonic() + HELD_SECONDS
+    while time.monotonic() < deadline:
+        # A second at a time: SQLite does not hear ^C while it waits.
+        with closing(sqlite3.connect(database, isolation_level=None, timeout=1.0)) as connection:
+            try:
+                connection.execute("begin immediate")
+                connection.execute("rollback")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                    return
+            except sqlite3.DatabaseError:  # no database: MLflow says so
+                return
 
 
 def _open_client(uri: str) -> Any:

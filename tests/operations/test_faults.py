@@ -102,7 +102,7 @@ def test_a_read_only_disk_is_one_line(compress, disk, tmp_path, fixed):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("seconds", [8])
+@pytest.mark.parametrize("seconds", [8, 60])
 def test_a_database_that_somebody_holds_is_waited_for(tmp_path, monkeypatch, capsys, seconds):
     from prefect.testing.utilities import prefect_test_harness
 
@@ -126,12 +126,9 @@ def test_a_database_that_somebody_holds_is_waited_for(tmp_path, monkeypatch, cap
         capsys.readouterr()
         code = project.run(gate__perplexity_recovery=0.02)
         said = capsys.readouterr().err
-        if code:  # it gave up, in one line
-            assert code == 2 and said.splitlines()[-1].startswith("recompress: registry "), said
-        assert "Traceback" not in said
         holder.join()
-        assert project.run(gate__perplexity_recovery=0.02) == 0
+        assert code == 0 and "Traceback" not in said, said
     versions = project.client.search_model_versions("name = 'tiny'")
     assert len(versions) == 2
     with capsys.disabled():
-        print(f"\ndatabase held for {seconds} s: {'refused in one line' if code else 'waited'}")
+        print(f"\ndatabase held for {seconds} s: waited")
