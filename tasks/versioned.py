@@ -103,11 +103,29 @@ def _copy(place: Workplace, version: Version, target: Path) -> None:
             f"{version.path} at revision {version.rev[:12]} is not in the DVC cache ({type(error).__name__}); "
             "`make data` rebuilds it, `dvc pull` fetches it"
         ) from None
-    if not is_folder:
-        data = target.read_bytes()
-        # Older DVC digested text with the line ends of Unix.
-        sums = [hashlib.md5(b, usedforsecurity=False).hexdigest() for b in (data, data.replace(b"\r\n", b"\n"))]
-        _require_same(version, sums[1] if sums[1] == version.digest else sums[0])
+    # Older DVC digested text with the line ends of Unix.
+    sums = [_digest_as_dvc(target, unix_ends) for unix_ends in (False, True)]
+    _require_same(version, sums[1] if sums[1] == version.digest else sums[0])
+
+
+def _digest_as_dvc(path: Path, unix_ends: bool) -> str:
+    """Return the digest that DVC records of a file, or of the list of a folder's files."""
+
+    def digest(file: Path) -> str:
+        data = file.read_bytes()
+        return hashlib.md5(data.replace(b"\r\n", b"\n") if unix_ends else data, usedforsecurity=False).hexdigest()
+
+    if path.is_file():
+        return digest(path)
+    from dvc_data.hashfile.hash_info import HashInfo
+    from dvc_data.hashfile.tree import Tree
+
+    tree = Tree()
+    for file in path.rglob("*"):
+        if file.is_file():
+            tree.add(file.relative_to(path).parts, None, HashInfo("md5", digest(file)))
+    tree.digest()
+    return str(tree.oid)
 
 
 def _require_same(version: Version, found: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mka.outside.printable import make_page
 from mka.terminal import Outcome, align
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def reports(command: Callable[..., Outcome]) -> Callable[..., None]:
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")
             outcome = command(*args, **options)
-        click.echo(json.dumps(outcome.document, indent=2, default=str) if as_json else outcome.text)
+        click.echo(json.dumps(outcome.document, indent=2, default=str) if as_json else make_page(outcome.text))
         if outcome.refusal is not None:
             raise outcome.refusal
 

@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from mka.errors import GuardError, PromotionError
+from mka.errors import GuardError, PromotionError, RecipeError
 from mka.evaluation.metrics import read_check
 from mka.evaluation.rules import asks_control, asks_speed, rules_against_champion
 from mka.model.checkpoint import Checkpoint, describe_checkpoint, open_checkpoint
+from mka.outside.reading import UnreadableError
 from mka.pipeline.control import CONTROL
 from mka.pipeline.evaluate import (
     BASE,
@@ -30,6 +30,7 @@ from mka.pipeline.recipes import validate_recipe
 from mka.pipeline.stage import Found
 from mka.recipe import Recipe
 from mka.report.verdict import tell_checks
+from mka.sections import parse_yaml
 from mka.store.products import Product
 from tasks.base_model import pin_base_model
 from tasks.machine.workplace import Workplace
@@ -49,7 +50,13 @@ def read_recipe(version: RegisteredVersion) -> Recipe:
         import mlflow
 
         text = mlflow.artifacts.load_text(f"runs:/{version.run_id}/recipe.yaml")
-    return validate_recipe(yaml.safe_load(text), f"recipe of {version.label}")
+    where = f"recipe of {version.label}"
+    try:
+        return validate_recipe(parse_yaml(text), where)
+    except UnreadableError as error:
+        raise RecipeError(
+            f"{where} cannot be read: {error}; it was changed in the registry, run its recipe again"
+        ) from None
 
 
 def refuse_unapproved(recipe: Recipe, approver: str | None) -> None:

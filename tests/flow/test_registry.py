@@ -291,6 +291,28 @@ def test_a_table_that_changes_after_its_digest_was_taken_is_refused(project):
     assert list(place.stages.glob("tables-*")) == []
 
 
+def test_a_tracked_folder_is_copied_whole_or_refused(project, monkeypatch):
+    from dvc.api import DVCFileSystem
+
+    from tasks.machine.workplace import find_workplace
+    from tasks.versioned import copy_tables, resolve_versions
+
+    place, table = find_workplace(), Path("data/prepared/evaluation")
+    taken = resolve_versions(place, [table], "HEAD")
+    assert taken[str(table)].digest.endswith(".dir")
+    get = DVCFileSystem.get
+
+    def lose_one(files, source, target, **options):
+        get(files, source, target, **options)
+        min(file for file in Path(target).rglob("*") if file.is_file()).unlink()
+
+    with monkeypatch.context() as patched, pytest.raises(CalibrationError, match="is not what it was a moment ago"):
+        patched.setattr(DVCFileSystem, "get", lose_one)
+        copy_tables(place, taken)
+    copied = copy_tables(place, taken)
+    assert {f.name for f in (copied.folder / taken[str(table)].copy).iterdir()} == {f.name for f in table.iterdir()}
+
+
 def test_of_one_registered_model_one_process_at_a_time_registers_whatever_room_runs_have(project, monkeypatch):
     from tasks.registry.tracking import hold_registered
 

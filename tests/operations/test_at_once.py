@@ -1,4 +1,4 @@
-"""Several at the same moment, from nothing: flows, identical ones among them, and promoters.
+"""Several at the same moment, from nothing: flows, identical ones among them, promoters and watchers.
 
 `MKA_ROUNDS=20` repeats each program; the figures are printed (`-s` shows them).
 """
@@ -17,24 +17,25 @@ ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = range(int(os.environ.get("MKA_ROUNDS", "1")))
 SECONDS = 900
 PROMOTERS = 8
+WATCHERS = 3
 
 pytestmark = [pytest.mark.operations, pytest.mark.timeout(2 * SECONDS)]
 
 
-def environment(project):
+def make_environment(project):
     """What a person has who named no server: everything is made in a fresh work folder."""
     unset = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
     kept = {name: value for name, value in os.environ.items() if name not in unset}
     return kept | {"MKA_WORK": str(project.work), "MKA_SLOTS": str(PROMOTERS), "PYTHONPATH": str(ROOT)}
 
 
-def run_together(project, commands):
+def run_together(environment, commands):
     """Start commands of this project in processes of their own, all at once; returns what came of each."""
     started = [
         subprocess.Popen(
             [sys.executable, "-m", *command],
             cwd=ROOT,
-            env=environment(project),
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -85,7 +86,7 @@ def test_flows_that_start_at_once_from_nothing_all_end_and_make_one_version_of_o
         write_recipe(project, "fewer", target__layers=4, gate__champion_recovery=0.01),
         write_recipe(project, "other", name="other"),
     ]
-    done = run_together(project, [["flows.recompress", recipe] for recipe in recipes])
+    done = run_together(make_environment(project), [["flows.recompress", recipe] for recipe in recipes])
     refuse_tracebacks(done)
     versions, states = read_registry(project)
     keys = count_keys(versions)
@@ -101,7 +102,7 @@ def test_flows_that_start_at_once_from_nothing_all_end_and_make_one_version_of_o
 @pytest.mark.parametrize("number", ROUNDS)
 def test_four_identical_runs_make_one_version(tmp_path, number):
     project = Project(tmp_path)
-    done = run_together(project, [["flows.recompress", write_recipe(project, "same")]] * 4)
+    done = run_together(make_environment(project), [["flows.recompress", write_recipe(project, "same")]] * 4)
     refuse_tracebacks(done)
     versions, states = read_registry(project)
     print(f"\nround {number}: exit codes {[one.returncode for one in done]}, versions {len(versions)}, runs {states}")
@@ -114,10 +115,10 @@ def test_of_first_promoters_at_once_each_moves_the_champion_or_is_refused_in_one
     project = Project(tmp_path)
     changes = {"registry__promote": "manual", "gate__champion_recovery": 0.01}
     recipes = [write_recipe(project, f"layers-{layers}", target__layers=layers, **changes) for layers in (5, 4)]
-    refuse_tracebacks(run_together(project, [["flows.recompress", recipe] for recipe in recipes]))
+    refuse_tracebacks(run_together(make_environment(project), [["flows.recompress", recipe] for recipe in recipes]))
     assert "champion" not in project.client.get_registered_model("tiny").aliases
     command = ["flows.promote", "tiny", "--because", "evidence read", "--version"]
-    done = run_together(project, [[*command, str(1 + turn % 2)] for turn in range(PROMOTERS)])
+    done = run_together(make_environment(project), [[*command, str(1 + turn % 2)] for turn in range(PROMOTERS)])
     refuse_tracebacks(done)
     codes = collections.Counter(one.returncode for one in done)
     tags = [version.tags for version in project.client.search_model_versions("name = 'tiny'")]
@@ -129,3 +130,20 @@ def test_of_first_promoters_at_once_each_moves_the_champion_or_is_refused_in_one
         if one.returncode:
             line = one.stderr.strip().splitlines()[-1]
             assert line.startswith("promote: tiny version ") and "is champion already" in line
+
+
+@pytest.mark.parametrize("number", ROUNDS)
+def test_of_watchers_at_once_one_starts_the_recompression(stack, tmp_path, number):
+    from prefect.client.orchestration import SyncPrefectClient
+
+    recipe = write_recipe(Project(tmp_path), "watched", name=f"watched-{number}")
+    done = run_together(stack.environment | {"PYTHONPATH": str(ROOT)}, [["flows.watch", recipe]] * WATCHERS)
+    refuse_tracebacks(done)
+    assert [one.returncode for one in done] == [0] * WATCHERS, "\n".join(one.stderr[-500:] for one in done)
+    with SyncPrefectClient(f"{stack.prefect}/api") as client:
+        runs = [run for run in client.read_flow_runs() if run.parameters.get("recipe") == recipe and run.deployment_id]
+    said = [line for one in done for line in one.stdout.splitlines() if recipe in line or "started" in line]
+    print(f"\nround {number}: {len(runs)} run, {said}")
+    assert len(runs) == 1
+    assert sum("; started " in line for line in said) == 1
+    assert sum("was started for it before" in line for line in said) == WATCHERS - 1
