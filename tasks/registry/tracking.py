@@ -126,8 +126,10 @@ def connect_registry(uri: str) -> Iterator[Any]:
             yield client
         except (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError) as error:
             reason = hide_passwords(" ".join(str(error).split()))[:200]
+            asks = getattr(error, "error_code", "") == "UNAUTHENTICATED"
+            advice = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if asks else "Start it"
             raise RegistryError(
-                f"registry {uri} cannot be used: {reason}{untouched}. Start it, or name another in "
+                f"registry {uri} cannot be used: {reason}{untouched}. {advice}, or name another in "
                 f"registry.tracking_uri or MLFLOW_TRACKING_URI"
             ) from None
         finally:
