@@ -2,7 +2,7 @@
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -105,12 +105,26 @@ def open_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
         raise CheckpointError(f"{path}: no such model folder")
     config = read_json(path / "config.json")
     family = get_family(config.get("model_type"), str(path))
-    stored = read_weights(path, config)
+    stored = _name_as_stock(read_weights(path, config), family, config, path)
     verified = verify and verify_sums(path)
     tensors = {name: info for name, info in stored.items() if not family.is_derived(name)}
     kinds = _kinds(path, config, family, tensors)
     left_out = tuple(name for name in stored if name not in tensors)
     return Checkpoint(path, config, family, kinds, tensors, verified, left_out)
+
+
+def _name_as_stock(
+    stored: dict[str, TensorInfo], family: Family, config: dict[str, Any], path: Path
+) -> dict[str, TensorInfo]:
+    """Give a backbone's tensors the names they have in the whole model, as stock loading does.
+
+    Only where the head is tied: one that is its own would be missing.
+    """
+    names = {name: f"{family.backbone}.{name}" for name in stored}
+    whole = any(family.split_tensor(name) for name in stored)
+    if whole or not any(map(family.split_tensor, names.values())) or not build_config(config, path).tie_word_embeddings:
+        return stored
+    return {names[name]: replace(info, name=names[name]) for name, info in stored.items()}
 
 
 def _kinds(
@@ -120,8 +134,8 @@ def _kinds(
     claimed = raw.get("num_hidden_layers")
     if not found and (bare := [name for name in tensors if family.split_tensor(f"{family.backbone}.{name}")]):
         raise CheckpointError(
-            f"{path}: weights are a backbone's alone: keys such as {bare[0]} lack {family.backbone!r} in front; load "
-            "the folder with transformers' AutoModelForCausalLM, save it, and give that"
+            f"{path}: weights are a backbone's alone: keys such as {bare[0]} lack {family.backbone!r} in front, and no "
+            "file holds the head, which is not tied to the embedding; save the whole model, and give that"
         )
     if type(claimed) is not int or claimed != len(found) or found != set(range(len(found))):
         raise CheckpointError(

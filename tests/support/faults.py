@@ -16,6 +16,7 @@ from support.field import (
     reindex,
     rewrite,
     save,
+    save_backbone,
     save_configured,
     save_shards,
     save_tied_head,
@@ -26,12 +27,6 @@ from support.models import make_tokenizer
 def save_foreign_index(folder: Path) -> Path:
     """An index of shards that were never uploaded; all tensors lie under other names."""
     return reindex(save_shards(folder), lambda m: m.update({k: f"part-{i % 9}.safetensors" for i, k in enumerate(m)}))
-
-
-def save_backbone(folder: Path, tied: bool) -> Path:
-    """Keys without the part in front, as embedding models are published."""
-    save(folder, "qwen3", tie_word_embeddings=tied)
-    return rewrite(folder, lambda w: {k.removeprefix("model."): v for k, v in w.items() if k != "lm_head.weight"})
 
 
 def save_large_tokenizer(folder: Path) -> Path:
@@ -120,8 +115,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "linked shard": (_link_shard, ("model-00002", "is a link out of the model folder")),
     "linked config": (_link("config.json"), ("config.json", "is a link out of the model folder")),
     "linked tokenizer": (_link("tokenizer.json"), ("tokenizer.json", "is a link out of the model folder")),
-    "backbone": (lambda f: save_backbone(f, True), ("keys such as", "lack 'model' in front")),
-    "headless backbone": (lambda f: save_backbone(f, False), ("keys such as", "lack 'model' in front")),
+    "headless backbone": (
+        lambda f: save_backbone(f, False),
+        ("keys such as", "lack 'model' in front", "no file holds a head"),
+    ),
     "more tokens than rows": (save_large_tokenizer, ("2 tokens", "97 rows", "'<PRE>' (97)", "'<SUF>' (98)")),
     "adapter beside": (save_adapter, ("adapter_config.json", "merge it", "take adapter_config.json out")),
     "other weights named": (

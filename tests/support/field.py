@@ -108,6 +108,12 @@ def save_tied_head(folder: Path, change: Callable = torch.clone) -> Path:
     return rewrite(folder, lambda w: w | {"lm_head.weight": change(w["model.embed_tokens.weight"])})
 
 
+def save_backbone(folder: Path, tied: bool) -> Path:
+    """Keys without the part in front, as embedding models are published."""
+    save(folder, "qwen3", tie_word_embeddings=tied)
+    return rewrite(folder, lambda w: {k.removeprefix("model."): v for k, v in w.items() if k != "lm_head.weight"})
+
+
 def save_configured(folder: Path, kind: str = "llama", **changes) -> Path:
     """A model whose config.json was changed."""
     edit(save(folder, kind) / "config.json", **changes)
@@ -142,6 +148,10 @@ WORKING: dict[str, tuple[Callable[[Path], Path], Callable]] = {
     "two generations": (save_two_generations, lambda: make_tiny_model("llama")),
     "stale shards": (save_stale_shards, lambda: make_tiny_model("llama")),
     "hub cache": (save_hub_cache, lambda: make_tiny_model("llama")),
+    "tied backbone": (
+        lambda f: save_backbone(f, True),
+        lambda: make_tiny_model("qwen3", tie_word_embeddings=True),
+    ),
     "rotary frequencies": (save_frequencies, lambda: make_tiny_model("llama")),
     "no metadata": (lambda f: rewrite(save(f), dict), lambda: make_tiny_model("llama")),
     "mlx metadata": (lambda f: rewrite(save(f), dict, format="mlx"), lambda: make_tiny_model("llama")),

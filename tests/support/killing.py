@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections import defaultdict
@@ -63,10 +64,16 @@ def arm(folders: Sequence[Path], at: int | None, tell: Callable[[str], None] = l
         if first in WRITES:
             come_to(f"sql {first.lower()}")
 
+    connect = sqlite3.connect
+
+    def connect_watched(*arguments: object, **options: object) -> sqlite3.Connection:
+        connection = connect(*arguments, **options)
+        connection.set_trace_callback(read_statement)
+        return connection
+
+    sqlite3.connect = sqlite3.dbapi2.connect = connect_watched
+
     def watch(event: str, arguments: tuple) -> None:
-        if event == "sqlite3.connect/handle":
-            arguments[0].set_trace_callback(read_statement)
-            return
         places = OPERATIONS.get(event)
         if places is None:
             return
