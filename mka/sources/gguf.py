@@ -9,6 +9,8 @@ from mka.model.families import FAMILIES
 from mka.model.weights import read_json
 from mka.terminal import quiet_libraries
 
+GGUF = ".gguf"
+
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write a GGUF file as a stock safetensors folder: config, dequantized float32 weights, tokenizer.

@@ -9,6 +9,12 @@ from mka.recipe import ModelSource
 from mka.store.sums import file_sha256
 
 HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+# A model's page on the hub, as people copy it.
+HUB_PAGE = re.compile(
+    r"https?://(?:huggingface\.co|hf\.co)/(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?:tree|blob|resolve|commit)"
+    r"/(?P<revision>[\w.-]+)(?:/.*)?)?/?(?:[?#].*)?",
+    re.ASCII,
+)
 # Weights as safetensors, configuration and tokenizer; no pickles, no other frameworks' weights.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt"]
 # Copies of the weights that some repositories carry beside the transformers ones.

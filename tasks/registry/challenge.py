@@ -79,7 +79,7 @@ def refuse_stale(place: Workplace, recipe: Recipe, version: RegisteredVersion) -
         PromotionError: naming both revisions.
         CheckpointError: if the base cannot be found.
     """
-    for tag, now in pin_base_model(place, recipe.model).items():
+    for tag, now in pin_base_model(place, recipe).items():
         then = version.tags.get(tag, "unknown")
         if then != now:
             raise PromotionError(

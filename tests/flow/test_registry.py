@@ -291,6 +291,26 @@ def test_a_table_that_changes_after_its_digest_was_taken_is_refused(project):
     assert list(place.stages.glob("tables-*")) == []
 
 
+def test_a_base_may_be_a_version_of_the_registry(project, capsys):
+    whole = {"quantize__scheme": "off", "gate__champion_recovery": 0.01}
+    assert project.run(name="parent", **whole) == 0
+    parent = project.client.get_model_version("parent", "1").tags["candidate_digest"]
+    child = {"name": "child", "target__layers": 4, **whole}
+    for address in ("models:/parent@champion", "models:/parent/1"):
+        assert project.run(model={"registered": address}, **child) == 0
+    assert project.last_run["registered_version"] == "1"  # the same base, wherever it is found
+    tags = project.client.get_model_version("child", "1").tags
+    assert (tags["base_digest"], tags["base_revision"]) == (parent, "parent version 1")
+    capsys.readouterr()
+    for address, said in (
+        ("models:/parent@best", "parent has no alias 'best'"),
+        ("models:/parent/7", "parent has no version 7"),
+        ("models:/nobody@champion", "has no model 'nobody'"),
+    ):
+        assert project.run(model={"registered": address}, **child) == 2
+        assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_a_tracked_folder_is_copied_whole_or_refused(project, monkeypatch):
     from dvc.api import DVCFileSystem
 

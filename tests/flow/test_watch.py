@@ -131,10 +131,10 @@ def test_a_hub_that_does_not_answer_does_not_stop_the_watch(project, deployment,
 
     pin = watching.pin_base_model
 
-    def pin_unless_hub(place, source):
-        if source.hub:
+    def pin_unless_hub(place, recipe):
+        if recipe.model.hub:
             raise UnreachableError("model org/name cannot be fetched: the hub cannot be reached")
-        return pin(place, source)
+        return pin(place, recipe)
 
     monkeypatch.setattr(watching, "pin_base_model", pin_unless_hub)
     monkeypatch.setattr(watching, "compare_base_model", watching.compare_base_model.with_options(retries=0))

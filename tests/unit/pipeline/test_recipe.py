@@ -169,7 +169,7 @@ def test_settings_that_belong_together_are_accepted():
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        ({}, "exactly one of hub, folder, package must name the model, got none"),
+        ({}, "exactly one of hub, folder, package, registered must name the model, got none"),
         ({"hub": "a/b", "folder": "c"}, "got ['hub', 'folder']"),
         ({"folder": "c", "package": "p==1"}, "got ['folder', 'package']"),
         ({"folder": "c", "revision": "main"}, "revision belongs to a hub model"),

