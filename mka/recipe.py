@@ -273,7 +273,8 @@ class Measurement(Section):
         Path | None,
         Option(metavar="DIR|hub", null="hub", help="Tables of the benchmarks, or `hub` to download them by name"),
     ] = Field(
-        Path("data/prepared/evaluation"), description="Tables of the tasks; null downloads them from the hub by name"
+        Path("data/prepared/evaluation"),
+        description="Tables of the tasks, and lm-eval's definitions of your own; null downloads from the hub by name",
     )
     context: Annotated[int, Option()] = Field(512, ge=16, description="Tokens per perplexity window")
     text_tokens: Annotated[int, Option("--tokens")] = Field(

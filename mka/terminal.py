@@ -150,11 +150,13 @@ REPLACED = {
     "bars of tasks": ("lm_eval.api.task.tqdm", "lm_eval.api.model.tqdm", "lm_eval.models.huggingface.tqdm"),
     # lm-eval's account of git and the machine costs seconds and prints; ours is in the report's conditions.
     "account of tasks": ("lm_eval.evaluator.get_git_commit_hash", "lm_eval.evaluator.add_env_info"),
+    # Whoever writes a task writes templates, which could otherwise call anything.
+    "templates of tasks": ("lm_eval.utils.env",),
 }
 
 
 @contextmanager
-def _replacing(what: str, by: Callable[..., Any]) -> Iterator[None]:
+def _replacing(what: str, by: Any) -> Iterator[None]:
     from unittest import mock
 
     with contextlib.ExitStack() as stack:
@@ -203,9 +205,18 @@ def quiet_libraries(quantized: bool = False) -> Iterator[None]:
 
 @contextmanager
 def quiet_lm_eval(progress: bool) -> Iterator[None]:
-    """Draw one bar for all requests, if any, instead of one per step and task, and warn of no item."""
+    """Draw one bar for all requests, if any, instead of one per step and task, and warn of no item.
+
+    Templates of tasks see their item and nothing else meanwhile.
+    """
     import datasets
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from lm_eval import utils
     from tqdm import tqdm
+
+    closed = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    closed.filters.update(utils.env.filters)
 
     def bar(*args: Any, desc: str = "", **options: Any) -> Any:
         shown = progress and desc.startswith("Running")
@@ -219,6 +230,7 @@ def quiet_lm_eval(progress: bool) -> Iterator[None]:
             _errors_only("lm_eval"),
             _replacing("account of tasks", lambda *_: None),
             _replacing("bars of tasks", bar),
+            _replacing("templates of tasks", closed),
         ):
             yield
     finally:

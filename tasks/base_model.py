@@ -72,7 +72,7 @@ def fetch_base_model(place: Workplace, recipe: Recipe) -> BaseModel:
         folder = materialize(_at_root(place, source), place.work)
     # The files were compared with their sums a moment ago; once is enough.
     base = open_base(folder, trust_remote_code=source.trust_remote_code, verified=True)
-    check_feasible(recipe, base)
+    check_feasible(_find_tasks(place, recipe), base)
     reused = source.hub is None and _built_folders(place) == before
     return BaseModel(
         base, revision or resolve_revision(source, folder), round(time.perf_counter() - started, 3), reused
@@ -105,6 +105,14 @@ def pin_base_model(place: Workplace, recipe: Recipe) -> dict[str, str]:
 
 def _at_root(place: Workplace, source: ModelSource) -> ModelSource:
     return source.model_copy(update={"folder": place.path(source.folder)}) if source.folder else source
+
+
+def _find_tasks(place: Workplace, recipe: Recipe) -> Recipe:
+    evaluation = recipe.evaluation
+    if evaluation.tasks_folder is None:
+        return recipe
+    found = evaluation.model_copy(update={"tasks_folder": place.path(evaluation.tasks_folder)})
+    return recipe.model_copy(update={"evaluation": found})
 
 
 def _built_folders(place: Workplace) -> dict[str, int]:

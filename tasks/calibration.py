@@ -10,6 +10,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from mka.alignment.table import AlignmentTable, fit_windows, open_alignment
+from mka.evaluation.task_tables import is_built_in, read_task_texts
 from mka.healing.table import HealingTable, cut_healing, open_healing
 from mka.methods import resolve_method
 from mka.model.checkpoint import Checkpoint
@@ -197,6 +198,10 @@ def _read_evaluation(place: Workplace, recipe: Recipe, tables: Tables, run: str)
         guard.check("heldout", table, heldout_suite(), place.checks, run)
         claimed |= dict(zip(table["text_sha256"], sources))
         used += texts
+    if evaluation.tasks_folder is not None:
+        # No index knows the tasks of one's own.
+        for name in [task for task in evaluation.tasks if not is_built_in(task)]:
+            used += read_task_texts(name, tables.find(evaluation.tasks_folder))
     return claimed, used
 
 

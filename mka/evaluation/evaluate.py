@@ -58,7 +58,7 @@ def evaluate_checkpoint(
     from mka.evaluation.tasks import check_tasks
     from mka.model.loading import load_model
 
-    check_tasks(settings.tasks)
+    check_tasks(settings.tasks, settings.tasks_folder)
     asked = list_asked(settings)
     model, tokenizer = load_model(folder, dtype, trust_remote_code)
     beside = None

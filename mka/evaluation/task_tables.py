@@ -1,10 +1,11 @@
 """Local tables in place of the hub's data sets, behind lm-eval's own task definitions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from mka.errors import RecipeError
+from mka.evaluation.definitions import Definition, read_definitions
 from mka.outside.printable import describe_error
 from mka.outside.reading import parse_json, quote, read_within
 from mka.texts.rows import LARGEST_TABLE
@@ -25,8 +26,39 @@ MMLU_LETTERS = "ABCD"
 MMLU_COLUMNS = ("question", "choices", "answer")
 
 
+def is_built_in(name: str) -> bool:
+    """Whether a name is one of lm-eval's own tasks that are read here."""
+    return name in TASKS or name == MMLU or name.startswith(f"{MMLU}_")
+
+
+def find_definitions(name: str, folder: Path) -> tuple[Definition, ...] | None:
+    """Return the tasks that a name is defined as in the folder of the tables; None for lm-eval's own.
+
+    Raises:
+        RecipeError: if the folder's definitions cannot be read.
+    """
+    return None if is_built_in(name) else read_definitions(folder).get(name)
+
+
+def define_task(definition: Definition) -> dict[str, Any]:
+    """Return lm-eval's fields of a task of one's own, with its tables in the place of its data.
+
+    Raises:
+        RecipeError: if a table is empty or unreadable.
+    """
+    rows = {split: read_table(definition.name, path) for split, path in definition.tables.items()}
+    return {**definition.body, "task": definition.name, "custom_dataset": _hold_rows(rows)}
+
+
 def name_tables(name: str, folder: Path, shots: int = 0) -> dict[str, Path]:
-    """Say where the tables of a task lie: split -> file. Of MMLU as a whole the subject is ``*``."""
+    """Say where the tables of a task lie: split -> file. Of MMLU as a whole the subject is ``*``.
+
+    A task that is defined in the folder has its definition among them, and a group those of its tasks.
+    """
+    if (defined := find_definitions(name, folder)) is not None:
+        tables = {f"{task.name} {split}": file for task in defined for split, file in task.tables.items()}
+        measured = {key: tables.pop(key) for task in defined for key in [f"{task.name} {next(iter(task.tables))}"]}
+        return measured | tables | {f"{task.name} definition": task.file for task in defined}
     if name in TASKS:
         files = {"validation": folder / f"{name}.jsonl"}
         return files | ({"train": folder / f"{name}.train.jsonl"} if shots else {})
@@ -39,13 +71,25 @@ def list_tables(folder: Path, task: str, *, every: bool = False, shots: int = 0)
 
     Args:
         folder: holds them.
-        task: of `TASKS`, "mmlu" or one of its subjects.
+        task: of `TASKS`, "mmlu" or one of its subjects, or one that is defined in the folder.
         every: few-shot examples too.
         shots: few-shot examples per item; with any, the train table is one of every.
     """
     files = list(name_tables(task, folder, shots).values())
-    wanted = files if every else files[:1]
+    measured = len(find_definitions(task, folder) or (task,))
+    wanted = files if every else files[:measured]
     return sorted(found for file in wanted for found in file.parent.glob(file.name))
+
+
+def read_task_texts(task: str, folder: Path) -> Iterator[str]:
+    """Yield the texts of a task's items, which no calibration text may hold.
+
+    Raises:
+        RecipeError: if a table cannot be read.
+    """
+    for table in list_tables(folder, task):
+        for row in read_table(task, table):
+            yield from (value for value in row.values() if isinstance(value, str))
 
 
 def override_tables(name: str, folder: Path, shots: int) -> dict[str, Any]:
@@ -70,14 +114,17 @@ def override_tables(name: str, folder: Path, shots: int) -> dict[str, Any]:
         splits |= {"training_split": "train"} if shots else {}
     columns = TASKS[name][1] if name in TASKS else MMLU_COLUMNS
     rows = {split: read_table(name, path, columns) for split, path in files.items()}
+    return {"custom_dataset": _hold_rows(rows), **splits}
 
+
+def _hold_rows(rows: dict[str, list[dict[str, Any]]]) -> Callable[..., Any]:
     # A function rather than the "json" builder: that one guesses dates out of strings and fills a disk cache.
     def custom_dataset(**_: Any) -> Any:
         from datasets import Dataset, DatasetDict
 
         return DatasetDict({split: Dataset.from_list(table) for split, table in rows.items()})
 
-    return {"custom_dataset": custom_dataset, **splits}
+    return custom_dataset
 
 
 def read_table(name: str, path: Path, columns: Sequence[str] = ()) -> list[dict[str, Any]]:

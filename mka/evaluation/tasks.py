@@ -10,9 +10,18 @@ from typing import Any
 import numpy as np
 
 from mka.errors import NumericsError, RecipeError, nearest
+from mka.evaluation.definitions import SCORED, read_definitions
 from mka.evaluation.metrics import Subject
 from mka.evaluation.scores import Score
-from mka.evaluation.task_tables import MMLU, MMLU_FOLDER, TASKS, override_tables
+from mka.evaluation.task_tables import (
+    MMLU,
+    MMLU_FOLDER,
+    TASKS,
+    define_task,
+    find_definitions,
+    is_built_in,
+    override_tables,
+)
 from mka.outside.printable import describe_error
 from mka.terminal import quiet_lm_eval
 
@@ -31,13 +40,21 @@ def list_mmlu() -> list[str]:
     return sorted(path.stem for path in (_definitions() / MMLU_FOLDER).glob("mmlu_*.yaml"))
 
 
-def check_tasks(tasks: Mapping[str, int | None]) -> None:
+def check_tasks(tasks: Mapping[str, int | None], folder: Path | None = None) -> None:
     """Check names and numbers of items before anything is loaded.
 
+    Args:
+        tasks: task -> number of items.
+        folder: of the tables, where tasks of one's own are defined.
+
     Raises:
-        RecipeError: on an unknown or doubled task, or fewer than two items (one item has no error bar).
+        RecipeError: on an unknown or doubled task, a definition that is not run here, or fewer than two items (one item
+            has no error bar).
     """
-    allowed = [*TASKS, MMLU]
+    defined = {} if all(map(is_built_in, tasks)) else read_definitions(folder)
+    if shadowing := next(filter(is_built_in, defined), None):
+        raise RecipeError(f"task {shadowing!r} is one of lm-eval's own; give the definition in {folder} another name")
+    allowed = [*TASKS, MMLU, *defined]
     if MMLU in tasks and (doubled := sorted(set(tasks) & set(list_mmlu()))):
         raise RecipeError(f"task {doubled[0]!r} is part of 'mmlu'; name one of the two")
     for name, limit in tasks.items():
@@ -76,7 +93,8 @@ def run_tasks(
         tokenizer: its tokenizer.
         tasks: task -> number of items, None for all.
         tasks_folder: holds ``TASK.jsonl``, ``TASK.train.jsonl`` (few-shot examples) and ``mmlu/SUBJECT.test.jsonl``
-            with ``.dev.jsonl``, in the columns of the hub's data sets. None downloads the data sets by name.
+            with ``.dev.jsonl``, in the columns of the hub's data sets, and definitions of one's own with their tables
+            (`mka.evaluation.definitions`). None downloads the data sets by name.
         shots: few-shot examples per item.
         batch_size: requests per forward pass.
         max_length: longest prompt in tokens.
@@ -87,12 +105,12 @@ def run_tasks(
         RecipeError: on an unknown task, or data that is missing or lacks columns.
         NumericsError: if a log-likelihood is NaN or infinite.
     """
-    check_tasks(tasks)
+    check_tasks(tasks, tasks_folder)
     if not tasks:
         return ()
     from lm_eval import simple_evaluate
 
-    members = {name: list_mmlu() if name == MMLU else [name] for name in tasks}
+    members = {name: _list_members(name, tasks_folder) for name in tasks}
     with quiet_lm_eval(progress):
         manager, built = _build_tasks([m for names in members.values() for m in names], tasks_folder, shots)
         samples: dict[str, list[int]] = {}
@@ -160,16 +178,29 @@ def choose_items(sizes: Mapping[str, int], limit: int | None, seed: int) -> dict
     return drawn
 
 
-def _build_tasks(names: Sequence[str], folder: Path | None, shots: int) -> tuple[Any, dict[str, Any]]:
+def _list_members(name: str, folder: Path | None) -> list[str]:
+    """List what a name stands for: the subjects of MMLU, the tasks of a group, or itself."""
+    defined = find_definitions(name, folder) if folder is not None else None
+    return [task.name for task in defined] if defined else list_mmlu() if name == MMLU else [name]
+
+
+def _build_tasks(wanted: Sequence[str], folder: Path | None, shots: int) -> tuple[Any, dict[str, Any]]:
+    from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
 
+    own = {name: find_definitions(name, folder) for name in wanted} if folder is not None else {}
+    names = [name for name in wanted if not own.get(name)]
     overrides = {name: {} if folder is None else override_tables(name, Path(folder), shots) for name in names}
     needed = sorted({TASKS[name][0] if name in TASKS else MMLU_FOLDER for name in names})
     manager = TaskManager(include_path=[str(_definitions() / path) for path in needed], include_defaults=False)
     # A group, because only members of a group are merged with the definition of the same name.
     group = {"group": "mka", "task": [{"task": name, **overrides[name]} for name in names]}
     try:
-        return manager, manager.load([group])["tasks"]
+        built = manager.load([group])["tasks"] if names else {}
+        fields = {name: define_task(found[0]) for name, found in own.items() if found}
+        return manager, built | {name: ConfigurableTask(config=config) for name, config in fields.items()}
+    except RecipeError:
+        raise
     # The hub's client raises from many libraries; a person needs the data set and the reason, in one line.
     except Exception as error:
         if folder is not None:
@@ -208,7 +239,9 @@ def _score(
     name: str, members: Sequence[str], results: Mapping[str, Any], truncated: Mapping[str, int], facts: dict[str, Any]
 ) -> Score:
     rows = [row for member in members for row in sorted(results["samples"][member], key=lambda r: r["doc_id"])]
-    metric = "acc_norm" if name in TASKS and "acc_norm" in rows[0] else "acc"
+    metric = "acc" if name == MMLU or name.startswith(f"{MMLU}_") else next(m for m in SCORED if m in rows[0])
+    if any(row[metric] not in (0, 1) for row in rows):
+        raise RecipeError(f"task {name!r}: an item's {metric} is neither 0 nor 1; a score is a share of items")
     items = tuple(int(row[metric]) for row in rows)
     n = len(items)
     if n < 2:
@@ -220,9 +253,9 @@ def _score(
         "truncated": sum(truncated.get(member, 0) for member in members),
         "items_digest": hashlib.sha256("".join(row["doc_hash"] for row in rows).encode()).hexdigest(),
     }
-    if metric == "acc_norm":
+    if metric == "acc_norm" and "acc" in rows[0]:
         extra["acc"] = sum(row["acc"] for row in rows) / n
-    if "perplexity" in rows[0]:
+    if name in TASKS and "perplexity" in rows[0]:
         # An item's value is its log-likelihood; lm-eval's aggregation makes the perplexity of it.
         extra["perplexity"] = results["results"][name]["perplexity,none"]
     if name == MMLU:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mka.alignment.table import AlignmentTable, open_alignment
 from mka.errors import CalibrationError, RecipeError, StoreError
-from mka.evaluation.task_tables import list_tables, read_table
+from mka.evaluation.task_tables import list_tables, read_task_texts
 from mka.evaluation.tasks import check_tasks
 from mka.healing.table import HealingTable, open_healing
 from mka.methods import Planner
@@ -151,7 +151,7 @@ def check_evaluation(settings: Measurement, text: Path | None, tasks_folder: Pat
 
     Refusals are those of `read_measured`.
     """
-    check_tasks(settings.tasks)
+    check_tasks(settings.tasks, tasks_folder)
     for task in settings.tasks:
         if tasks_folder is not None and not list_tables(tasks_folder, task):
             raise RecipeError(f"task {task!r}: no table in {tasks_folder}; `make data` builds the project's own tables")
@@ -196,6 +196,4 @@ def _task_texts(settings: Measurement) -> Iterator[str]:
     if settings.overlap_index is not None and settings.overlap_index.is_file():
         yield from read_texts(settings.overlap_index)
     for task in settings.tasks:
-        for table in list_tables(settings.tasks_folder or Path(), task):
-            for row in read_table(task, table):
-                yield from (value for value in row.values() if isinstance(value, str))
+        yield from read_task_texts(task, settings.tasks_folder or Path())

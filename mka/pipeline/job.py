@@ -182,7 +182,7 @@ def check_feasible(recipe: Recipe, checkpoint: Checkpoint) -> Aim:
         treatment.transform.check(outline, treatment.settings)
     if recipe.quantize.scheme != "off":
         get_quantizer(recipe.quantize.scheme).check(treated, recipe.quantize)
-    check_tasks(recipe.evaluation.tasks)
+    check_tasks(recipe.evaluation.tasks, recipe.evaluation.tasks_folder)
     return aim
 
 
