@@ -1,30 +1,42 @@
-"""What belongs to a model beside its weights and config: tokenizer, chat templates, generation config, licence."""
+"""What belongs to a model beside its weights and config: tokenizer, templates, generation, processors, licence."""
 
 import re
 import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mka.errors import CheckpointError
 from mka.model.weights import TEMPLATES, list_files, read_json
 
-# A list of what is wanted: weights of other readers, states of a training and whatever else lies there stay behind.
-_WANTED = re.compile(
-    r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
-    r"|tekken\.json|.*\.(tiktoken|model|model\.v\d+)|chat_template\.(jinja|json)|.*\.jinja|generation_config\.json"
-    r"|(LICEN[SC]E|NOTICE|COPYING|COPYRIGHT|USE_POLICY)\b.*",
-    re.IGNORECASE,
+# A list of what is wanted, as patterns of lower-case names: weights of other readers, states of a training and whatever
+# else lies there stay behind.
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tekken.json", "*.tiktoken", "*.model", "*.model.v[0-9]*"),
 )
+GENERATION = ("generation_config.json", "*.jinja", "chat_template.json", "system_prompt.txt")
+PROCESSOR = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+LEGAL = (
+    *("*license*", "*licence*", "*notice*", "*copying*", "*copyright*", "*use[-_]policy*", "*terms[-_]of[-_]use*"),
+    *("terms", "terms.*", "attribution*", "patents*"),
+)
+COMPANIONS = (*TOKENIZER, *GENERATION, *PROCESSOR, *LEGAL)
 _CODE = re.compile(r"(\w+)\.\w+", re.ASCII)
 
 
+def is_companion(name: str) -> bool:
+    """Whether a file belongs to a model beside weights and config, by its name."""
+    return any(fnmatchcase(name.lower(), pattern) for pattern in COMPANIONS)
+
+
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy what belongs to a model beside its weights and config."""
+    """Copy what belongs to a model beside its weights and config, byte for byte."""
     wanted = _name_code(source)
     for file in list_files(source):
         if file.parent != source:
             (target / TEMPLATES).mkdir(exist_ok=True)
             shutil.copyfile(file, target / TEMPLATES / file.name)
-        elif _WANTED.fullmatch(file.name) or file.name in wanted:
+        elif is_companion(file.name) or file.name in wanted:
             shutil.copyfile(file, target / file.name)
 
 

@@ -67,9 +67,12 @@ def _fits(pieces: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> bool:
 
 def _refuse(checkpoint: Checkpoint, kind: str, names: Sequence[str] | set[str]) -> None:
     if names:
+        first = sorted(names)[0]
+        what = "fetch or write the model again"
+        if kind == "unexpected" and checkpoint.family.split_tensor(first) is None:
+            what = "stock loading leaves them out, and they would be lost; take them out to go on without them"
         raise CheckpointError(
-            f"{checkpoint.path}: config and weights disagree: {len(names)} {kind} keys, e.g. {sorted(names)[0]}; "
-            "fetch or write the model again"
+            f"{checkpoint.path}: config and weights disagree: {len(names)} {kind} keys, e.g. {first}; {what}"
         )
 
 

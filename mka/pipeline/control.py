@@ -62,7 +62,7 @@ def _foresee(job: Job) -> Cost:
 # Neither plan nor method is in its key: every run with the same base and rounding shares it.
 CONTROL = Stage(
     CONTROL_STAGE,
-    version=2,
+    version=3,
     wanted=has_control,
     reads=lambda job, found: {"base": job.base.digest} | digest_evidence(job, list_needs(job.recipe)),
     settings=_settings,

@@ -121,7 +121,7 @@ def _foresee(job: Job) -> Cost:
 
 MERGE = Stage(
     "merge",
-    version=3,
+    version=4,
     reads=_read,
     settings=_settings,
     make=_make,

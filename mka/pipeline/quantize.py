@@ -84,7 +84,7 @@ def _foresee(job: Job) -> Cost:
 
 QUANTIZE = Stage(
     "quantize",
-    version=2,
+    version=3,
     wanted=lambda job: job.recipe.quantize.scheme != "off",
     reads=lambda job, found: {"merged": find_model(found).digest} | digest_evidence(job, _needs(job)),
     settings=lambda job: job.recipe.quantize.model_dump() | key_evidence(job, _needs(job)),

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from mka.errors import CheckpointError, UnreachableError
+from mka.model.companions import COMPANIONS
 from mka.recipe import ModelSource
 from mka.store.sums import file_sha256
 
@@ -15,8 +16,10 @@ HUB_PAGE = re.compile(
     r"/(?P<revision>[\w.-]+)(?:/.*)?)?/?(?:[?#].*)?",
     re.ASCII,
 )
-# Weights as safetensors, configuration and tokenizer; no pickles, no other frameworks' weights.
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt"]
+# Weights as safetensors, configuration, the card for its licence, and all that goes along with a model; no pickles, no
+# other frameworks' weights. The hub's client tells cases apart.
+HUB_FILES = ["*.safetensors", "*.json", "README.md"]
+HUB_FILES += [re.sub("[a-z]", lambda letter: f"[{letter[0]}{letter[0].upper()}]", name) for name in COMPANIONS]
 # Copies of the weights that some repositories carry beside the transformers ones.
 HUB_IGNORED = ["original/*", "onnx/*", "consolidated*.safetensors", "runs/*"]
 

@@ -79,10 +79,10 @@ def plan_packed(source: Checkpoint, settings: QuantizeSettings) -> list[tuple[Te
     linear = {info.name for info in find_linear(source)}
     planned: list[tuple[TensorInfo, TensorInfo]] = []
     for info in source.tensors.values():
-        dtype = loaded_dtype(source, info)
         if info.name not in linear:
-            planned.append((replace(info, dtype=dtype), info))
+            planned.append((info, info))
             continue
+        dtype = loaded_dtype(source, info)
         stem = info.name.removesuffix("weight")
         rows, columns = info.shape
         packed = math.ceil(columns * BITS[settings.scheme] / 32)
@@ -142,7 +142,7 @@ def write_packed(
             elif leaf in (PACKED, SCALE):
                 yield pack(spec, info, read)
             else:
-                yield read_rows(source, info, read, BLOCK_BYTES)
+                yield read.blocks(info.name, BLOCK_BYTES)
             if on_tensor:
                 on_tensor(spec.nbytes)
 

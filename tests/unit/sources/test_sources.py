@@ -183,7 +183,8 @@ def test_no_pickle_and_no_code_is_asked_of_the_hub(monkeypatch, tmp_path, folder
     from huggingface_hub.utils import filter_repo_objects
 
     files = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model"]
-    files += ["chat_template.jinja", "merges.txt"]
+    files += ["chat_template.jinja", "merges.txt", "LICENSE", "Licence.md", "Notice.txt", "USE_POLICY.md", "README.md"]
+    files += ["tokenizer.model.v3", "SYSTEM_PROMPT.txt", "additional_chat_templates/tool_use.jinja"]
     others = ["pytorch_model.bin", "modeling.py", "model.gguf", "original/consolidated.safetensors", "onnx/a.json"]
     seen = {}
 
