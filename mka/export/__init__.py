@@ -2,16 +2,51 @@
 
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mka.errors import RecipeError, nearest
 
-# A row per form: its name in `mka export --format`, and the module that holds its EXPORT.
+if TYPE_CHECKING:
+    from mka.model.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Form:
+    """What can be asked of one form.
+
+    Attributes:
+        module: holds its EXPORT, called with the model folder and an empty folder to fill, then with the type where
+            there are types; and, if it writes more or fewer bytes than the model has, ``foresee_bytes``, called with
+            the checkpoint and alike.
+        types: of the weights it writes, the default first; none: it has them as they are.
+    """
+
+    module: str
+    types: tuple[str, ...] = ()
+
+
+# A row per form: its name in `mka export --format`.
 _EXPORTS = {
-    "folder": "mka.export.folder",
+    "folder": Form("mka.export.folder"),
+    "gguf": Form("mka.export.gguf", ("q8_0", "f32", "f16", "bf16", "q6_k", "q5_k_m", "q4_k_m", "q4_0")),
 }
 
-Export = Callable[[Path, Path], None]
+
+@dataclass(frozen=True)
+class Export:
+    """A form with its type chosen.
+
+    Attributes:
+        write: called with a model folder and an empty folder to fill.
+        foresee: returns the bytes that will be written of a checkpoint, and refuses what cannot be.
+        file_type: of the weights; None: as they are.
+    """
+
+    write: Callable[[Path, Path], None]
+    foresee: "Callable[[Checkpoint], int]"
+    file_type: str | None
 
 
 def export_names() -> list[str]:
@@ -19,12 +54,31 @@ def export_names() -> list[str]:
     return list(_EXPORTS)
 
 
-def get_export(name: str) -> Export:
-    """Return what writes a model folder in a form: called with the folder and an empty folder to fill.
+def get_export(name: str, file_type: str | None = None) -> Export:
+    """Return what writes a model folder in a form.
+
+    Args:
+        name: of the form.
+        file_type: of the weights; None: the form's default.
 
     Raises:
-        RecipeError: if there is no such form; the nearest name is suggested.
+        RecipeError: if there is no such form or type; the nearest name is suggested.
     """
     if name not in _EXPORTS:
         raise RecipeError(f"unknown format {name!r}{nearest(name, _EXPORTS)}; formats: {', '.join(_EXPORTS)}")
-    return importlib.import_module(_EXPORTS[name]).EXPORT
+    form = _EXPORTS[name]
+    if file_type is not None and not form.types:
+        typed = "; ".join(f"{other}: {', '.join(row.types)}" for other, row in _EXPORTS.items() if row.types)
+        raise RecipeError(f"format {name!r} has no types, it writes weights as they are; types of {typed}")
+    if file_type is not None and file_type not in form.types:
+        close = nearest(file_type, form.types)
+        raise RecipeError(f"unknown type {file_type!r}{close}; types of {name!r}: {', '.join(form.types)}")
+    chosen = file_type or next(iter(form.types), None)
+    asked: tuple[Any, ...] = () if chosen is None else (chosen,)
+    module = importlib.import_module(form.module)
+    foresee = getattr(module, "foresee_bytes", lambda checkpoint: checkpoint.nbytes)
+    return Export(
+        lambda source, target: module.EXPORT(source, target, *asked),
+        lambda checkpoint: foresee(checkpoint, *asked),
+        chosen,
+    )

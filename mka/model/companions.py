@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -26,7 +27,11 @@ _CODE = re.compile(r"(\w+)\.\w+", re.ASCII)
 
 def is_companion(name: str) -> bool:
     """Whether a file belongs to a model beside weights and config, by its name."""
-    return any(fnmatchcase(name.lower(), pattern) for pattern in COMPANIONS)
+    return _is_one_of(name, COMPANIONS)
+
+
+def _is_one_of(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name.lower(), pattern) for pattern in patterns)
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -37,6 +42,13 @@ def copy_companions(source: Path, target: Path) -> None:
             (target / TEMPLATES).mkdir(exist_ok=True)
             shutil.copyfile(file, target / TEMPLATES / file.name)
         elif is_companion(file.name) or file.name in wanted:
+            shutil.copyfile(file, target / file.name)
+
+
+def copy_licences(source: Path, target: Path) -> None:
+    """Copy licence and notice files, which go with a model in any form."""
+    for file in list_files(source):
+        if file.parent == source and _is_one_of(file.name, LEGAL):
             shutil.copyfile(file, target / file.name)
 
 

@@ -130,7 +130,7 @@ def _spell_longrope(scaling: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "longrope", "short_factor": scaling["short_factor"], "long_factor": scaling["long_factor"]}
 
 
-def _find_period(types: Sequence[str]) -> int | None:
+def find_period(types: Sequence[str]) -> int | None:
     """Return p if every p-th layer, and no other, looks at everything; None if there is no such p."""
     for period in range(1, len(types) + 2):
         if all((kind == _SLIDING) == bool((i + 1) % period) for i, kind in enumerate(types)):
@@ -150,7 +150,7 @@ def _count_alternating(types: Sequence[str]) -> int | None:
 
 
 _DERIVE: dict[str, Callable[[Sequence[str]], int | None]] = {
-    "sliding_window_pattern": _find_period,
+    "sliding_window_pattern": find_period,
     "max_window_layers": _count_full,
     ALTERNATING: _count_alternating,
 }

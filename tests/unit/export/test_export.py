@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.models import make_tiny_model, save_model
+from support.models import make_byte_tokenizer, make_tiny_model, save_model
 
 from mka.cli.main import main
 from mka.errors import RecipeError
@@ -19,7 +19,8 @@ def base(tmp_path):
 
 @pytest.mark.parametrize("form", export_names())
 def test_every_form_is_written_whole_and_counted(form, tmp_path, capsys):
-    base = save_model(make_tiny_model("llama"), tmp_path / "base", max_shard_size="40KB")
+    model = make_tiny_model("llama", vocab_size=320)
+    base = save_model(model, tmp_path / "base", max_shard_size="40KB", tokenizer=make_byte_tokenizer())
     assert main(["export", str(base), "--format", form, "--output", str(tmp_path / "out"), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
@@ -33,6 +34,15 @@ def test_an_unknown_form_is_refused_with_the_nearest(base, tmp_path, capsys):
         get_export("folders")
     assert main(["export", str(base), "--format", "folders", "--output", str(tmp_path / "out")]) == 2
     assert f"formats: {', '.join(export_names())}" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_type_is_refused_where_there_are_none_and_where_it_is_not_among_them(base, tmp_path, capsys):
+    output = ["--output", str(tmp_path / "out")]
+    assert main(["export", str(base), "--type", "f16", *output]) == 2
+    assert "format 'folder' has no types" in capsys.readouterr().err
+    assert main(["export", str(base), "--format", "gguf", "--type", "q4_k", *output]) == 2
+    refusal = capsys.readouterr().err
+    assert "did you mean 'q4_k_m'" in refusal and refusal.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_a_folder_is_the_model_file_by_file_without_its_card(base, tmp_path, capsys):
