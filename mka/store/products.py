@@ -87,18 +87,33 @@ def reading() -> Iterator[None]:
 
 
 def _verify(product: Product) -> None:
-    again = "nothing was made of it; the same command makes it again"
-    for name, digest in product.files.items():
-        file = product.folder / name
-        try:
-            changed = file_sha256(file) != digest
-        except OSError:
-            raise StoreError(f"{file} is gone, of stage {product.stage!r} of this run: {again}") from None
-        if changed:
-            raise StoreError(f"{file} has changed since stage {product.stage!r} wrote it: {again}")
-    if strange := sorted(_list_files(product.folder).keys() - product.files.keys() - {MANIFEST}):
-        file = product.folder / strange[0]
+    fault = _find_fault(product.folder, product.files)
+    if fault is None:
+        return
+    name, what = fault
+    file, again = product.folder / name, "nothing was made of it; the same command makes it again"
+    if what == _STRANGE:
         raise StoreError(f"{file} was not written by stage {product.stage!r}; remove it, or the folder: {again}")
+    raise StoreError(f"{file} {what} since stage {product.stage!r} of this run wrote it: {again}")
+
+
+_GONE, _CHANGED, _STRANGE = "is gone", "has changed", "was not written by the stage"
+
+
+def _find_fault(folder: Path, files: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return the first file that is not what a stage left behind, and what is wrong with it; None if all are."""
+    there = _list_files(folder)
+    for name, digest in files.items():
+        file = there.pop(name, None)
+        try:
+            if file is None or not file.is_file():
+                return name, _GONE
+            if file_sha256(file) != digest:
+                return name, _CHANGED
+        except OSError:
+            return name, _GONE
+    strange = sorted(there.keys() - {MANIFEST})
+    return (strange[0], _STRANGE) if strange else None
 
 
 def _list_files(folder: Path) -> dict[str, Path]:
@@ -271,15 +286,9 @@ def _read(folder: Path, key: str) -> tuple[Product | None, str]:
         return None, "the stored result's manifest is damaged"
     if body.get("format") != FORMAT or body["key"] != key:
         return None, "the stored result is of another format or key"
-    there = _list_files(folder)
-    for name, entry in body["files"].items():
-        file = there.pop(name, folder)
-        if not file.is_file():
-            return None, f"stored file {name} is gone"
-        if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
-            return None, f"stored file {name} has changed"
-    if strange := sorted(there.keys() - {MANIFEST}):
-        return None, f"file {strange[0]} was not written by the stage"
+    fault = _find_fault(folder, {name: entry["sha256"] for name, entry in body["files"].items()})
+    if fault is not None:
+        return None, f"stored file {fault[0]} {fault[1]}"
     # `mka clean` removes what was not used for long. A store that cannot be written is no reason to stop.
     with contextlib.suppress(OSError):
         os.utime(folder / MANIFEST)
