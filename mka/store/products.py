@@ -94,7 +94,7 @@ def _verify(product: Product) -> None:
     file, again = product.folder / name, "nothing was made of it; the same command makes it again"
     if what == _STRANGE:
         raise StoreError(f"{file} was not written by stage {product.stage!r}; remove it, or the folder: {again}")
-    raise StoreError(f"{file} {what} since stage {product.stage!r} of this run wrote it: {again}")
+    raise StoreError(f"{file} {what} since stage {product.stage!r} wrote it: {again}")
 
 
 _GONE, _CHANGED, _STRANGE = "is gone", "has changed", "was not written by the stage"
