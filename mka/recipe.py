@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from mka.kernels import choose_scheme, refuse_unserved
 from mka.outside.printable import hide_passwords
 from mka.sections import Option, Section
 
@@ -244,20 +245,48 @@ class TransformChoice(Section):
 
 
 class QuantizeSettings(StageSettings):
-    """Weight-only rounding of the linear layers, in groups along the input dimension."""
+    """Rounding of the linear layers, of embedding and head if asked for, to what an engine can run."""
 
-    scheme: Annotated[Literal["off", "int8", "int4"], Option("--quantize")] = Field(
-        "off", description="Round the linear layers' weights to 8 or 4 bits"
+    scheme: Annotated[Literal["off", "int8", "int4", "w8a8", "auto"], Option("--quantize")] = Field(
+        "off",
+        description="Round the linear layers' weights to 8 or 4 bits; w8a8: to 8, and their inputs while they run; "
+        "auto: what serve_on runs best",
     )
     group_size: Annotated[int, Option()] = Field(
-        64, ge=8, description="Weights that share one scale; must divide every layer's input width"
+        64, ge=8, description="Weights that share one scale; must divide every layer's input width; w8a8 has rows"
+    )
+    embeddings: Annotated[Literal["off", "int8"], Option()] = Field(
+        "off", description="Round embedding and language-model head too, one scale per row"
+    )
+    serve_on: Annotated[Literal["cuda", "cpu", "llama.cpp"] | None, Option()] = Field(
+        None, description="Where the model will run, vLLM on cuda or cpu or llama.cpp; refuses what cannot run there"
     )
 
-    @field_validator("scheme", mode="before")
+    @field_validator("scheme", "embeddings", mode="before")
     @classmethod
     def _yaml_off(cls, value: Any) -> Any:
         # YAML 1.1 reads a bare `off` as False.
         return "off" if value is False else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose(cls, values: Any) -> Any:
+        # Resolved here, so that whoever reads a recipe, records it or keys by it sees what will be done.
+        if not isinstance(values, dict) or values.get("scheme") != "auto":
+            return values
+        serve_on = values.get("serve_on")
+        if serve_on is None:
+            raise ValueError("scheme auto needs serve_on (cuda, cpu or llama.cpp), or name a scheme instead")
+        chosen = choose_scheme(serve_on) if isinstance(serve_on, str) else None
+        return values | {"scheme": chosen} if chosen else values
+
+    @model_validator(mode="after")
+    def _served(self) -> Self:
+        if self.scheme == "off" and self.embeddings != "off":
+            raise ValueError("embeddings are rounded beside the layers only; name a scheme, or leave them off")
+        if refusal := refuse_unserved(self.serve_on, self.scheme, self.embeddings != "off"):
+            raise ValueError(refusal)
+        return self
 
 
 class Measurement(Section):

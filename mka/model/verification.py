@@ -7,7 +7,7 @@ from typing import Any
 from mka.errors import CheckpointError
 from mka.model.checkpoint import Checkpoint, open_checkpoint
 from mka.model.tensors import TRIM_BYTES, give_memory_back, is_finite
-from mka.terminal import quiet_libraries
+from mka.terminal import quiet_libraries, without_first_values
 
 PROBE_TOKENS = 8
 # Of a model with more bytes than this, whose every further token costs one more pass over the disk.
@@ -39,9 +39,10 @@ def inspect_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -
     beside = Path(folder).absolute().parent if checkpoint.is_quantized else None
     with TemporaryDirectory(dir=beside) as offloaded, quiet_libraries(checkpoint.is_quantized):
         options: dict[str, Any] = {"dtype": "auto", "device_map": {"": "disk"}, "offload_folder": offloaded}
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, trust_remote_code=trust_remote_code, **options
-        )
+        with without_first_values():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, output_loading_info=True, trust_remote_code=trust_remote_code, **options
+            )
         model.eval()
         facts: dict[str, Any] = {
             "model_type": checkpoint.family.model_type,
@@ -57,12 +58,12 @@ def inspect_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -
         whole = not any(facts[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
         with torch.inference_mode():
             if checkpoint.is_quantized:
-                _unpack(model)
+                _unpack(checkpoint, model)
             facts["generation_mismatches"] = _count_generation_mismatches(model, tokens) if whole else tokens
             return facts | _count_parameters(checkpoint, model)
 
 
-def _unpack(model: Any) -> None:
+def _unpack(checkpoint: Checkpoint, model: Any) -> None:
     """Unpack a quantized model on disk now, one matrix at a time, as its first forward pass would.
 
     That pass does it by a hook, which changes how weights are fetched; for a model on disk it comes too late, after
@@ -72,15 +73,39 @@ def _unpack(model: Any) -> None:
     from compressed_tensors.offload import from_accelerate
 
     from_accelerate(model)
+    if model.config.tie_word_embeddings:
+        _part_head(checkpoint.family.get_head(model), checkpoint.family.get_embedding(model))
     passed = 0
     for module in model.modules():
         decompress_module(module)
         if hasattr(module, "quantization_scheme"):
-            passed += 4 * module.in_features * module.out_features
+            passed += _weight_nbytes(module)
         if passed > TRIM_BYTES:
             passed = 0
             give_memory_back()
     model.hf_quantizer.compressor.remove_decompression_hook(model)
+
+
+def _part_head(head: Any, embedding: Any) -> None:
+    """Give a rounded tied head bytes of its own on disk: the embedding's go when it is unpacked.
+
+    In memory both keep what they share; on disk compressed-tensors 0.20 forgets it with the first of them.
+    """
+    import torch
+    from compressed_tensors.offload import disable_onloading
+
+    if hasattr(head, "quantization_scheme"):
+        weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+        with disable_onloading():
+            head._parameters["weight"] = None
+        head._parameters["weight"] = weight
+
+
+def _weight_nbytes(module: Any) -> int:
+    """Bytes of the float32 weight of a linear layer or an embedding, by its shape: its values are on disk."""
+    if hasattr(module, "in_features"):
+        return 4 * module.in_features * module.out_features
+    return 4 * module.num_embeddings * module.embedding_dim
 
 
 def _count_parameters(checkpoint: Checkpoint, model: Any) -> dict[str, int]:
@@ -90,6 +115,8 @@ def _count_parameters(checkpoint: Checkpoint, model: Any) -> dict[str, int]:
 
         with disable_onloading():
             sizes = {n: p.numel() for n, p in model.named_parameters() if n.endswith((".weight", ".bias"))}
+        if model.config.tie_word_embeddings:  # once unpacked, a rounded head is no longer the embedding itself
+            sizes.pop(checkpoint.family.head_tensor, None)
         # By name: an iterator over parameters keeps all of them.
         nonfinite = sum(not is_finite(model.get_parameter(name)) for name in sizes)
         return {"parameters": sum(sizes.values()), "nonfinite_tensors": nonfinite}

@@ -9,7 +9,7 @@ from mka.model.checkpoint import open_checkpoint
 from mka.pipeline.foresee import estimate_states, largest_layer, list_control_nbytes
 from mka.pipeline.job import Job
 from mka.pipeline.merge import describe_model
-from mka.pipeline.quantize import describe_rounding, write_quantized
+from mka.pipeline.quantize import describe_rounding, key_rounding, write_quantized
 from mka.pipeline.stage import CONTROL_STAGE, MODEL_FOLDER, Cost, Found, Stage
 from mka.pipeline.transform import (
     describe_treatments,
@@ -49,7 +49,7 @@ def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
 def _settings(job: Job) -> dict[str, Any]:
     keyed = {
         "transforms": [treatment.key for treatment in job.treatments],
-        "quantize": job.recipe.quantize.model_dump(),
+        "quantize": key_rounding(job.recipe.quantize),
     }
     return keyed | key_evidence(job, list_needs(job.recipe))
 

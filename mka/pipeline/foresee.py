@@ -126,12 +126,14 @@ def treated_nbytes(job: Job) -> int:
 
 
 def candidate_nbytes(job: Job) -> int:
-    """Bytes of the candidate's tensors: transformed, and its linear weights rounded, if they will be."""
+    """Bytes of the candidate's tensors: transformed, and rounded, if they will be."""
     settings, outline = job.recipe.quantize, outline_treated(job.base, job.treatments)[-1]
     if settings.scheme == "off":
         return _cut_nbytes(outline, job)
-    saved = outline.nbytes - get_quantizer(settings.scheme).foresee(outline, settings)
-    return round(_cut_nbytes(outline, job) - saved * job.aim.layers_out / job.base.layers)
+    foresee = get_quantizer(settings.scheme).foresee
+    of_layers = outline.nbytes - foresee(outline, settings.model_copy(update={"embeddings": "off"}))
+    of_the_rest = outline.nbytes - foresee(outline, settings) - of_layers
+    return round(_cut_nbytes(outline, job) - of_layers * job.aim.layers_out / job.base.layers - of_the_rest)
 
 
 def list_control_nbytes(job: Job) -> list[int]:

@@ -1,4 +1,4 @@
-"""Quantize: the linear layers' weights rounded."""
+"""Quantize: the linear layers rounded, and embedding and head where asked for."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from mka.pipeline.merge import describe_model
 from mka.pipeline.stage import MODEL_FOLDER, Cost, Found, Stage, find_model
 from mka.pipeline.transform import apply_transform, check_transform, digest_evidence, key_evidence, offer_evidence
 from mka.recipe import QuantizeSettings
-from mka.transforms import CALIBRATION, get_quantizer
+from mka.transforms import CALIBRATION, SCHEMES, get_quantizer
 
 
 def check_quantizer(checkpoint: Checkpoint, settings: QuantizeSettings, given: Collection[str] = ()) -> None:
@@ -21,11 +21,11 @@ def check_quantizer(checkpoint: Checkpoint, settings: QuantizeSettings, given: C
 
     Args:
         checkpoint: what will be quantized, or the base it will be made of.
-        settings: scheme (not "off") and group size.
+        settings: of a scheme other than "off".
         given: the kinds of evidence there will be.
 
     Raises:
-        RecipeError: if the group size does not fit, or evidence is missing.
+        RecipeError: if group size, widths or embedding do not fit, or evidence is missing.
         PlanError: if the layers have parts that the scheme's transform cannot treat.
         CheckpointError: if the weights are quantized already.
     """
@@ -43,7 +43,7 @@ def write_quantized(
 
     Args:
         checkpoint: unquantized.
-        settings: scheme (not "off") and group size.
+        settings: of a scheme other than "off".
         output: folder to publish.
         evidence: kind -> what the scheme's transform asks for.
 
@@ -62,7 +62,19 @@ def _ask(settings: QuantizeSettings) -> str:
 
 def describe_rounding(settings: QuantizeSettings) -> str:
     """Say what rounded weights are stored as, e.g. "int8 in groups of 64"."""
-    return f"{settings.scheme} in groups of {settings.group_size}"
+    row = SCHEMES[settings.scheme]
+    scales = f"in groups of {settings.group_size}" if row.grouped else "by rows"
+    inputs = "" if row.activations is None else " and tokens"
+    embeddings = "" if settings.embeddings == "off" else f", embeddings {settings.embeddings} by rows"
+    return f"{settings.scheme} {scales}{inputs}{embeddings}"
+
+
+def key_rounding(settings: QuantizeSettings) -> dict[str, Any]:
+    """Return the settings that decide what is written; where it will run decides only what is refused."""
+    grouped = settings.scheme == "off" or SCHEMES[settings.scheme].grouped
+    # What is off is not spelled, so that results of before there were embeddings to round are found again.
+    unused = {"serve_on": True, "embeddings": settings.embeddings == "off", "group_size": not grouped}
+    return settings.model_dump(exclude={name for name, left_out in unused.items() if left_out})
 
 
 def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
@@ -87,7 +99,7 @@ QUANTIZE = Stage(
     version=3,
     wanted=lambda job: job.recipe.quantize.scheme != "off",
     reads=lambda job, found: {"merged": find_model(found).digest} | digest_evidence(job, _needs(job)),
-    settings=lambda job: job.recipe.quantize.model_dump() | key_evidence(job, _needs(job)),
+    settings=lambda job: key_rounding(job.recipe.quantize) | key_evidence(job, _needs(job)),
     make=_make,
     foresee=_foresee,
     describe=lambda job: f"quantize to {job.recipe.quantize.scheme}",

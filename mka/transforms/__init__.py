@@ -23,12 +23,31 @@ _TRANSFORMS = {
     "merge": "mka.transforms.merge",
     "rtn": "mka.transforms.rtn",
 }
-# A row per scheme of a recipe's `quantize`: the transform that rounds, and the bits it leaves of a weight.
-_SCHEMES = {
-    "int8": ("rtn", 8),
-    "int4": ("rtn", 4),
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a scheme of a recipe's `quantize` leaves of a linear layer; where it runs, `mka.kernels` knows.
+
+    Attributes:
+        transform: who rounds, by its name in the table.
+        bits: of a weight.
+        grouped: one scale per group of `group_size` weights; else one per row.
+        activations: bits that inputs are rounded to while the model runs, with one scale per token; None: they are not.
+    """
+
+    transform: str
+    bits: int
+    grouped: bool = True
+    activations: int | None = None
+
+
+# A row per scheme, as a recipe spells it.
+SCHEMES = {
+    "int8": Scheme("rtn", 8),
+    "int4": Scheme("rtn", 4),
+    "w8a8": Scheme("rtn", 8, grouped=False, activations=8),
 }
-BITS = {scheme: bits for scheme, (_, bits) in _SCHEMES.items()}
 
 # Kinds of evidence a transform may ask for: the base as (checkpoint, how to load it), and the calibration texts as
 # (set, how to read it).
@@ -130,7 +149,7 @@ def get_transform(name: str) -> Transform:
 
 def get_quantizer(scheme: str) -> Transform:
     """Return the transform of a scheme of a recipe's ``quantize``, other than "off"."""
-    return get_transform(_SCHEMES[scheme][0])
+    return get_transform(SCHEMES[scheme].transform)
 
 
 def list_needs(recipe: Recipe) -> frozenset[str]:

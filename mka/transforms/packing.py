@@ -1,54 +1,83 @@
-"""Packed weights: linear layers rounded to few bits, in the compressed-tensors format that stock loaders read.
+"""A folder of rounded weights: which are rounded, what is refused, and how it is written and published.
 
-Symmetric, one scale per group of `group_size` weights along the input dimension. Embeddings, the language-model head,
-norms and whatever else is no linear layer of a part keep their dtype. A quantizer decides what weights are rounded to;
-format and folder are made here.
+Symmetric, with one scale per group of weights along the input dimension, or per row. Norms, and whatever else is no
+linear layer of a part, keep their dtype, and so do embedding and language-model head unless they are asked for. A
+quantizer decides what the linear layers' weights are rounded to; how they are stored is `mka.transforms.formats`.
 """
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from functools import cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mka.errors import CheckpointError, RecipeError
 from mka.model.checkpoint import Checkpoint
-from mka.model.config import write_config
+from mka.model.config import build_config, write_config
 from mka.model.parts import ATTENTION, MLP, check_parts
 from mka.model.shards import BLOCK_BYTES, MAX_SHARD_BYTES, Blocks, split_shards, write_shards
 from mka.model.tensors import STORED_NAMES, TensorInfo, TensorReader, torch_dtype
 from mka.recipe import QuantizeSettings
-from mka.transforms import BITS
+from mka.transforms import SCHEMES
+from mka.transforms.formats import (
+    SCALE,
+    SHAPE,
+    describe_config,
+    describe_embeddings,
+    describe_scheme,
+    list_kept,
+    pack_rows,
+    scale_groups,
+)
 from mka.transforms.rewrite import publish_copy
+from mka.transforms.serving import check_embeddings, check_kernels
 
 if TYPE_CHECKING:
     import torch
 
 # Kinds of parts whose linear layers can be packed.
 TREATS = frozenset({ATTENTION, MLP})
-# What compressed-tensors keeps of a linear layer in the place of its weight.
-PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 # safetensors writes wider dtypes first, so that data stay aligned: 16 bytes of a shape may follow any number of scales.
 _WIDEST_FIRST = ("I64", "F64", "F32", "I32", "BF16", "F16")
+# Bytes of a matrix rounded at a time; rounding and packing them takes some ten times as many.
+_ROUND_BYTES = 1 << 22
 
-# Makes a tensor that is written, a weight's `PACKED` or `SCALE`, of the weight in the source.
+# Makes a tensor that is written of a linear layer's weight: what `list_kept` lists, but for a shape.
 Pack = Callable[[TensorInfo, TensorInfo, TensorReader], Blocks]
 
 
+@dataclass(frozen=True)
+class Planned:
+    """One tensor of the output.
+
+    Attributes:
+        spec: what is written.
+        info: the source's tensor that it is made of.
+        scheme: what that is rounded to; None: it is copied.
+    """
+
+    spec: TensorInfo
+    info: TensorInfo
+    scheme: Any = None
+
+
 def check_roundable(source: Checkpoint, settings: QuantizeSettings) -> None:
-    """Refuse what cannot be rounded.
+    """Refuse what cannot be rounded, and what the engine it is rounded for cannot run.
 
     Raises:
         CheckpointError: if the source is quantized already.
         PlanError: if its layers have parts whose weights are not plain linear layers.
-        RecipeError: if the group size does not divide the widths.
+        RecipeError: if the group size does not divide the widths, the engine that the settings name has no kernel for
+            widths or group size, or stock loading would miss something of a rounded embedding.
     """
     if source.is_quantized:
         raise CheckpointError(f"{source.path}: weights are already quantized")
     check_parts(source.family.parts, TREATS, f"quantize.scheme {settings.scheme}", str(source.path))
-    check_group_size(source, settings.group_size)
+    if SCHEMES[settings.scheme].grouped:
+        check_group_size(source, settings.group_size)
+    check_kernels(source, settings)
+    if settings.embeddings != "off":
+        check_embeddings(source)
 
 
 def check_group_size(source: Checkpoint, group_size: int) -> None:
@@ -74,24 +103,24 @@ def find_linear(source: Checkpoint) -> list[TensorInfo]:
     return [source.tensors[name] for name in names if name in source.tensors]
 
 
-def plan_packed(source: Checkpoint, settings: QuantizeSettings) -> list[tuple[TensorInfo, TensorInfo]]:
-    """List the output's tensors in the source's order, each with the source's tensor that it is made of."""
-    linear = {info.name for info in find_linear(source)}
-    planned: list[tuple[TensorInfo, TensorInfo]] = []
+def plan_packed(source: Checkpoint, settings: QuantizeSettings) -> list[Planned]:
+    """List the output's tensors in the source's order."""
+    family, tied = source.family, False
+    schemes = {info.name: describe_scheme(settings) for info in find_linear(source)}
+    if settings.embeddings != "off":
+        tied = build_config(source.config, source.path).tie_word_embeddings
+        schemes |= dict.fromkeys((family.embedding_tensor, family.head_tensor), describe_embeddings(family))
+    planned: list[Planned] = []
     for info in source.tensors.values():
-        if info.name not in linear:
-            planned.append((info, info))
-            continue
-        dtype = loaded_dtype(source, info)
-        stem = info.name.removesuffix("weight")
-        rows, columns = info.shape
-        packed = math.ceil(columns * BITS[settings.scheme] / 32)
-        specs = (
-            TensorInfo(stem + PACKED, "", "I32", (rows, packed)),
-            TensorInfo(stem + SCALE, "", dtype, (rows, columns // settings.group_size)),
-            TensorInfo(stem + SHAPE, "", "I64", (2,)),
-        )
-        planned += [(spec, info) for spec in specs]
+        dtype, scheme = loaded_dtype(source, info), schemes.get(info.name)
+        if scheme is None:
+            planned.append(Planned(info, info))
+        elif not (tied and info.name == family.head_tensor):
+            planned += [Planned(spec, info, scheme) for spec in list_kept(info, scheme, dtype)]
+        if tied and info.name == family.embedding_tensor:
+            # Stock loading ties the weights alone, before it unpacks them: the head needs the scales once more.
+            kept = list_kept(replace(info, name=family.head_tensor), scheme, dtype)
+            planned += [Planned(spec, info, scheme) for spec in kept if spec.name.endswith(SCALE)]
     return planned
 
 
@@ -117,7 +146,8 @@ def write_packed(
         source: an unquantized checkpoint.
         output: folder to publish; must not exist.
         settings: scheme (not "off") and group size.
-        pack: makes the packed tensors, each asked for once, in the order they are stored.
+        pack: makes what is kept of linear layers, each tensor asked for once, in the order they are stored; an
+            embedding and a head are rounded here.
         max_shard_bytes: largest shard.
         verify: called with the finished folder before it is published.
         on_tensor: called with the bytes of each tensor written (for a progress bar).
@@ -128,21 +158,24 @@ def write_packed(
     Raises:
         OutputError: if the folder cannot be written.
     """
-    planned = {spec.name: (spec, info) for spec, info in plan_packed(source, settings)}
-    specs = [spec for spec, _ in planned.values()]
+    planned = {tensor.spec.name: tensor for tensor in plan_packed(source, settings)}
+    specs = [tensor.spec for tensor in planned.values()]
     shards = [sorted(shard, key=_place) for shard in split_shards(specs, max_shard_bytes)]
+    embeddings = (source.family.embedding_tensor, source.family.head_tensor)
 
     def stream(read: TensorReader) -> Iterator[Blocks]:
         import torch
 
-        for spec, info in (planned[spec.name] for shard in shards for spec in shard):
-            leaf = spec.name.rpartition(".")[2]
-            if leaf == SHAPE:
-                yield [torch.tensor(info.shape)]
-            elif leaf in (PACKED, SCALE):
-                yield pack(spec, info, read)
-            else:
+        for tensor in (planned[spec.name] for shard in shards for spec in shard):
+            spec, info = tensor.spec, tensor.info
+            if tensor.scheme is None:
                 yield read.blocks(info.name, BLOCK_BYTES)
+            elif spec.name.endswith(SHAPE):
+                yield [torch.tensor(info.shape)]
+            elif info.name in embeddings:
+                yield round_rows(source, tensor.scheme, spec, info, read)
+            else:
+                yield pack(spec, info, read)
             if on_tensor:
                 on_tensor(spec.nbytes)
 
@@ -169,44 +202,17 @@ def read_rows(source: Checkpoint, info: TensorInfo, read: TensorReader, nbytes: 
         yield rows.to(dtype)
 
 
-def scale_groups(weight: "torch.Tensor", settings: QuantizeSettings) -> "torch.Tensor":
-    """Return the scale of each group of a weight (R, C), (R, C / group_size): half the range is its largest weight."""
-    from compressed_tensors.quantization.utils import calculate_qparams
+def round_rows(
+    source: Checkpoint, scheme: Any, spec: TensorInfo, info: TensorInfo, read: TensorReader
+) -> Iterator["torch.Tensor"]:
+    """Round a weight to the nearest multiples of its scales, some rows at a time; yields what `spec` keeps of them.
 
-    groups = weight.unflatten(-1, (-1, settings.group_size))
-    scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), describe_scheme(settings).weights)
-    return scale
-
-
-def pack_rows(weight: "torch.Tensor", scale: "torch.Tensor", settings: QuantizeSettings) -> dict[str, "torch.Tensor"]:
-    """Round rows of a weight to the nearest multiples of their scales and pack them.
-
-    Returns:
-        What compressed-tensors keeps of them, by its names.
+    A weight is read once for its scales and once more to be packed: scales kept from the first time would be memory
+    that grows with the model.
     """
-    import torch
-    from compressed_tensors.compressors import BaseCompressor
-
-    scheme = describe_scheme(settings)
-    compressor = BaseCompressor.get_value_from_registry(scheme.format.value)
-    zero_point = torch.zeros(scale.shape, dtype=torch.int8)
-    state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero_point}
-    return compressor.compress(state, scheme)
-
-
-@cache
-def describe_scheme(settings: QuantizeSettings) -> Any:
-    """Return compressed-tensors' own description of the rounding, and how it then packs a linear layer."""
-    import torch
-    from compressed_tensors.compressors.format import infer_module_format
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-
-    args = QuantizationArgs(
-        num_bits=BITS[settings.scheme], type="int", symmetric=True, strategy="group", group_size=settings.group_size
-    )
-    scheme = QuantizationScheme(targets=["Linear"], weights=args)
-    scheme.format = infer_module_format(torch.nn.Linear, scheme)
-    return scheme
+    leaf = spec.name.rpartition(".")[2]
+    for rows in read_rows(source, info, read, _ROUND_BYTES):
+        yield pack_rows(rows, scale_groups(rows, scheme), scheme)[leaf]
 
 
 def _write_config(source: Checkpoint, settings: QuantizeSettings, folder: Path) -> None:
@@ -214,11 +220,8 @@ def _write_config(source: Checkpoint, settings: QuantizeSettings, folder: Path) 
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
-    scheme = describe_scheme(settings)
     config = QuantizationConfig(
-        config_groups={"group_0": scheme},
-        ignore=[source.family.head],
-        format=scheme.format,
+        **describe_config(settings, source.family),
         quantization_status="compressed",
     )
     ModelCompressor(config).update_config(str(folder))
@@ -228,4 +231,4 @@ def _write_config(source: Checkpoint, settings: QuantizeSettings, folder: Path) 
 
 def foresee_packed(source: Checkpoint, settings: QuantizeSettings) -> int:
     """Return the bytes of the tensors that will be written."""
-    return sum(spec.nbytes for spec, _ in plan_packed(source, settings))
+    return sum(tensor.spec.nbytes for tensor in plan_packed(source, settings))

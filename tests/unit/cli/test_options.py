@@ -14,7 +14,12 @@ MODEL = {"--dtype": "model.dtype", "--trust-remote-code": "model.trust_remote_co
 METHOD = {"--method": "method.name", "--set": "method.settings"}
 TARGET = {f"--{name.replace('_', '-')}": f"target.{name}" for name in ("layers", "layer_ratio", "size_ratio")}
 TARGET |= {"--protect-first": "target.protect_first", "--protect-last": "target.protect_last"}
-QUANTIZE = {"--quantize": "quantize.scheme", "--group-size": "quantize.group_size"}
+QUANTIZE = {
+    "--quantize": "quantize.scheme",
+    "--group-size": "quantize.group_size",
+    "--embeddings": "quantize.embeddings",
+    "--serve-on": "quantize.serve_on",
+}
 CALIBRATION = {
     "--calibration": "calibration.path",
     "--samples": "calibration.samples",

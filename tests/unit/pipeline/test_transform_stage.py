@@ -103,7 +103,8 @@ def test_the_key_holds_name_settings_version_and_the_model_it_reads(root):
 
 def test_what_is_foreseen_is_what_is_written(root):
     """Layers of the tiny model are alike, so that the mean layer is each of them."""
-    for changes in ({}, {"quantize": {"scheme": "int8", "group_size": 16}}):
+    w8a8 = {"scheme": "w8a8", "embeddings": "int8"}
+    for changes in ({}, {"quantize": {"scheme": "int8", "group_size": 16}}, {"quantize": w8a8}):
         job, found = walk(root, cast_to("bfloat16"), **changes)
         last = list(found.values())[-1]
         assert candidate_nbytes(job) == last.facts["bytes"]

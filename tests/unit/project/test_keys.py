@@ -90,6 +90,8 @@ OTHER: dict[str, Any] = {
     "transforms.settings": {"transforms": [{"name": "cast", "settings": {"dtype": "bfloat16"}}]},
     "quantize.scheme": {"quantize": {"scheme": "int8", "group_size": 32}},
     "quantize.group_size": {"quantize": {"scheme": "int8", "group_size": 16}},
+    "quantize.embeddings": {"quantize": {"scheme": "int8", "group_size": 32, "embeddings": "int8"}},
+    "quantize.serve_on": "cpu",
     "evaluation.text": "other.jsonl",
     "evaluation.text_tokens": 999,
     "evaluation.context": 99,
@@ -186,6 +188,7 @@ ELSEWHERE = {
     *("heal.path", "heal.rev", "heal.checkpointing"),
     *("alignment.path", "alignment.rev", "evaluation.text", "evaluation.tasks_folder", "evaluation.overlap_index"),
     *("gate.champion_recovery", "model.hub", "model.revision", "model.folder", "model.package", "model.sha256"),
+    "quantize.serve_on",
     *("model.trust_remote_code", "registry.name", "registry.tracking_uri", "registry.promote", "registry.approvers"),
 }
 

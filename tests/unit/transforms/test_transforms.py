@@ -15,15 +15,16 @@ from mka.model.checkpoint import open_checkpoint
 from mka.pipeline.quantize import write_quantized
 from mka.plan.plan import MergePlan, identity_layers
 from mka.recipe import QuantizeSettings
-from mka.transforms import BITS, CALIBRATION, Transform, cast, get_quantizer, get_transform
+from mka.transforms import CALIBRATION, SCHEMES, Scheme, Transform, cast, get_quantizer, get_transform
 
 SETTINGS = QuantizeSettings(scheme="int8", group_size=16)
 
 
 def test_every_scheme_a_recipe_may_name_has_a_row_and_no_other():
-    assert {"off", *BITS} == set(get_args(QuantizeSettings.model_fields["scheme"].annotation))
-    assert {get_quantizer(scheme).name for scheme in BITS} == {"rtn"}
-    assert BITS == {"int8": 8, "int4": 4}
+    # What "auto" stands for is settled when the recipe is read.
+    assert {"off", "auto", *SCHEMES} == set(get_args(QuantizeSettings.model_fields["scheme"].annotation))
+    assert {get_quantizer(scheme).name for scheme in SCHEMES} == {"rtn"}
+    assert {name: row.bits for name, row in SCHEMES.items()} == {"int8": 8, "int4": 4, "w8a8": 8}
 
 
 def test_every_row_holds_the_transform_of_its_name():
@@ -41,6 +42,7 @@ def test_the_table_imports_no_transform_before_it_is_asked_for():
     "name, settings",
     [
         ("rtn", SETTINGS),
+        ("rtn", QuantizeSettings(scheme="w8a8", embeddings="int8")),
         ("merge", MergePlan("t", "", 6, identity_layers(6)[:4])),
         ("cast", cast.Settings(dtype="float16")),
     ],
@@ -68,7 +70,7 @@ def test_a_calibrated_quantizer_is_a_module_and_a_row(tmp_path, monkeypatch):
     module.TRANSFORM = Transform("calibrated", "round", rtn.check, rtn.foresee, apply, frozenset({"grams"}))
     monkeypatch.setitem(sys.modules, "calibrated", module)
     monkeypatch.setitem(mka.transforms._TRANSFORMS, "calibrated", "calibrated")
-    monkeypatch.setitem(mka.transforms._SCHEMES, "int8", ("calibrated", 8))
+    monkeypatch.setitem(mka.transforms.SCHEMES, "int8", Scheme("calibrated", 8))
     source = open_checkpoint(save_model(make_tiny_model("llama"), tmp_path / "base"))
     with pytest.raises(RecipeError, match=r"quantize\.scheme int8: calibrated looks at grams; none given"):
         write_quantized(source, SETTINGS, tmp_path / "out")
@@ -92,7 +94,7 @@ def test_evidence_a_command_cannot_give_is_missed_before_anything_is_written(tmp
     module.TRANSFORM = Transform("calibrated", "round", rtn.check, rtn.foresee, rtn.apply, frozenset({CALIBRATION}))
     monkeypatch.setitem(sys.modules, "calibrated", module)
     monkeypatch.setitem(mka.transforms._TRANSFORMS, "calibrated", "calibrated")
-    monkeypatch.setitem(mka.transforms._SCHEMES, "int8", ("calibrated", 8))
+    monkeypatch.setitem(mka.transforms.SCHEMES, "int8", Scheme("calibrated", 8))
     base = save_model(make_tiny_model("llama"), tmp_path / "base")
     (tmp_path / "plan.json").write_text(MergePlan("t", "", 6, identity_layers(6)[:4]).to_json())
     monkeypatch.setattr("mka.pipeline.merge.write_merged", lambda *_: pytest.fail("merged"))

@@ -1,0 +1,58 @@
+"""What of a checkpoint an engine has kernels for, and what stock loading misses, refused before anything is rounded."""
+
+from mka.errors import RecipeError
+from mka.kernels import find_row
+from mka.model.checkpoint import Checkpoint
+from mka.recipe import QuantizeSettings
+from mka.transforms import SCHEMES
+
+
+def check_kernels(source: Checkpoint, settings: QuantizeSettings) -> None:
+    """Refuse widths and group sizes that the engine named by ``serve_on`` has no kernel for.
+
+    Raises:
+        RecipeError: naming what it has them for.
+    """
+    row = find_row(settings.serve_on, settings.scheme)
+    if row.groups and SCHEMES[settings.scheme].grouped and settings.group_size not in row.groups:
+        raise RecipeError(
+            f"quantize.group_size {settings.group_size}: {row.engine.label} runs {settings.scheme} in groups of "
+            f"{', '.join(map(str, row.groups))} only"
+        )
+    widths = {width for shape in list_products(source) for width in shape if width % row.multiple}
+    if widths:
+        raise RecipeError(
+            f"quantize.scheme {settings.scheme}: {row.engine.label} runs it on widths that are multiples of "
+            f"{row.multiple}, this model has {sorted(widths)}; name another scheme, or no serve_on"
+        )
+
+
+def list_products(source: Checkpoint) -> list[tuple[int, int]]:
+    """List the matrices that an engine multiplies with, (outputs, inputs): the readers of a norm are one there."""
+    found = []
+    for layer in range(source.layers):
+        for part in source.family.parts:
+            for fused in (part.readers, (part.writer,)):
+                names = (source.family.layer_tensor(layer, f"{name}.weight") for name in fused)
+                shapes = [source.tensors[name].shape for name in names if name in source.tensors]
+                if shapes:
+                    found.append((sum(shape[0] for shape in shapes), shapes[0][1]))
+    return found
+
+
+def check_embeddings(source: Checkpoint) -> None:
+    """Refuse an embedding that keeps something beside its weight: stock loading calls that missing once it is rounded.
+
+    Raises:
+        RecipeError: naming it.
+    """
+    import torch
+
+    from mka.model.outline import build_outline
+
+    embedding = source.family.get_embedding(build_outline(source, torch.float32))
+    if beside := [name for name, _ in embedding.named_buffers()]:
+        raise RecipeError(
+            f"quantize.embeddings int8: the embedding of {source.family.model_type} keeps {beside[0]} beside its "
+            "weight, which stock loading of a rounded one misses; leave embeddings off"
+        )
