@@ -3,6 +3,7 @@
 from mka.evaluation.metrics import FEW, HEADLINE, find_metric
 from mka.evaluation.task_tables import MMLU
 from mka.report.data import ReportData
+from mka.report.serving import tell_speed
 
 
 def list_caveats(data: ReportData) -> list[str]:
@@ -21,6 +22,8 @@ def list_caveats(data: ReportData) -> list[str]:
             told = f"A model that has lost its language can still pick letters: read MMLU with {HEADLINE.name}."
             notes.append(told)
         notes.append("Speed was timed on the machine named under conditions; other hardware ranks differently.")
+        if told := tell_speed(data.recipe):
+            notes.append(told)
     label = f" ({data.provenance['base_model']})" if data.provenance.get("base_model") else ""
     notes.append(f"The base{label} is measured as it was loaded here; its figures are its own, not published ones.")
     facts = [report.checkpoint for report in (data.base, data.candidate) if report]

@@ -17,6 +17,7 @@ from mka.report.control import describe_control, has_own_control, tell_against_c
 from mka.report.data import ReportData
 from mka.report.healing import describe_healing, draw_curve
 from mka.report.markup import escape_markdown, fence_markdown, flatten_facts
+from mka.report.serving import list_engines
 from mka.report.table import result_table
 from mka.report.verdict import VERDICTS, describe_check
 from mka.similarity.stability import describe_stability
@@ -114,6 +115,7 @@ def _render(template: str, data: ReportData, **more: Any) -> str:
         provenance=flatten_facts(data.provenance),
         conditions=flatten_facts((candidate or base).conditions) if candidate or base else {},  # type: ignore[union-attr]
         caveats=list_caveats(data),
+        engines=list_engines(data.recipe),
         folder=(candidate.checkpoint.get("path") if candidate else None) or "path/to/this/folder",
         **more,
     )

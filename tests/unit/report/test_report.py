@@ -189,6 +189,32 @@ def test_format_value(value: float, stderr: float | None, text: str) -> None:
     assert format_value(value, stderr) == text
 
 
+@pytest.mark.parametrize(
+    ("quantize", "loads", "not_in", "speed"),
+    [
+        (None, ["transformers", "vLLM on CPU", "vLLM on CUDA", "llama.cpp"], [], None),
+        (
+            {"scheme": "int8"},
+            ["transformers", "vLLM on CUDA"],
+            ["vLLM on CPU", "llama.cpp"],
+            "no faster than unrounded",
+        ),
+        ({"scheme": "w8a8"}, ["transformers", "vLLM on CPU"], ["llama.cpp"], "slower than unrounded"),
+        ({"scheme": "w8a8", "embeddings": "int8"}, ["transformers"], ["vLLM on CPU", "vLLM on CUDA"], "slower"),
+    ],
+)
+def test_a_card_says_which_engines_load_it_and_what_the_speeds_are_worth(quantize, loads, not_in, speed, tmp_path):
+    data = report_data(recipe={"name": "tiny"} | ({"quantize": quantize} if quantize else {}))
+    write_card(data, tmp_path)
+    lines = (tmp_path / "README.md").read_text(encoding="utf-8").splitlines()
+    for engine in loads:
+        assert any(line.startswith(f"- {engine}") and "): yes" in line for line in lines), engine
+    for engine in not_in:
+        assert any(line.startswith(f"- {engine}") and "): no, it " in line for line in lines), engine
+    told = [note for note in list_caveats(data) if note.startswith("Speeds are of stock loading")]
+    assert len(told) == (speed is not None) and all(speed in note for note in told)
+
+
 def test_caveats_name_small_samples_and_mixed_sizes() -> None:
     notes = " ".join(list_caveats(report_data()))
     assert "boolq (8)" in notes and "piqa (50)" in notes
