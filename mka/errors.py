@@ -78,6 +78,14 @@ class GateRefused(MkaError):
     exit_code = 1
 
 
+class EngineError(MkaError):
+    """An engine that is not installed, died, hung or ran out of memory: of the model nothing is known."""
+
+
+class EngineFault(GateRefused):
+    """An engine does not load the model, or makes something else of it than transformers does."""
+
+
 class WatchError(MkaError):
     """Base models that could not be looked at, or whose recompression could not be started."""
 

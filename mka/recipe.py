@@ -341,6 +341,31 @@ class EvaluationSettings(Measurement):
     new_tokens: int = Field(32, ge=1, description="Tokens generated per prompt; also times decoding")
 
 
+class EngineCheck(Section):
+    """An engine that base and candidate are loaded into, and how they are timed there."""
+
+    engine: Literal["vllm", "llama.cpp"] = Field(description="The engine; `make engines` installs it")
+    concurrency: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field(
+        (1, 16), description="Prompts at once, a timing of each"
+    )
+    prompt_tokens: int = Field(256, ge=2, description="Tokens of each timed prompt")
+    new_tokens: int = Field(64, ge=2, description="Tokens decoded of each timed prompt")
+    rounds: int = Field(2, ge=1, description="Times that each model is loaded and timed, in turns with the base")
+    file_type: str | None = Field(
+        None, description="Type of the GGUF file's weights, e.g. q8_0; null: the type of the arithmetic"
+    )
+    limit: float = Field(900, gt=0, description="Seconds after which an engine is ended, each time it is started")
+    memory: float | None = Field(
+        None, gt=0, description="GB that an engine may have resident; null: nine tenths of what is free"
+    )
+
+    @model_validator(mode="after")
+    def _files_have_types(self) -> Self:
+        if self.file_type is not None and self.engine != "llama.cpp":
+            raise ValueError("file_type belongs to llama.cpp, which loads a GGUF file; vllm loads the folder")
+        return self
+
+
 Bound = Literal["recovery", "most", "least", "better_than"]
 
 

@@ -23,6 +23,7 @@ from mka.cli.observe import observe
 from mka.cli.plan import plan
 from mka.cli.report import report
 from mka.cli.score import score
+from mka.cli.serve_check import serve_check
 from mka.cli.write import write
 from mka.errors import MkaError
 from mka.outside.printable import LONGEST, one_line
@@ -91,7 +92,22 @@ def cli(context: click.Context, progress: bool | None) -> None:
         click.echo(context.get_help())
 
 
-for command in (compress, methods, write, observe, score, plan, merge, heal, evaluate, report, export, bench, clean):
+for command in (
+    compress,
+    methods,
+    write,
+    observe,
+    score,
+    plan,
+    merge,
+    heal,
+    evaluate,
+    report,
+    export,
+    serve_check,
+    bench,
+    clean,
+):
     cli.add_command(command)
 
 

@@ -30,6 +30,8 @@ COMMANDS = {
     "evaluate": "evaluate gone --text heldout.jsonl --tasks hellaswag=4 --tasks-folder . --generation 2 --output out",
     "report": "report --plan plan.json --base base.json --candidate base.json --recipe recipe.yaml --output out",
     "export": "export gone --format folder --output out",
+    "serve-check": "serve-check gone --engine vllm --python gone --base base --concurrency 1,2 --rounds 1 --limit 9 "
+    "--output out",
     "methods": "methods --json",
 }
 DRY = ("compress", "write", "bench", "clean")

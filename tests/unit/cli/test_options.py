@@ -58,6 +58,7 @@ COMMANDS = {
     "heal": {name.replace("--heal-", "--"): key for name, key in HEAL.items() if name != "--heal"}
     | {"--mode": "heal.mode", "--seed": "seed"}
     | MODEL,
+    "serve-check": {"--seed": "seed"} | MODEL,
     "evaluate": EVALUATION | {"--batch-size": "evaluation.batch_size"} | MODEL,
 }
 # What is typed -> the keys of the recipe it sets.

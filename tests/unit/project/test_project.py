@@ -24,6 +24,8 @@ LOCK_LINES = [
     if line.strip() and not line.lstrip().startswith("#")
 ]
 LOCK = [Requirement(line) for line in LOCK_LINES]
+# What runs in environments of their own.
+PROGRAMS = sorted((ROOT / "mka/engines/programs").glob("*.py"))
 REQUIREMENTS = [Requirement(text) for text in PROJECT["dependencies"]] + [
     Requirement(text) for extra in PROJECT["optional-dependencies"].values() for text in extra
 ]
@@ -92,11 +94,17 @@ def test_every_import_is_declared():
     rooms = dict.fromkeys(ROOMS, runtime) | {"tasks": runtime | optional}
     rooms |= dict.fromkeys(("tests", "benchmarks"), everything)
     for room, declared in rooms.items():
-        for path in sorted((ROOT / room).rglob("*.py")):
+        for path in sorted(set((ROOT / room).rglob("*.py")) - set(PROGRAMS)):
             for name in sorted(imported_packages(path) - sys.stdlib_module_names - {*ROOMS, *shared}):
                 if not {canonicalize_name(provider) for provider in providers.get(name, [])} & declared:
                     undeclared.append(f"{path.relative_to(ROOT)}: {name}")
     assert undeclared == []
+
+
+def test_programs_of_engines_import_the_standard_library_and_their_engine():
+    """They run in environments that have nothing else."""
+    found = {path.stem: imported_packages(path) - sys.stdlib_module_names for path in PROGRAMS}
+    assert found == {"__init__": set(), "vllm": {"vllm"}, "llama_cpp": {"xllamacpp"}}
 
 
 def imported_packages(path: Path) -> set[str]:

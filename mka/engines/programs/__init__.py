@@ -1,0 +1,1 @@
+"""Programs that engines' own environments run: the standard library, the engine, and nothing of this project."""
