@@ -81,11 +81,11 @@ ROWS = (
         "one: slower than unrounded",
     ),
     Row(STOCK, EMBEDDINGS, True, "unpacked by the first forward pass; a tied head becomes a matrix of its own then"),
-    Row(VLLM_CPU, "w8a8", True, "int8 matrix products"),
-    Row(VLLM_CPU, "int4", True, "4-bit weights unpacked inside the matrix product", multiple=32),
+    Row(VLLM_CPU, "w8a8", True, "int8 matrix products", False),
+    Row(VLLM_CPU, "int4", True, "4-bit weights unpacked inside the product", False, multiple=32),
     Row(VLLM_CPU, "off", True, "as it is"),
     Row(VLLM_CPU, "int8", False, "has weight-only kernels for 4 bits alone"),
-    Row(VLLM_CPU, EMBEDDINGS, False, "takes packed embeddings only, which stock loading does not"),
+    Row(VLLM_CPU, EMBEDDINGS, False, "takes packed embeddings only, which stock loading does not", False),
     Row(VLLM_CUDA, "int8", True, "Marlin: 8-bit weights unpacked inside the product", False, (32, 64, 128)),
     Row(VLLM_CUDA, "w8a8", True, "CUTLASS: int8 matrix products", False),
     Row(VLLM_CUDA, "int4", True, "Marlin: 4-bit weights unpacked inside the product", False, (32, 64, 128)),
@@ -128,7 +128,9 @@ def refuse_unserved(serve_on: str | None, scheme: str, embeddings: bool) -> str 
         row = find_row(serve_on, asked)
         if row.loads:
             continue
-        allowed = ", ".join(other.scheme for other in list_rows(serve_on) if other.loads)
-        spelled = f"embeddings {asked.split()[-1]}" if asked == EMBEDDINGS else f"scheme {asked}"
-        return f"{spelled}: {row.engine.label} {row.how}; {row.engine.instead or f'allowed: {allowed}'}"
+        schemes = ", ".join(other.scheme for other in list_rows(serve_on) if other.loads)
+        spelled, hint = f"scheme {asked}", row.engine.instead or f"allowed: {schemes}"
+        if asked == EMBEDDINGS:
+            spelled, hint = asked, "leave embeddings off"
+        return f"{spelled}: {row.engine.label} {row.how}; {hint}"
     return None

@@ -158,13 +158,16 @@ def stand_in_for_missing(recipe: "Recipe") -> tuple["Recipe", list[Path]]:
 
 def show_foresight(job: "Job", facts: dict[str, Any]) -> str:
     """Say what a dry run found."""
+    from mka.pipeline.quantize import describe_rounding
+
     before, after = facts["base"], facts["candidate"]
     recipe = job.recipe
+    rounded = after["quantize"] if after["quantize"] == "off" else describe_rounding(recipe.quantize)
     rows = [
         ["model", f"{recipe.model.label} ({before['model_type']}, {before['dtype']})"],
         ["layers", f"{before['layers']} -> {after['layers']}"],
         ["parameters", f"{before['parameters'] / 1e6:,.1f} M -> about {after['parameters'] / 1e6:,.1f} M"],
-        ["size", f"{before['bytes'] / 1e6:,.1f} MB -> about {after['bytes'] / 1e6:,.1f} MB ({after['quantize']})"],
+        ["size", f"{before['bytes'] / 1e6:,.1f} MB -> about {after['bytes'] / 1e6:,.1f} MB ({rounded})"],
         ["method", f"{recipe.method.name} {recipe.method.settings or ''}".strip()],
         *([["written", describe_writing(facts["to_write"])]] if facts["to_write"] else []),
         ["observed", f"{facts['calibration_tokens']:,} tokens of {facts['calibration_texts']} texts"],

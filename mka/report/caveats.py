@@ -22,8 +22,8 @@ def list_caveats(data: ReportData) -> list[str]:
             told = f"A model that has lost its language can still pick letters: read MMLU with {HEADLINE.name}."
             notes.append(told)
         notes.append("Speed was timed on the machine named under conditions; other hardware ranks differently.")
-        if told := tell_speed(data.recipe):
-            notes.append(told)
+        if speeds := tell_speed(data.recipe):
+            notes.append(speeds)
     label = f" ({data.provenance['base_model']})" if data.provenance.get("base_model") else ""
     notes.append(f"The base{label} is measured as it was loaded here; its figures are its own, not published ones.")
     facts = [report.checkpoint for report in (data.base, data.candidate) if report]
