@@ -2,7 +2,8 @@
 
     generate_in_vllm.py FOLDER DTYPE '[1, 2, 3]' TOKENS
 
-The last line of its output is JSON: the tokens, and of the first one the log-probabilities that the engine gave.
+Beside the engine's own output it prints a line of MADE and JSON: the tokens, and of the first one the log-probabilities
+that the engine gave.
 """
 
 import json
@@ -21,7 +22,7 @@ def main() -> None:
     sampling = SamplingParams(max_tokens=int(tokens), temperature=0, logprobs=10, detokenize=False)
     made = engine.generate([{"prompt_token_ids": json.loads(prompt)}], sampling)[0].outputs[0]
     first = {token: entry.logprob for token, entry in made.logprobs[0].items()}
-    print(json.dumps({"tokens": list(made.token_ids), "first": first}))
+    print("MADE", json.dumps({"tokens": list(made.token_ids), "first": first}), flush=True)
 
 
 # The engine starts processes that import this file.

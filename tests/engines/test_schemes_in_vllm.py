@@ -21,7 +21,8 @@ PROMPT = [3, 17, 45, 60, 9]
 # What it says of a row that does not load.
 SAID = {
     "int8": "Failed to find a kernel that can implement the WNA16 linear layer",
-    EMBEDDINGS: "compressed_tensors.py",
+    # It asserts that whole numbers stored as bytes have rounded inputs, and says no more than that.
+    EMBEDDINGS: "assertion_error",
 }
 # Sizes for which it has attention on a CPU, and matrix products in 4 bits.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "vocab_size": 128, "num_hidden_layers": 2}
@@ -70,7 +71,8 @@ def test_a_row_is_what_happens(row, base, tmp_path):
         assert done.returncode != 0 and SAID[row.scheme] in done.stdout + done.stderr, done.stderr[-2000:]
         return
     assert done.returncode == 0, done.stderr[-2000:]
-    made = json.loads(done.stdout.strip().splitlines()[-1])
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("MADE "))
+    made = json.loads(line.removeprefix("MADE "))
     assert len(made["tokens"]) == 6
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     with torch.no_grad():
