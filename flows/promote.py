@@ -25,6 +25,7 @@ from tasks.machine.workplace import find_workplace
 from tasks.registry.challenge import promote_measured, read_recipe, refuse_stale, refuse_unapproved, require_pass
 from tasks.registry.index import write_index_page
 from tasks.registry.promotion import Move, find_candidate, name_person, read_version
+from tasks.registry.signature import require_signature
 from tasks.registry.tracking import registry_address
 from tasks.stages import Run
 from tasks.tables import Tables, read_tables
@@ -53,7 +54,8 @@ def promote(
         registry: MLflow store; default: `MLFLOW_TRACKING_URI`, else that of the work folder.
 
     Raises:
-        PromotionError: if it is stale, not approved, does not pass the gate or is not as good as the champion.
+        PromotionError: if it is stale, not approved, not signed where its recipe asks for that, does not pass the gate
+            or is not as good as the champion.
         MkaError: if anything it needs cannot be had.
     """
     place = find_workplace()
@@ -63,6 +65,7 @@ def promote(
     recipe = read_recipe(chosen)
     refuse_unapproved(recipe, approver)
     refuse_stale(place, recipe, chosen)
+    require_signature(place, recipe, chosen)
     base = fetch_base_model(place, recipe)
     versions, tables = read_tables(place, recipe)
     command = f"python -m flows.promote {model} --version {chosen.version}"

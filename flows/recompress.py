@@ -212,6 +212,9 @@ def promote_on_pass(run: Run, found: Found, registration: Registration) -> tuple
         said = f"none: the same model is or was champion as version {before}; by hand: {by_hand}"
     elif settings.approvers:
         said = f"waits for {' or '.join(settings.approvers)}: {by_hand} --approver NAME"
+    elif settings.signature is not None:
+        signing = f"python -m flows.sign {registration.name} --version {registration.version} --key PRIVATE.pem"
+        said = f"waits for a signature: {signing}; then {by_hand}"
     elif settings.promote == "manual":
         said = f"waits for a person: {by_hand}"
     else:

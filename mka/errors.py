@@ -72,6 +72,14 @@ class RegistryError(MkaError):
     """A model registry that cannot be reached or does not hold what it should."""
 
 
+class PublishError(MkaError):
+    """A model that a hub does not take, or holds otherwise than it was sent."""
+
+
+class SignatureError(MkaError):
+    """A folder that cannot be signed, or is not what its signature says."""
+
+
 class GateRefused(MkaError):
     """The candidate was measured and the gate did not let it pass."""
 

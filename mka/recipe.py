@@ -441,6 +441,9 @@ class RegistrySettings(Section):
         "auto", description="'auto': a run whose gate passes promotes its version; 'manual': a person does"
     )
     approvers: tuple[str, ...] = Field((), description="People of whom one must be named to promote; none: nobody must")
+    signature: Path | None = Field(
+        None, description="Public key, PEM, of the signature a version must have to be promoted; none: it needs none"
+    )
 
     @field_validator("tracking_uri")
     @classmethod

@@ -213,6 +213,22 @@ def without_first_values() -> Iterator[None]:
 
 
 @contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Draw the hub client's bars only where bars are drawn, and keep its advice off the terminal."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    before = are_progress_bars_disabled()
+    if not is_shown():
+        disable_progress_bars()
+    try:
+        with _errors_only("huggingface_hub", "httpx2"):
+            yield
+    finally:
+        if not before:
+            enable_progress_bars()
+
+
+@contextmanager
 def quiet_lm_eval(progress: bool) -> Iterator[None]:
     """Draw one bar for all requests, if any, instead of one per step and task, and warn of no item.
 

@@ -16,6 +16,7 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 from pathlib import Path
 
 import pytest
+from support.hub import TOKEN, Hub
 from support.models import FAMILY_NAMES, make_tiny_model, make_tokenizer, save_model
 
 
@@ -59,3 +60,19 @@ def conversions(monkeypatch):
 
     monkeypatch.setattr("mka.sources.fetch.convert_gguf", convert)
     return seen
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in of a hub that the client talks to; its waits between tries take no time."""
+    import huggingface_hub.constants as constants
+
+    hub = Hub()
+    for name, value in (("ENDPOINT", hub.address), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
+        monkeypatch.setattr(constants, name, value)
+    template = f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield hub
+    hub.close()

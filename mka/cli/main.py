@@ -21,9 +21,11 @@ from mka.cli.methods import methods
 from mka.cli.models import find_work
 from mka.cli.observe import observe
 from mka.cli.plan import plan
+from mka.cli.publish import publish
 from mka.cli.report import report
 from mka.cli.score import score
 from mka.cli.serve_check import serve_check
+from mka.cli.sign import sign, verify
 from mka.cli.write import write
 from mka.errors import MkaError
 from mka.outside.printable import LONGEST, one_line
@@ -105,6 +107,9 @@ for command in (
     report,
     export,
     serve_check,
+    sign,
+    verify,
+    publish,
     bench,
     clean,
 ):

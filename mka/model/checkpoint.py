@@ -12,6 +12,7 @@ from mka.model.config import build_config
 from mka.model.families import Family, get_family, layer_kinds
 from mka.model.tensors import TensorInfo, TensorReader
 from mka.model.weights import list_files, read_json, read_weights
+from mka.store.signing import SIGNATURE
 from mka.store.sums import SUMS_NAME, file_sha256, read_sums, verify_sums
 
 
@@ -74,10 +75,10 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over names and contents of all files that make the model (not the card, not the sums)."""
+        """SHA-256 over names and contents of all files that make the model (no card, sums or signature)."""
         listed = read_sums(self.path) if self.verified else {}
         names = [path.relative_to(self.path).as_posix() for path in list_files(self.path)]
-        names = [name for name in names if name not in ("README.md", SUMS_NAME)]
+        names = [name for name in names if name not in ("README.md", SUMS_NAME, SIGNATURE)]
         with ThreadPoolExecutor() as pool:  # hashing runs outside Python's lock
             found = pool.map(lambda name: listed.get(name) or file_sha256(self.path / name), names)
             pairs = [f"{value}  {name}" for value, name in zip(found, names)]

@@ -11,13 +11,16 @@ _QUERY = re.compile(
     r"(?P<name>[?&][^\s=&#]*(?:pass|pwd|secret|token|signature|credential|api_?key)[^\s=&#]*=)[^\s&#'\"]+",
     re.IGNORECASE,
 )
+# Tokens of hubs, by their prefix.
+_SECRET = re.compile(r"\b(?P<prefix>hf|api_org|gh[opsu])_[A-Za-z0-9]{20,}")
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
 HIDDEN = "***"
 LONGEST = 480
 
 
 def hide_passwords(text: str) -> str:
-    """Return a text in which the passwords of all addresses are ``***``: ``http://user:***@host``."""
+    """Return a text in which the passwords of all addresses are ``***``: ``http://user:***@host``; and hubs' tokens."""
+    text = _SECRET.sub(rf"\g<prefix>_{HIDDEN}", text)
     text = _LOGIN.sub(rf"\g<scheme>\g<user>:{HIDDEN}@", text)
     return _QUERY.sub(rf"\g<name>{HIDDEN}", _TOKEN.sub(rf"\g<scheme>{HIDDEN}@", text))
 

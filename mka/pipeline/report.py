@@ -8,6 +8,7 @@ from typing import Any
 from mka.alignment.table import alignment_json
 from mka.evaluation.gate import recover_tasks
 from mka.healing.table import healing_json
+from mka.model.card import read_license
 from mka.model.config import find_reader
 from mka.model.weights import read_json
 from mka.pipeline.evaluate import open_reports
@@ -42,6 +43,7 @@ def gather_evidence(job: Job, found: Found) -> ReportData:
             "base_model": job.recipe.model.label,
             "revision": job.revision,
             "digest": job.base.digest,
+            **read_license(job.base.path),
             "candidate_digest": candidate.checkpoint["digest"],
             **({"needs_transformers": f"{reader} or newer"} if reader else {}),
             **calibration,
@@ -91,13 +93,18 @@ def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
 
 def _settings(job: Job) -> dict[str, Any]:
     recipe = job.recipe.model_dump(mode="json", exclude={"registry": {"tracking_uri"}})
-    # Both are printed on the page.
-    return {"recipe": recipe, "output": str(job.output) if job.output else None, "registered": job.registered}
+    # All are printed on the page. A base's card is no part of its digest.
+    return {
+        "recipe": recipe,
+        "output": str(job.output) if job.output else None,
+        "registered": job.registered,
+        "license": read_license(job.base.path),
+    }
 
 
 REPORT = Stage(
     "report",
-    version=3,
+    version=4,
     reads=lambda job, found: (
         {name: product.digest for name, product in found.items()} | {"model": find_model(found).digest}
     ),

@@ -16,6 +16,7 @@ from mka.report.caveats import list_caveats
 from mka.report.control import describe_control, has_own_control, tell_against_control
 from mka.report.data import ReportData
 from mka.report.healing import describe_healing, draw_curve
+from mka.report.hub import describe_for_hub
 from mka.report.markup import escape_markdown, fence_markdown, flatten_facts
 from mka.report.serving import list_engines
 from mka.report.table import result_table
@@ -59,17 +60,14 @@ def write_card(data: ReportData, folder: str | Path) -> Path:
     Raises:
         OutputError: if the folder cannot be written.
     """
-    import yaml
-
-    hub = (data.recipe.get("model") or {}).get("hub")
-    tags = list(dict.fromkeys(["mka", data.plan.method, "layer-merging", "compression"]))
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "base_model": hub}
-    front |= {"license": data.provenance.get("license"), "tags": tags}
-    # Hubs refuse a card whose base_model is not a model id; other sources are named in the text.
-    header = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False, allow_unicode=True)
     path = Path(folder) / "README.md"
-    write_text(path, make_page(_render("card.md.j2", data, header=header)))
+    write_text(path, make_page(_render("card.md.j2", data, header=describe_for_hub(data, name_model(data)) + "\n")))
     return path
+
+
+def name_model(data: ReportData) -> str:
+    """Name the candidate: as its recipe does, or as its base is called."""
+    return str(data.recipe.get("name") or data.plan.base.get("model") or "model")
 
 
 def _render(template: str, data: ReportData, **more: Any) -> str:
@@ -93,7 +91,7 @@ def _render(template: str, data: ReportData, **more: Any) -> str:
     checks = (data.gate or {}).get("checks", ())
     return engine.get_template(template).render(
         data=data,
-        name=data.recipe.get("name") or plan.base.get("model") or "model",
+        name=name_model(data),
         rows=rows,
         control=describe_control(control) if control and has_own_control(base, control) else None,
         against_control=tell_against_control(base, candidate, control),

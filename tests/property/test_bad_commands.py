@@ -32,9 +32,12 @@ COMMANDS = {
     "export": "export gone --format folder --output out",
     "serve-check": "serve-check gone --engine vllm --python gone --base base --concurrency 1,2 --rounds 1 --limit 9 "
     "--output out",
+    "sign": "sign gone --key base.json --signature out",
+    "verify": "verify gone --key base.json --signature out",
+    "publish": "publish base --to me/tiny --revision first --tag v1 --base org/base --relation merge --license mit",
     "methods": "methods --json",
 }
-DRY = ("compress", "write", "bench", "clean")
+DRY = ("compress", "write", "bench", "clean", "publish")
 VALUES = [*TEXTS, *map(str, NUMBERS[:7]), "9" * 5000, "0.5", "nan", "inf", "-inf", "1e400", "hellaswag", "mka", "base"]
 VALUES += [
     "a=" + "[" * 3000,

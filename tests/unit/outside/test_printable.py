@@ -24,9 +24,16 @@ def test_passwords_of_addresses_are_hidden(address, shown):
     assert "hunter2" not in f"{refused} {refused!r}"
 
 
+def test_tokens_of_hubs_are_hidden():
+    token = "hf_" + "hunter2HUNTER2hunter2HUNTER2hunter"
+    assert hide_passwords(f"401: Bearer {token}, again") == "401: Bearer hf_***, again"
+    assert "hunter2" not in str(RegistryError(f"refused {token}"))
+
+
 @pytest.mark.parametrize(
     "text",
     [
+        "hf_causal_lm_model_with_a_long_name and hf_hub",
         "sqlite:////home/a/mlflow.db",
         "http://127.0.0.1:5000",
         "http://host:4200/api/runs@12",

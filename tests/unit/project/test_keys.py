@@ -115,6 +115,7 @@ OTHER: dict[str, Any] = {
     "registry.tracking_uri": "http://other",
     "registry.promote": "manual",
     "registry.approvers": ["somebody"],
+    "registry.signature": "public.pem",
     "seed": 9,
 }
 
@@ -190,6 +191,7 @@ ELSEWHERE = {
     *("gate.champion_recovery", "model.hub", "model.revision", "model.folder", "model.package", "model.sha256"),
     "quantize.serve_on",
     *("model.trust_remote_code", "registry.name", "registry.tracking_uri", "registry.promote", "registry.approvers"),
+    "registry.signature",
 }
 
 

@@ -86,17 +86,21 @@ def test_every_import_is_declared():
     """What a module imports, pyproject.toml names; a dependency of a dependency may go away."""
     providers = importlib.metadata.packages_distributions()
     runtime = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
-    # Imported only where the recipe asks for it, with a refusal where it is not installed.
-    optional = {canonicalize_name(Requirement(text).name) for text in PROJECT["optional-dependencies"]["dask"]}
+    # Imported only where they are asked for, with a refusal where they are not installed.
+    optional = {
+        extra: {canonicalize_name(Requirement(text).name) for text in PROJECT["optional-dependencies"][extra]}
+        for extra in ("dask", "sign")
+    }
     everything = {canonicalize_name(requirement.name) for requirement in REQUIREMENTS}
     undeclared = []
     shared = {"benchmarks", "support"}
-    rooms = dict.fromkeys(ROOMS, runtime) | {"tasks": runtime | optional}
+    rooms = dict.fromkeys(ROOMS, runtime)
+    rooms |= {"tasks": runtime | optional["dask"], "mka": runtime | optional["sign"]}
     rooms |= dict.fromkeys(("tests", "benchmarks"), everything)
     for room, declared in rooms.items():
         for path in sorted(set((ROOT / room).rglob("*.py")) - PROGRAMS):
             for name in sorted(imported_packages(path) - sys.stdlib_module_names - {*ROOMS, *shared}):
-                if not {canonicalize_name(provider) for provider in providers.get(name, [])} & declared:
+                if not {canonicalize_name(provider) for provider in providers.get(name, [name])} & declared:
                     undeclared.append(f"{path.relative_to(ROOT)}: {name}")
     assert undeclared == []
 

@@ -1,0 +1,105 @@
+"""A folder signed with a key and held against its signature, in the format of OpenSSF's model-signing.
+
+The signature is detached, a sigstore bundle over the digests of the files: no stock loader reads it. Keys are elliptic
+curves (P-256, P-384, P-521) in PEM; nothing is asked of a network.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mka.errors import SignatureError
+from mka.outside.printable import one_line
+from mka.store.publishing import replace_file
+from mka.store.sums import SUMS_NAME
+
+SIGNATURE = "model.sig"
+# Not the model's: what a hub's page says of it, lists made anew, and the evidence of a run.
+UNSIGNED = (SIGNATURE, SUMS_NAME, "README.md", "evidence")
+
+
+def sign_folder(folder: Path, key: Path, signature: Path | None = None) -> Path:
+    """Sign the files of a folder, but for `UNSIGNED`; return where the signature is.
+
+    Args:
+        folder: a model folder.
+        key: private key, PEM, without a passphrase.
+        signature: where it goes; default: `SIGNATURE` in the folder. One that is there is replaced.
+
+    Raises:
+        SignatureError: if the key is none of those, a file is a link, or model-signing is not installed.
+        OutputError: if the signature cannot be written.
+    """
+    place = signature or folder / SIGNATURE
+    _check_folder(folder)
+    with _explained(f"{folder} cannot be signed with {key}"):
+        from model_signing import hashing, signing
+
+        what = hashing.Config().set_ignored_paths(paths=[*UNSIGNED])
+        signer = signing.Config().set_hashing_config(what).use_elliptic_key_signer(private_key=key)
+        replace_file(place, lambda aside: signer.sign(folder, aside))
+    return place
+
+
+def verify_folder(folder: Path, key: Path, signature: Path | None = None) -> Path:
+    """Hold a folder against its signature: no signed file changed, none missing, none beside them.
+
+    Args:
+        folder: a model folder.
+        key: public key, PEM.
+        signature: default: `SIGNATURE` in the folder.
+
+    Returns:
+        The signature that was read.
+
+    Raises:
+        SignatureError: if it has none, another key made it, or a file is not as it was signed.
+    """
+    place = signature or folder / SIGNATURE
+    _check_folder(folder)
+    if not place.is_file():
+        raise SignatureError(
+            f"{folder} is not signed: {place} is missing; sign it with mka sign, or name its signature"
+        )
+    with _explained(f"{folder} is not what {place} signs with the key of {key}"):
+        from model_signing import verifying
+
+        verifying.Config().use_elliptic_key_verifier(public_key=key).verify(folder, place)
+    return place
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise SignatureError(f"{folder}: no such folder")
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn what the library raises into one line; of a key's own text nothing is told."""
+    try:
+        yield
+    except ImportError as error:
+        raise SignatureError(
+            f"{what}: {error.name or 'model-signing'} is not installed; pip install 'mka-compress[sign]'"
+        ) from None
+    except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
+        raise SignatureError(f"{what}: {_reason(error)}") from None
+    except Exception as error:
+        # cryptography raises of bare Exception: InvalidSignature, UnsupportedAlgorithm.
+        if not type(error).__module__.startswith("cryptography"):
+            raise
+        raise SignatureError(f"{what}: {_reason(error)}") from None
+
+
+def _reason(error: Any) -> str:
+    if type(error).__name__ == "InvalidSignature":
+        return "the signature is not that key's"
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}"
+    told = one_line(error, 200)
+    if "Password was not given" in told:
+        return "the key has a passphrase; give one without"
+    if "deserialize key data" in told or "PEM" in told:
+        return "the key is none in PEM; allowed: elliptic curves P-256, P-384, P-521"
+    return told or type(error).__name__
