@@ -4,6 +4,7 @@ The signature is detached, a sigstore bundle over the digests of the files: no s
 curves (P-256, P-384, P-521) in PEM; nothing is asked of a network.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,10 @@ from mka.store.sums import SUMS_NAME
 SIGNATURE = "model.sig"
 # Not the model's: what a hub's page says of it, lists made anew, and the evidence of a run.
 UNSIGNED = (SIGNATURE, SUMS_NAME, "README.md", "evidence")
+
+_CURVES = "P-256, P-384, P-521"
+# The library tells the digests as well, as Python spells them.
+_ALTERED = re.compile(r"Hash mismatch for '([^']+)'")
 
 
 def sign_folder(folder: Path, key: Path, signature: Path | None = None) -> Path:
@@ -93,13 +98,17 @@ def _explained(what: str) -> Iterator[None]:
 
 
 def _reason(error: Any) -> str:
-    if type(error).__name__ == "InvalidSignature":
+    name, told = type(error).__name__, one_line(error, 200)
+    if name == "InvalidSignature":
         return "the signature is not that key's"
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}"
-    told = one_line(error, 200)
     if "Password was not given" in told:
         return "the key has a passphrase; give one without"
-    if "deserialize key data" in told or "PEM" in told:
-        return "the key is none in PEM; allowed: elliptic curves P-256, P-384, P-521"
-    return told or type(error).__name__
+    if "deserialize key data" in told or "PEM" in told or "'curve'" in told or "for curve" in told:
+        return f"the key is none in PEM of an allowed kind; allowed: elliptic curves {_CURVES}"
+    if isinstance(error, KeyError) or name in ("JSONDecodeError", "ValidationError"):
+        return "it is no signature in this format; sign the folder again"
+    if altered := _ALTERED.findall(str(error)):
+        return f"altered since: {one_line(', '.join(altered), 160)}"
+    return told or name
