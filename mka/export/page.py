@@ -126,7 +126,7 @@ def _check_name(name: str, option: str) -> None:
 def _choose(checkpoint: Checkpoint) -> dict[str, str | None]:
     """Name the files that are published, with the digests that are known of them."""
     folder = checkpoint.path
-    signed = dict.fromkeys([SIGNATURE] if (folder / SIGNATURE).is_file() else [])
+    signed: dict[str, str | None] = dict.fromkeys([SIGNATURE] if (folder / SIGNATURE).is_file() else [])
     if listed := read_sums(folder):
         home = folder.resolve()
         if strange := sorted(name for name in listed if not (folder / name).resolve().is_relative_to(home)):
@@ -134,7 +134,7 @@ def _choose(checkpoint: Checkpoint) -> dict[str, str | None]:
         return {name: digest for name, digest in listed.items() if name != CARD} | {SUMS_NAME: None, **signed}
     weights = {info.file for info in checkpoint.tensors.values()} | {INDEX, "config.json"}
     names = [path.relative_to(folder).as_posix() for path in list_files(folder)]
-    return {name: None for name in names if name in weights or "/" in name or is_companion(name)} | signed
+    return signed | {name: None for name in names if name in weights or "/" in name or is_companion(name)}
 
 
 def _describe(source: Path | bytes, sha256: str | None = None) -> HubFile:
