@@ -1,5 +1,6 @@
 """What the command lines of flows have in common: refusals are one line on stderr and a non-zero exit."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -22,8 +23,13 @@ AGAIN = "see that it answers and run the same command again"
 
 
 def silence_prefect() -> None:
-    """Keep Prefect's own log off the terminal, on the run's page; to be called before Prefect is imported."""
+    """Keep Prefect's own log off the terminal, on the run's page; to be called before Prefect is imported.
+
+    Of a server that died it would tell every few seconds, and go on after the line that says so.
+    """
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")
+    logging.raiseExceptions = False
 
 
 def say(line: str, stream: TextIO | None = None) -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from support.killing import draw_kills, run_killed
 from support.project import Project
 from support.servers import ROOT
@@ -24,7 +25,7 @@ class Killed:
 
     def __init__(self, folder: Path) -> None:
         self.project = Project(folder)
-        self.kept = folder / "kept"
+        self.kept, self.reads = folder / "kept", 0
         self.log = folder / "command.log"
         unset = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
         self.environment = {name: value for name, value in os.environ.items() if name not in unset}
@@ -48,7 +49,11 @@ class Killed:
 
     def read(self) -> tuple[dict[str, str], list, Counter]:
         """The aliases, the versions and the states of all runs."""
-        client = self.project.client
+        # A copy under a name of its own: MLflow keeps files open, and would read on in one that was removed since.
+        self.reads += 1
+        copy = self.log.with_name(f"mlflow-{self.reads}.db")
+        shutil.copyfile(self.project.work / "mlflow.db", copy)
+        client = MlflowClient(f"sqlite:///{copy}")
         if not client.search_registered_models():
             return {}, [], Counter()
         aliases = {name: str(at) for name, at in client.get_registered_model("tiny").aliases.items()}
