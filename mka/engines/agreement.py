@@ -90,8 +90,8 @@ def compare(
         agreed += alike
         same += first is None
         for at in range(alike):
-            if logprobs[at] is not None:
-                errors.append(abs(logprobs[at] - reference.steps[at][tokens[at]]))
+            if (given := logprobs[at]) is not None:
+                errors.append(abs(given - reference.steps[at][tokens[at]]))
             elif tokens[at] != END:
                 faults.append(f"prompt {number}: token {at + 1} has no finite log-probability")
         if first is not None:

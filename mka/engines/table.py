@@ -16,12 +16,12 @@ _FACTS: tuple[tuple[str, Callable[[Served], float | None], str], ...] = (
 
 
 def list_rows(report: ServeReport) -> list[dict[str, str]]:
-    """Return rows of quantity, base, candidate and candidate / base; without a base the last and it are left out."""
+    """Return rows of quantity, base, candidate and candidate / base; without a base, of quantity and candidate."""
     candidate, base = report.candidate, report.base
     if candidate is None:
         return []
     rows = [
-        _row("greedy tokens as transformers'", base and _count(base), _count(candidate), ""),
+        _row("greedy tokens as transformers'", _count(base) if base else "–", _count(candidate), ""),
         *(_compare(label, of, shape, base, candidate) for label, of, shape in _FACTS),
     ]
     for count in candidate.speed:
@@ -73,8 +73,9 @@ def _compare(
 ) -> dict[str, str]:
     ours, theirs = of(candidate), of(base) if base else None
     ratio = f"{ours / theirs:.3f}" if ours and theirs else ""
-    return _row(label, *("–" if value is None else shape.format(value) for value in (theirs, ours)), ratio)
+    shown = ["–" if value is None else shape.format(value) for value in (theirs, ours)]
+    return _row(label, shown[0], shown[1], ratio)
 
 
-def _row(quantity: str, base: str | None, candidate: str, ratio: str) -> dict[str, str]:
-    return {"quantity": quantity, "base": base or "–", "candidate": candidate, "ratio": ratio}
+def _row(quantity: str, base: str, candidate: str, ratio: str) -> dict[str, str]:
+    return {"quantity": quantity, "base": base, "candidate": candidate, "ratio": ratio}

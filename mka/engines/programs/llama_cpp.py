@@ -14,13 +14,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]
 
 # In the log, a line per kind of layer: "llama_kv_cache: size =   90.00 MiB (  1024 cells,  30 layers,  4/4 seqs), ...".
 CACHE = re.compile(r"llama_kv_cache\S*: size = +([0-9.]+) MiB \( *(\d+) cells, +\d+ layers, +(\d+)/")
 DTYPES = {"float32": "GGML_TYPE_F32", "bfloat16": "GGML_TYPE_BF16", "float16": "GGML_TYPE_F16"}
 
 
-def ask(request, answer):
+def ask(request: Json, answer: Json) -> None:
     """Load the model, continue the prompts, time the others."""
     import xllamacpp
 
@@ -58,7 +61,7 @@ def ask(request, answer):
                     answer["runs"].append({"concurrency": count, "new_tokens": wanted, "arrivals": arrivals})
 
 
-def load(xllamacpp, request):
+def load(xllamacpp: Any, request: Json) -> Any:
     """Start the engine's server with the model."""
     params = xllamacpp.CommonParams()
     params.model.path = request["model"]
@@ -73,18 +76,18 @@ def load(xllamacpp, request):
     return xllamacpp.Server(params)
 
 
-def post(host, path, body):
+def post(host: str, path: str, body: Json) -> Json:
     """Ask the server, and return what it answers."""
     connection = http.client.HTTPConnection(host)
     connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()
-    found = json.loads(response.read())
+    found: Json = json.loads(response.read())
     if response.status != 200:
         raise RuntimeError(found.get("error", {}).get("message") or f"{path}: status {response.status}")
     return found
 
 
-def tell(found, ends):
+def tell(found: Json, ends: list[int]) -> Json:
     """Return a continuation for the answer."""
     tokens, steps = list(found["tokens"]), found.get("completion_probabilities", [])
     logprobs = [finite(step["logprob"]) for step in steps]
@@ -98,17 +101,18 @@ def tell(found, ends):
     return {"tokens": tokens, "ended": ended, "logprobs": logprobs, "others": others}
 
 
-def finite(value):
+def finite(value: Any) -> float | None:
     """Return a number, or None if it is none."""
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def time_streams(host, prompts, body):
+def time_streams(host: str, prompts: list[list[int]], body: Json) -> list[list[float]]:
     """Hand all prompts over at once; return when each of their tokens was there."""
-    arrivals, failures = [[] for _ in prompts], []
+    arrivals: list[list[float]] = [[] for _ in prompts]
+    failures: list[Exception] = []
     started = time.perf_counter()
 
-    def follow(place):
+    def follow(place: int) -> None:
         try:
             connection = http.client.HTTPConnection(host)
             text = json.dumps({**body, "prompt": prompts[place]})
@@ -132,10 +136,10 @@ def time_streams(host, prompts, body):
     return arrivals
 
 
-def main(asked, place):
+def main(asked: str, place: str) -> None:
     """Answer one request; what goes wrong is part of the answer."""
     request = json.loads(Path(asked).read_text(encoding="utf-8"))
-    answer = {"stage": "import", "error": None, "continuations": [], "runs": []}
+    answer: Json = {"stage": "import", "error": None, "continuations": [], "runs": []}
     try:
         ask(request, answer)
     except Exception as error:

@@ -10,6 +10,9 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]
 
 # Everything in one process: one memory to watch, one to end. Threads are as many as the request says, bound to no core.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -18,7 +21,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
-def ask(request, answer):
+def ask(request: Json, answer: Json) -> None:
     """Load the model, continue the prompts, time the others."""
     import vllm
     from vllm.platforms import current_platform
@@ -60,7 +63,7 @@ def ask(request, answer):
     if not request["concurrency"]:
         return
 
-    def time_run(count, tokens):
+    def time_run(count: int, tokens: int) -> Json:
         params = vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         found = generate(engine, request["timed_prompts"][:count], params)
         return {"concurrency": count, "new_tokens": tokens, "arrivals": [arrivals for _, arrivals in found]}
@@ -73,7 +76,7 @@ def ask(request, answer):
                     answer["runs"].append(run)
 
 
-def generate(engine, prompts, params):
+def generate(engine: Any, prompts: list[list[int]], params: Any) -> list[tuple[Any, list[float]]]:
     """Hand all prompts over at once; return each one's last output and when each of its tokens was there."""
     import vllm
 
@@ -81,7 +84,8 @@ def generate(engine, prompts, params):
     names = [f"{started}-{place}" for place in range(len(prompts))]
     for name, prompt in zip(names, prompts):
         engine.add_request(name, vllm.TokensPrompt(prompt_token_ids=prompt), params)
-    outputs, arrivals = {}, {name: [] for name in names}
+    outputs: Json = {}
+    arrivals: dict[str, list[float]] = {name: [] for name in names}
     while engine.has_unfinished_requests():
         found = engine.step()
         now = time.perf_counter() - started
@@ -92,7 +96,7 @@ def generate(engine, prompts, params):
     return [(outputs[name], arrivals[name]) for name in names]
 
 
-def tell(output, ends):
+def tell(output: Any, ends: list[int]) -> Json:
     """Return a continuation for the answer."""
     tokens = list(output.token_ids)
     logprobs, others = [], []
@@ -105,7 +109,7 @@ def tell(output, ends):
     return {"tokens": tokens[:-1] if ended else tokens, "ended": ended, "logprobs": logprobs, "others": others}
 
 
-def measure_cache(engine):
+def measure_cache(engine: Any) -> tuple[int, int]:
     """Return the bytes set aside for keys and values, and the tokens that they hold."""
     settings = engine.vllm_config.cache_config
     try:
@@ -116,10 +120,10 @@ def measure_cache(engine):
     return held, settings.num_gpu_blocks * settings.block_size
 
 
-def main(asked, place):
+def main(asked: str, place: str) -> None:
     """Answer one request; what goes wrong is part of the answer."""
     request = json.loads(Path(asked).read_text(encoding="utf-8"))
-    answer = {"stage": "import", "error": None, "continuations": [], "runs": []}
+    answer: Json = {"stage": "import", "error": None, "continuations": [], "runs": []}
     try:
         ask(request, answer)
     except Exception as error:
