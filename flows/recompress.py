@@ -24,6 +24,7 @@ from prefect import flow, get_run_logger
 from prefect.events import emit_event
 from prefect.runtime import flow_run
 
+from mka.engines.loadable import check_engines
 from mka.errors import GateRefused, GuardError, PromotionError
 from mka.methods import resolve_method
 from mka.outside.reading import UnreadableError
@@ -117,6 +118,7 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
     """The road, top to bottom; every stage is stored and reused by content."""
     log.facts["name"] = recipe.name
     reach_registry(place, recipe)
+    check_engines(recipe)
     base = fetch_base_model(place, recipe)
     log.facts["base"] = str(base.checkpoint.path)
     log.stage("base model", base.seconds, base.reused, f"{recipe.model.label} at {base.revision}")

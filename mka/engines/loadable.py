@@ -2,8 +2,13 @@
 
 import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mka.engines import Engine
+from mka.engines import Engine, get_engine
+from mka.errors import RecipeError
+
+if TYPE_CHECKING:
+    from mka.recipe import Recipe
 
 # Nats by which rounding alone moves log-probabilities, between an engine and transformers in the same dtype; what was
 # seen and why it is this much stands in docs/engines.md.
@@ -11,6 +16,23 @@ TOLERANCES = {"float32": 0.02, "float16": 0.1, "bfloat16": 0.5}
 # Engines that multiply by integers round what goes in, too.
 TOLERANCE_ROUNDED = 1.0
 _FILE_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+
+def check_engines(recipe: "Recipe") -> None:
+    """Refuse engines that could not be asked at the end of a run, before it begins.
+
+    Raises:
+        RecipeError: if an engine loads a file that cannot be made of what the recipe makes.
+        EngineError: if one is not installed.
+    """
+    for asked in recipe.engines:
+        engine = get_engine(asked.engine)
+        if engine.converts and recipe.quantize.scheme != "off":
+            raise RecipeError(
+                f"engines: {engine.name} loads a file made of whole weights, and quantize.scheme is "
+                f"{recipe.quantize.scheme!r}; set it to off, and round by the engine's own file_type"
+            )
+        engine.find_python()
 
 
 def make_loadable(engine: Engine, model: Path, file_type: str, folder: Path) -> Path:

@@ -13,6 +13,7 @@ from mka.evaluation.evaluate import pair_scores
 from mka.evaluation.metrics import FACTS, Group, find_metric, group_scores, read_fact
 from mka.evaluation.rules import asks_control, check_rules, list_rules
 from mka.evaluation.scores import EvalReport, Score
+from mka.evaluation.served import ENGINE_FACTS, Served, read_served
 from mka.recipe import Bound, GateRule, GateSettings
 
 Verdict = Literal["pass", "fail", "undecided"]
@@ -34,7 +35,8 @@ class GateCheck:
         verdict: "pass" if all between the bounds is acceptable, "fail" if nothing is, else "undecided".
         n: windows or items behind it; None for a fact.
         metric: what the rule names.
-        bound: "recovery", or "least" or "most" of the candidate's own value, or "better_than" the control's.
+        bound: "recovery", or "least" or "most" of the candidate's own value, or "better_than" the control's; of an
+            engine "must".
         value: that value; None where recovery is judged.
     """
 
@@ -86,6 +88,7 @@ def decide(
     seed: int,
     resamples: int = 2000,
     control: EvalReport | None = None,
+    served: Served | None = None,
 ) -> GateDecision:
     """Decide whether a candidate keeps enough of its base.
 
@@ -110,6 +113,7 @@ def decide(
         seed: of the resampling.
         resamples: bootstrap resamples.
         control: report of the base rounded alike with all layers kept; needed by rules about it.
+        served: what engines made of the candidate; needed by rules about them. As facts and speeds it has no interval.
 
     Raises:
         RecipeError: if a rule names what there is not.
@@ -128,6 +132,9 @@ def decide(
     for rule in list_rules(settings):
         if rule.metric in FACTS:
             checks.append(_check_fact(rule, candidate, control))
+            continue
+        if rule.metric in ENGINE_FACTS:
+            checks.append(_check(rule, f"{rule.metric} {rule.engine}", read_served(served, rule), None, None, None))
             continue
         found = [group for group in groups if group.metric.subject == rule.metric]
         if settings.rules and not found:

@@ -1,7 +1,10 @@
 """The gate's rules, held against the table of metrics: which there are, and what they may be about."""
 
+from collections.abc import Sequence
+
 from mka.errors import RecipeError, nearest
 from mka.evaluation.metrics import FACTS, METRICS, find_subject
+from mka.evaluation.served import ENGINE_FACTS
 from mka.recipe import GateRule, GateSettings, Measurement
 
 
@@ -32,20 +35,57 @@ def asks_control(settings: GateSettings) -> bool:
     return any(rule.better_than is not None for rule in settings.rules)
 
 
-def check_rules(gate: GateSettings, evaluation: Measurement | None = None, where: str = "recipe") -> None:
+def asks_engines(settings: GateSettings) -> bool:
+    """Whether a rule is about an engine, which is asked apart."""
+    return any(rule.metric in ENGINE_FACTS for rule in settings.rules)
+
+
+def check_rules(
+    gate: GateSettings,
+    evaluation: Measurement | None = None,
+    where: str = "recipe",
+    engines: Sequence[str] | None = None,
+) -> None:
     """Refuse rules about what there is not.
 
+    Args:
+        gate: the rules.
+        evaluation: what is measured; None: that is not known.
+        where: how messages name their origin.
+        engines: engines that are asked; None: that is not known.
+
     Raises:
-        RecipeError: on an unknown metric, a recovery of what has none, or a metric that evaluation does not ask for.
+        RecipeError: on an unknown metric, a recovery of what has none, a metric that evaluation does not ask for, or
+            an engine that nobody asks.
     """
     for index, rule in enumerate(gate.rules):
         at, row = f"{where}: 'gate.rules.{index}'", find_subject(rule.metric)
-        if row is None and rule.metric not in FACTS:
-            allowed = [*dict.fromkeys(row.subject for row in METRICS.values()), *FACTS]
+        if row is None and rule.metric not in (*FACTS, *ENGINE_FACTS):
+            allowed = [*dict.fromkeys(row.subject for row in METRICS.values()), *FACTS, *ENGINE_FACTS]
             raise RecipeError(
                 f"{at}: unknown metric {rule.metric!r}{nearest(rule.metric, allowed)}; allowed: {', '.join(allowed)}"
             )
+        if (rule.metric in ENGINE_FACTS) != (rule.engine is not None):
+            wants = (
+                "needs the engine it is about" if rule.engine is None else f"is about no engine, got {rule.engine!r}"
+            )
+            raise RecipeError(f"{at}: {rule.metric} {wants}; metrics of an engine: {', '.join(ENGINE_FACTS)}")
+        if rule.metric in ENGINE_FACTS:
+            _check_engine_rule(rule, at, engines)
+            continue
+        if rule.bound == "must":
+            raise RecipeError(f"{at}: {rule.metric} cannot load; `must` is of the metric engine")
         if rule.bound == "recovery" and not (row and row.of_base):
             raise RecipeError(f"{at}: {rule.metric} has no recovery; bound it by most, least or better_than")
         if row and row.asked and evaluation is not None and not getattr(evaluation, row.asked):
             raise RecipeError(f"{at}: {rule.metric} is not measured; ask for it by evaluation.{row.asked}")
+
+
+def _check_engine_rule(rule: GateRule, at: str, engines: Sequence[str] | None) -> None:
+    bounds = ENGINE_FACTS[rule.metric].bounds
+    if rule.bound not in bounds:
+        allowed = " or ".join(bounds)
+        raise RecipeError(f"{at}: {rule.metric} is bounded by {allowed}, got {rule.bound}")
+    if engines is not None and rule.engine not in engines:
+        listed = ", ".join(engines) or "none"
+        raise RecipeError(f"{at}: {rule.engine} is not asked; list it under `engines`, which has {listed}")

@@ -17,6 +17,7 @@ from mka.pipeline.pipeline import run
 from mka.pipeline.plan import open_plan
 from mka.pipeline.report import find_fit, find_healing
 from mka.pipeline.score import open_scores
+from mka.pipeline.serve import SERVE, SERVED_FILE
 from mka.pipeline.stage import MODEL_FOLDER, SCORES_FILE, Found, Stage, find_model
 from mka.plan.plan import MergePlan
 from mka.store.products import Product, reading
@@ -107,5 +108,7 @@ def _copy_evidence(job: Job, found: Found, folder: Path) -> None:
     for role, report in zip(ROLES, open_reports(job, found)):
         if report is not None and f"evaluate {role}" in found:
             (folder / f"{role}.json").write_text(report.to_json(), encoding="utf-8")
+    if SERVE.name in found:
+        shutil.copyfile(found[SERVE.name].open() / SERVED_FILE, folder / SERVED_FILE)
     if "gate" in found:
         (folder / "gate.json").write_text(json.dumps(dict(found["gate"].facts), indent=2) + "\n", encoding="utf-8")

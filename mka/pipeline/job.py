@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mka.alignment.table import fit_windows
+from mka.engines.loadable import check_engines
 from mka.evaluation.tasks import check_tasks
 from mka.healing.table import cut_healing
 from mka.methods import Planner, check_alignment, resolve_method
@@ -135,6 +136,7 @@ def prepare(
     """
     planner = resolve_method(recipe.method)
     check_alignment(planner, recipe.alignment.enabled)
+    check_engines(recipe)
     wanted = want_own_text(recipe, planner)
     if wanted is None:
         inputs = read_inputs(recipe, planner, evaluate=evaluate)

@@ -7,9 +7,10 @@ from typing import Any
 
 from mka.errors import GateRefused, GuardError
 from mka.evaluation.gate import decide
-from mka.evaluation.rules import asks_control, asks_speed
+from mka.evaluation.rules import asks_control, asks_engines, asks_speed
 from mka.pipeline.evaluate import BASE, CANDIDATE, EVALUATE_CONTROL, ROLES, SPEED, open_report
 from mka.pipeline.job import Job
+from mka.pipeline.serve import SERVE
 from mka.pipeline.stage import Cost, Found, Stage
 from mka.report.verdict import tell_checks
 
@@ -21,7 +22,8 @@ def decide_reports(job: Job, found: Found) -> dict[str, Any]:
         MkaError: as `mka.evaluation.gate.decide`.
     """
     base, candidate, control = (open_report(found, role) for role in ROLES)
-    decided = decide(base, candidate, job.recipe.gate, seed=job.recipe.seed, control=control).to_dict()
+    served = found[SERVE.name].facts if SERVE.name in found else None
+    decided = decide(base, candidate, job.recipe.gate, seed=job.recipe.seed, control=control, served=served).to_dict()
     return dict(json.loads(json.dumps(decided)))
 
 
@@ -58,6 +60,8 @@ def _read(job: Job, found: Found) -> dict[str, str]:
         names["control"] = EVALUATE_CONTROL.name
     if asks_speed(gate):
         names["speeds"] = SPEED.name
+    if asks_engines(gate):
+        names["engines"] = SERVE.name
     return {key: found[name].digest for key, name in names.items()}
 
 

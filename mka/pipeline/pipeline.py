@@ -22,12 +22,13 @@ from mka.pipeline.plan import PLAN
 from mka.pipeline.quantize import QUANTIZE
 from mka.pipeline.report import REPORT
 from mka.pipeline.score import SCORE
+from mka.pipeline.serve import SERVE
 from mka.pipeline.stage import RunStage
 from mka.pipeline.transform import TRANSFORM, describe_treatments
 from mka.store.products import Product
 
 _MAKE = (OBSERVE, SCORE, PLAN, MERGE, HEAL, TRANSFORM, QUANTIZE)
-_PROVE = (CONTROL, EVALUATE_BASE, EVALUATE, EVALUATE_CONTROL, SPEED, GATE, REPORT)
+_PROVE = (CONTROL, EVALUATE_BASE, EVALUATE, EVALUATE_CONTROL, SPEED, SERVE, GATE, REPORT)
 PIPELINE = (*_MAKE, *_PROVE)
 
 

@@ -45,7 +45,7 @@ def validate_recipe(raw: Any, where: str = "recipe") -> Recipe:
     except ValidationError as error:
         raise RecipeError(explain_validation(error, Recipe, where)) from None
     resolve_transforms(recipe.transforms, where)
-    check_rules(recipe.gate, recipe.evaluation, where)
+    check_rules(recipe.gate, recipe.evaluation, where, [asked.engine for asked in recipe.engines])
     check_alignment(resolve_method(recipe.method, where), recipe.alignment.enabled, where)
     return recipe
 

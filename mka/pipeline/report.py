@@ -15,6 +15,7 @@ from mka.pipeline.evaluate import open_reports
 from mka.pipeline.job import Job
 from mka.pipeline.plan import open_plan
 from mka.pipeline.score import open_scores
+from mka.pipeline.serve import SERVE
 from mka.pipeline.stage import MODEL_FOLDER, Cost, Found, Stage, find_model
 from mka.pipeline.transform import describe_treatments
 from mka.report.data import ReportData
@@ -59,6 +60,7 @@ def gather_evidence(job: Job, found: Found) -> ReportData:
         registered=None if gate and gate["verdict"] == "fail" else job.registered,
         alignment=find_fit(found),
         healing=find_healing(found),
+        served=found[SERVE.name].facts if SERVE.name in found else {},
     )
 
 

@@ -30,6 +30,7 @@ class ReportData:
         registered: address of the registered version, ``models:/NAME@ALIAS``.
         alignment: facts of the refit, as `mka.alignment.aligner.Aligner` leaves them.
         healing: facts of the healing, as `mka.healing.heal.heal_checkpoint` leaves them.
+        served: engine -> what it made of the candidate, as `mka.pipeline.serve` keeps it.
     """
 
     recipe: Mapping[str, Any]
@@ -45,3 +46,4 @@ class ReportData:
     registered: str | None = None
     alignment: Mapping[str, Any] | None = None
     healing: Mapping[str, Any] | None = None
+    served: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -18,6 +18,7 @@ from mka.report.data import ReportData
 from mka.report.healing import describe_healing, draw_curve
 from mka.report.hub import describe_for_hub
 from mka.report.markup import escape_markdown, fence_markdown, flatten_facts
+from mka.report.served import describe_served
 from mka.report.serving import list_engines
 from mka.report.table import result_table
 from mka.report.verdict import VERDICTS, describe_check
@@ -108,6 +109,7 @@ def _render(template: str, data: ReportData, **more: Any) -> str:
         alignment=describe_alignment(data.alignment) if data.alignment else {},
         aligned_layers=layer_rows(data.alignment) if data.alignment else [],
         healing=describe_healing(data.healing) if data.healing else {},
+        served=[describe_served(*found) for found in data.served.items()],
         texts=[(prompt, before.get(prompt), after.get(prompt)) for prompt in dict.fromkeys([*before, *after])],
         recipe=yaml.safe_dump(json.loads(json.dumps(data.recipe, default=str)), sort_keys=False, allow_unicode=True),
         provenance=flatten_facts(data.provenance),

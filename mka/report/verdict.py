@@ -12,7 +12,7 @@ VERDICTS = {
     "fail": "a threshold is missed even at the better 95 % bound",
 }
 _SIGNS = {"recovery": "≥", "least": "≥", "most": "≤"}
-_WORDS = {"recovery": "needed", "least": "at least", "most": "at most", "better_than": "better than"}
+_WORDS = {"recovery": "needed", "least": "at least", "most": "at most", "better_than": "better than", "must": "must"}
 
 
 def describe_check(check: Mapping[str, Any]) -> dict[str, str]:
@@ -27,6 +27,8 @@ def describe_check(check: Mapping[str, Any]) -> dict[str, str]:
     show = fact.show if fact else (lambda value: f"{value:.3f}") if bound == "recovery" else format_value
     bare = show if fact or bound == "recovery" else "{:g}".format
     within, needed, tie = show, f"{_SIGNS.get(bound)} {bare(check['threshold'])}", ""
+    if bound == "must":
+        show, needed = (lambda value: "loads" if value else "does not load"), "must load"
     if bound == "better_than":
         row = fact or find_subject(metric)
         within, tie = "{:.3f}".format, " (1: a tie)"

@@ -6,7 +6,7 @@ from typing import Any
 
 from mka.pipeline.job import Job
 from mka.pipeline.stage import Found
-from tasks.guards import checkpoint, evaluation, hidden_states, plan, scores
+from tasks.guards import checkpoint, engines, evaluation, hidden_states, plan, scores
 
 # Name of a suite, a table, and what must hold of it; None if there is nothing to check.
 Door = tuple[str, Any, list[Any]] | None
@@ -23,4 +23,5 @@ BEHIND: dict[str, Callable[[Job, Path, Mapping[str, Any]], Door]] = {
     "transform": checkpoint.behind,
     "quantize": checkpoint.behind,
     "control": checkpoint.behind_control,
+    "serve": engines.behind,
 }

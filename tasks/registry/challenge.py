@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from mka.errors import GuardError, PromotionError, RecipeError
 from mka.evaluation.metrics import read_check
-from mka.evaluation.rules import asks_control, asks_speed, rules_against_champion
+from mka.evaluation.rules import asks_control, asks_engines, asks_speed, rules_against_champion
 from mka.model.checkpoint import Checkpoint, describe_checkpoint, open_checkpoint
 from mka.outside.reading import UnreadableError
 from mka.pipeline.control import CONTROL
@@ -27,6 +27,7 @@ from mka.pipeline.evaluate import (
 from mka.pipeline.job import Job
 from mka.pipeline.judge import GATE, confirm_gate
 from mka.pipeline.recipes import validate_recipe
+from mka.pipeline.serve import SERVE, serve_stage
 from mka.pipeline.stage import Found
 from mka.recipe import Recipe
 from mka.report.verdict import tell_checks
@@ -130,6 +131,8 @@ def require_pass(run: Run, version: RegisteredVersion) -> Product:
             found[EVALUATE_CONTROL.name] = run_stage(run, EVALUATE_CONTROL, found)
         if asks_speed(gate):
             found[SPEED.name] = run_stage(run, speed_stage(version.tags["candidate_digest"], folder), found)
+        if asks_engines(gate):
+            found[SERVE.name] = run_stage(run, serve_stage(version.tags["candidate_digest"], folder), found)
     found[GATE.name] = run_stage(run, GATE, found)
     decided = confirm_gate(run.job, found)
     if decided["verdict"] != "pass":

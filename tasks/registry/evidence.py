@@ -6,6 +6,7 @@ from typing import Any
 from mka.pipeline.evaluate import ROLES, open_reports
 from mka.pipeline.report import find_healing
 from mka.pipeline.score import open_scores
+from mka.pipeline.serve import SERVE
 from mka.pipeline.stage import Found, find_model
 from mka.report.control import tell_against_control
 from mka.store.sums import file_sha256
@@ -38,7 +39,13 @@ def describe_origin(run: Run, found: Found) -> dict[str, str]:
         "recipe": job.recipe.name,
         "method": job.recipe.method.name,
         "verdict": found["gate"].facts["verdict"],
+        **{f"engine.{name}": told["verdict"] for name, told in list_served(found).items()},
     }
+
+
+def list_served(found: Found) -> Mapping[str, Mapping[str, Any]]:
+    """Return what engines made of the candidate, by name; nothing where none was asked."""
+    return found[SERVE.name].facts if SERVE.name in found else {}
 
 
 def log_evidence(run: Run, found: Found) -> None:
@@ -64,6 +71,9 @@ def log_evidence(run: Run, found: Found) -> None:
         if check["bound"] == "better_than":
             bounds["control"] = check["threshold"]
         metrics |= {f"gate/{check['name']}/{part}": value for part, value in bounds.items()}
+    for name, told in list_served(found).items():
+        for figure, ratios in told["ratios"].items():
+            metrics |= {f"engine/{name}/{figure}_ratio_at_{count}": ratio for count, ratio in ratios.items()}
     metrics["layer_ratio"] = found["plan"].facts["layer_ratio"]
     metrics["size_ratio"] = 1.0 - metrics["candidate/bytes"] / metrics["base/bytes"]
     for finite in _cut({name: float(value) for name, value in metrics.items() if value == value}, 1000):
@@ -75,6 +85,8 @@ def log_evidence(run: Run, found: Found) -> None:
     mlflow.log_dict(job.recipe.model_dump(mode="json"), "recipe.yaml")
     mlflow.log_artifacts(str(found["report"].open()), "report")
     mlflow.log_artifacts(str(found["plan"].open()), "plan")
+    if SERVE.name in found:
+        mlflow.log_artifacts(str(found[SERVE.name].open()), "engines")
     for role in ROLES:
         if f"evaluate {role}" in found:
             mlflow.log_artifacts(str(found[f"evaluate {role}"].open()), f"evaluation/{role}")

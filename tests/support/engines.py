@@ -60,7 +60,7 @@ def make_engine(folder: Path, body: str, name: str = "vllm", **options) -> Engin
     """An engine whose program is a body of `BODIES`, or Python itself."""
     program = folder / "program.py"
     program.write_text(_HEAD + BODIES.get(body, body) + "\n")
-    return Engine(name, "MKA_FAKE_PYTHON", str(program), **options)
+    return Engine(name, ("pytest",), "MKA_FAKE_PYTHON", str(program), **options)
 
 
 def make_serving(folder: Path, models, prompts, *, change=lambda found: found) -> Engine:

@@ -108,6 +108,14 @@ def test_an_engine_that_is_not_there_is_refused(monkeypatch, tmp_path):
         get_engine("vlm")
 
 
+def test_the_version_is_that_of_the_environment(tmp_path, monkeypatch):
+    engine = make_engine(tmp_path, "answers")
+    monkeypatch.setenv(engine.variable, sys.executable)
+    assert engine.find_version() == pytest.__version__
+    monkeypatch.setenv(engine.variable, "gone")
+    assert engine.find_version() is None
+
+
 def test_a_file_that_is_no_program_is_told(tmp_path):
     engine, request = (
         make_engine(tmp_path, "answers"),

@@ -151,7 +151,7 @@ def test_an_engine_that_loads_a_file_gets_one(check, models, prompts, tmp_path, 
             (target / "made.gguf").write_text("x")
             return target / "made.gguf"
 
-    monkeypatch.setattr(loadable.importlib, "import_module", lambda name: Writer)
+    monkeypatch.setitem(sys.modules, "mka.export.gguf", Writer)
     engine = make_engine(tmp_path, "answer(version=request['model'])", "llama.cpp", converts=True)
     code, report, err = check(engine)
     assert code == 1 and "continued 0" in err and asked == [(models[0], "f32")]

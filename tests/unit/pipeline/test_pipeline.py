@@ -184,7 +184,8 @@ def test_every_stage_is_told_once():
     assert len(set(names)) == len(names)
     assert names == [
         *("observe", "score", "plan", "merge", "heal", "transform", "quantize"),
-        *("control", "evaluate base", "evaluate candidate", "evaluate control", "compare speed", "gate", "report"),
+        *("control", "evaluate base", "evaluate candidate", "evaluate control", "compare speed", "serve"),
+        *("gate", "report"),
     ]
 
 

@@ -36,6 +36,7 @@ RECIPE: dict[str, Any] = {
     "method": {"name": "mka", "settings": {"weights": "line-search"}},
     "alignment": {"enabled": True},
     "heal": {"mode": "distil"},
+    "engines": [{"engine": "vllm"}],
 }
 # Stages whose result is a model.
 MODELS = ("merge", "heal", "transform", "quantize", "control")
@@ -103,6 +104,14 @@ OTHER: dict[str, Any] = {
     "evaluation.generation": 9,
     "evaluation.prompts": ["other"],
     "evaluation.new_tokens": 99,
+    "engines.engine": {"engines": [{"engine": "llama.cpp"}]},
+    "engines.concurrency": {"engines": [{"engine": "vllm", "concurrency": [9]}]},
+    "engines.prompt_tokens": {"engines": [{"engine": "vllm", "prompt_tokens": 9}]},
+    "engines.new_tokens": {"engines": [{"engine": "vllm", "new_tokens": 9}]},
+    "engines.rounds": {"engines": [{"engine": "vllm", "rounds": 9}]},
+    "engines.file_type": {"engines": [{"engine": "llama.cpp", "file_type": "q8_0"}]},
+    "engines.limit": {"engines": [{"engine": "vllm", "limit": 9.0}]},
+    "engines.memory": {"engines": [{"engine": "vllm", "memory": 9.0}]},
     "gate.perplexity_recovery": 0.25,
     "gate.task_recovery": 0.25,
     "gate.champion_recovery": 0.25,
@@ -110,6 +119,8 @@ OTHER: dict[str, Any] = {
     "gate.rules.recovery": {"gate": {"rules": [{"metric": "perplexity", "recovery": 0.25}]}},
     "gate.rules.most": {"gate": {"rules": [{"metric": "bytes", "most": "2MB"}]}},
     "gate.rules.least": {"gate": {"rules": [{"metric": "layers", "least": 2}]}},
+    "gate.rules.engine": {"gate": {"rules": [{"metric": "decode_speed", "engine": "vllm", "least": 1.1}]}},
+    "gate.rules.must": {"gate": {"rules": [{"metric": "engine", "engine": "vllm", "must": "load"}]}},
     "gate.rules.better_than": {"gate": {"rules": [{"metric": "bytes", "better_than": "control"}]}},
     "registry.name": "other",
     "registry.tracking_uri": "http://other",
@@ -186,7 +197,7 @@ OTHER_BENCH: dict[str, Any] = {key: value for key, value in OTHER.items() if key
 # way in does with the result: no stage's result depends on how they are spelled.
 ELSEWHERE = {
     *("name", "calibration.path", "calibration.samples", "calibration.batch_size", "calibration.rev"),
-    *("heal.path", "heal.rev", "heal.checkpointing"),
+    *("heal.path", "heal.rev", "heal.checkpointing", "engines.limit", "engines.memory"),
     *("alignment.path", "alignment.rev", "evaluation.text", "evaluation.tasks_folder", "evaluation.overlap_index"),
     *("gate.champion_recovery", "model.hub", "model.revision", "model.folder", "model.package", "model.sha256"),
     "quantize.serve_on",
