@@ -170,13 +170,13 @@ def _unlike(architecture: Architecture, what: str, found: Any, allowed: Any) -> 
 
 def _describe_windows(config: Any, architecture: Architecture) -> dict[str, Any]:
     """Say which layers look back over a window, or keep the context within it, where all layers see the same."""
-    kinds = getattr(config, "layer_types", None)
+    kinds = getattr(config, "layer_types", None) or ()
     window = getattr(config, "sliding_window", None)
     if not window or (kinds and _SLIDING not in kinds):
         # Gemma 2's files are taken to have windows in every other layer.
         return {"sliding_window_pattern": 1} if architecture.name == "gemma2" else {}
     within = {"context_length": min(config.max_position_embeddings, window)}
-    if not architecture.period:
+    if not architecture.period or not kinds:
         return within
     if (period := find_period(kinds)) is not None:
         return {"sliding_window": window, "sliding_window_pattern": period}

@@ -12,11 +12,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, dequantize, quantize
+from gguf import GGML_QUANT_SIZES, LlamaFileType, dequantize, quantize
+from gguf import GGMLQuantizationType as Kind
 
 from mka.errors import NumericsError, RecipeError
-
-Kind = GGMLQuantizationType
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ _ROUNDINGS = {
     Kind.Q5_1: Rounding(32, 1 / 31 + 3 * 2.0**-10, 32),
     Kind.Q4_0: Rounding(32, 1 / 8 + 2.0**-10, 8),
     # Scales of these are themselves whole numbers, chosen for the least squared error of the group and not for its
-    # largest weight; the shares are twice what was seen on weights of real models.
+    # largest weight, so there is no closed bound: these shares tell a wrong tensor from a rounded one.
     Kind.Q6_K: Rounding(256, 0.08, 32 * 128),
     Kind.Q5_K: Rounding(256, 0.12, 32 * 64),
     Kind.Q4_K: Rounding(256, 0.20, 16 * 64),

@@ -72,9 +72,13 @@ def place_tensors(checkpoint: Checkpoint, config: Any, architecture: Architectur
         kind = choose_kind(found, info.shape, FILE_TYPES[file_type], layers, tied)
         tensors.append(FileTensor(found, info.shape, kind, name, treatment.bind(name)))
     for found, values in list_factors(config, architecture).items():
-        row = np.array([values], dtype=np.float32)
-        tensors.append(FileTensor(found, (len(values),), Kind.F32, None, lambda read, row=row: iter([row])))
+        tensors.append(FileTensor(found, (len(values),), Kind.F32, None, _say(values)))
     return tensors
+
+
+def _say(values: list[float]) -> Callable[[TensorReader], Iterator[np.ndarray]]:
+    """Return what yields numbers that are made of the config."""
+    return lambda read: iter([np.array([values], dtype=np.float32)])
 
 
 def _name_tensor(names: TensorNameMap, name: str, architecture: Architecture) -> str:
