@@ -78,7 +78,7 @@ def ask():
 
 def read_choices(ask, file):
     """Return llama.cpp's log-probabilities of the token behind the prompt, (V,)."""
-    answer = ask(file, "completion", prompt=PROMPT, n_predict=8, temperature=0, n_probs=VOCABULARY)
+    answer = ask(file, "completion", prompt=PROMPT, n_predict=1, temperature=0, n_probs=VOCABULARY)
     found = {choice["id"]: choice["logprob"] for choice in answer["completion_probabilities"][0]["top_logprobs"]}
     assert len(found) == VOCABULARY
     return torch.tensor([found[i] for i in range(VOCABULARY)])
@@ -91,8 +91,13 @@ def compute_choices(model):
 
 @pytest.mark.parametrize(("family", "overrides"), MODELS)
 def test_llama_cpp_computes_what_the_folder_does(family, overrides, export, ask):
-    model = make_tiny_model(family, vocab_size=VOCABULARY, **overrides)
-    expected = compute_choices(model)
+    tokenizer = make_byte_tokenizer()
+    for seed in range(20):
+        model = make_tiny_model(family, seed=seed, vocab_size=VOCABULARY, **overrides)
+        expected = compute_choices(model)
+        # llama.cpp holds a token back, and its probabilities with it, while it is part of a character.
+        if tokenizer.decode([int(expected.argmax())], skip_special_tokens=True).strip("\ufffd").isalnum():
+            break
     found = read_choices(ask, export(model))
     # Its GELU is a table of float16.
     assert (found - expected).abs().max() < (5e-3 if family.startswith("gemma") else 5e-4)
