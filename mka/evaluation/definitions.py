@@ -71,7 +71,7 @@ def read_definitions(folder: Path | None) -> dict[str, tuple[Definition, ...]]:
             groups[name] = file, _list_members(file, body.get("task"))
         else:
             tasks[name] = _define(name, file, body)
-    found = {name: (task,) for name, task in tasks.items()}
+    found: dict[str, tuple[Definition, ...]] = {name: (task,) for name, task in tasks.items()}
     for name, (file, members) in groups.items():
         if strange := [member for member in members if member not in tasks]:
             raise RecipeError(f"{file}: {strange[0]!r} is no task that is defined in the same folder")
