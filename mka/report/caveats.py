@@ -3,7 +3,7 @@
 from mka.evaluation.metrics import FEW, HEADLINE, find_metric
 from mka.evaluation.task_tables import MMLU
 from mka.report.data import ReportData
-from mka.report.serving import tell_speed
+from mka.report.kernels import tell_speed
 
 
 def list_caveats(data: ReportData) -> list[str]:

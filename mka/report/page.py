@@ -17,9 +17,9 @@ from mka.report.control import describe_control, has_own_control, tell_against_c
 from mka.report.data import ReportData
 from mka.report.healing import describe_healing, draw_curve
 from mka.report.hub import describe_for_hub
+from mka.report.kernels import list_engines
 from mka.report.markup import escape_markdown, fence_markdown, flatten_facts
 from mka.report.served import describe_served
-from mka.report.serving import list_engines
 from mka.report.table import result_table
 from mka.report.verdict import VERDICTS, describe_check
 from mka.similarity.stability import describe_stability
