@@ -21,7 +21,7 @@ UNSIGNED = (SIGNATURE, SUMS_NAME, "README.md", "evidence")
 
 _CURVES = "P-256, P-384, P-521"
 # The library tells the digests as well, as Python spells them.
-_ALTERED = re.compile(r"Hash mismatch for '([^']+)'")
+_ALTERED = re.compile(r"Hash mismatch for \\?'([^'\\]+)\\?'")
 
 
 def sign_folder(folder: Path, key: Path, signature: Path | None = None) -> Path:

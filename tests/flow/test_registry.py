@@ -295,19 +295,21 @@ def test_a_base_may_be_a_version_of_the_registry(project, capsys):
     whole = {"quantize__scheme": "off", "gate__champion_recovery": 0.01}
     assert project.run(name="parent", **whole) == 0
     parent = project.client.get_model_version("parent", "1").tags["candidate_digest"]
-    child = {"name": "child", "target__layers": 4, **whole}
-    for address in ("models:/parent@champion", "models:/parent/1"):
-        assert project.run(model={"registered": address}, **child) == 0
-    assert project.last_run["registered_version"] == "1"  # the same base, wherever it is found
-    tags = project.client.get_model_version("child", "1").tags
-    assert (tags["base_digest"], tags["base_revision"]) == (parent, "parent version 1")
+    child = {"target__layers": 4, **whole}
+    made = set()
+    for name, address in (("child", "models:/parent@champion"), ("twin", "models:/parent/1")):
+        assert project.run(model={"registered": address}, name=name, **child) == 0
+        tags = project.client.get_model_version(name, "1").tags
+        assert (tags["base_digest"], tags["base_revision"]) == (parent, "parent version 1")
+        made.add(tags["candidate_digest"])
+    assert len(made) == 1
     capsys.readouterr()
     for address, said in (
         ("models:/parent@best", "parent has no alias 'best'"),
         ("models:/parent/7", "parent has no version 7"),
         ("models:/nobody@champion", "has no model 'nobody'"),
     ):
-        assert project.run(model={"registered": address}, **child) == 2
+        assert project.run(model={"registered": address}, name="child", **child) == 2
         assert said in capsys.readouterr().err.strip().splitlines()[-1]
 
 

@@ -117,7 +117,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "linked tokenizer": (_link("tokenizer.json"), ("tokenizer.json", "is a link out of the model folder")),
     "headless backbone": (
         lambda f: save_backbone(f, False),
-        ("keys such as", "lack 'model' in front", "no file holds a head"),
+        ("keys such as", "lack 'model' in front", "no file holds the head"),
     ),
     "more tokens than rows": (save_large_tokenizer, ("2 tokens", "97 rows", "'<PRE>' (97)", "'<SUF>' (98)")),
     "adapter beside": (save_adapter, ("adapter_config.json", "merge it", "take adapter_config.json out")),

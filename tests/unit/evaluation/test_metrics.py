@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[3]
 TABLE = ROOT / "mka" / "evaluation" / "metrics.py"
 # What measures a metric names it; lm-eval's results have columns of these names.
 MEASURING = {ROOT / f"{row.measure.partition(':')[0].replace('.', '/')}.py" for row in METRICS.values()}
+MEASURING.add(ROOT / "mka" / "evaluation" / "definitions.py")
 
 
 def text(nll, name="prose", tokens=100):
@@ -169,7 +170,7 @@ def test_sizes_are_read_as_people_write_them(text, number):
         ([{"metric": "bytes", "recovery": 0.5}], "bytes has no recovery; bound it by most, least or better_than"),
         (
             [{"metric": "tasks", "recovery": 0.5, "most": 1}],
-            "exactly one of recovery, most, least, better_than must be given",
+            "exactly one of recovery, most, least, better_than, must must be given",
         ),
         ([{"metric": "tasks", "recover": 0.5}], "(did you mean 'recovery'?)"),
         ([{"metric": "bytes", "most": "250 elephants"}], "'gate.rules.0.most'"),
