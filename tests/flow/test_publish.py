@@ -63,4 +63,4 @@ def test_no_version_becomes_champion_without_the_signature_its_recipe_wants(proj
     assert "none in PEM" in refusal(capsys, "sign")
     assert call("sign", "tiny", "--key", str(private)) == 0
     assert call("promote", *asked) == 0
-    assert project.client.get_registered_model("tiny").aliases["champion"] == "1"
+    assert str(project.client.get_registered_model("tiny").aliases["champion"]) == "1"
