@@ -31,11 +31,10 @@ def publish(
         MkaError: if the version cannot be had, or the hub does not take it.
     """
     # Imports MLflow, which takes seconds that --help need not cost.
-    from mka.errors import RegistryError
     from mka.export.hub import MAIN, publish_page
     from mka.export.page import lay_out_page
     from mka.terminal import quiet_hub
-    from tasks.registry.promotion import fetch_version, read_aliases, read_version
+    from tasks.registry.promotion import fetch_version, find_alias
     from tasks.registry.tracking import CHAMPION, registry_address
 
     place = find_workplace()
@@ -43,10 +42,7 @@ def publish(
     uri = registry or registry_address(place)
     model, _, named = name.partition("@")
     alias = named or CHAMPION
-    if alias not in (aliases := read_aliases(uri, model)):
-        known = ", ".join(f"{known} = version {number}" for known, number in sorted(aliases.items())) or "none"
-        raise RegistryError(f"{model} has no alias {alias!r}; aliases: {known}")
-    version = read_version(uri, model, aliases[alias])
+    version = find_alias(uri, model, alias)
     branches = [MAIN, alias] if alias == CHAMPION else [alias]
     with fetch_version(place, version) as folder, quiet_hub():
         page = lay_out_page(folder, repo, base=base)

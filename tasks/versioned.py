@@ -103,12 +103,13 @@ def _copy(place: Workplace, version: Version, target: Path) -> None:
             f"{version.path} at revision {version.rev[:12]} is not in the DVC cache ({type(error).__name__}); "
             "`make data` rebuilds it, `dvc pull` fetches it"
         ) from None
+    found = _digest_as_dvc(target)
     # Older DVC digested text with the line ends of Unix.
-    sums = [_digest_as_dvc(target, unix_ends) for unix_ends in (False, True)]
-    _require_same(version, sums[1] if sums[1] == version.digest else sums[0])
+    if found == version.digest or _digest_as_dvc(target, unix_ends=True) != version.digest:
+        _require_same(version, found)
 
 
-def _digest_as_dvc(path: Path, unix_ends: bool) -> str:
+def _digest_as_dvc(path: Path, unix_ends: bool = False) -> str:
     """Return the digest that DVC records of a file, or of the list of a folder's files."""
 
     def digest(file: Path) -> str:

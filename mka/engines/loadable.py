@@ -1,6 +1,5 @@
 """What an engine loads of a model folder: the folder itself, or a file made of it; and how exact that is."""
 
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,9 +42,9 @@ def make_loadable(engine: Engine, model: Path, file_type: str, folder: Path) -> 
     """
     if not engine.converts:
         return model
-    write = importlib.import_module("mka.export.gguf").write_gguf
-    found: Path = write(model, folder, file_type)
-    return found
+    from mka.export.gguf import write_gguf
+
+    return write_gguf(model, folder, file_type)
 
 
 def name_file_type(engine: Engine, dtype: str, asked: str | None) -> str | None:

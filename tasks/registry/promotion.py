@@ -108,6 +108,19 @@ def read_version(uri: str, model: str, version: str) -> RegisteredVersion:
         return RegisteredVersion(uri, model, version, found[version].run_id, tags)
 
 
+def find_alias(uri: str, model: str, alias: str) -> RegisteredVersion:
+    """Return the version that an alias points at.
+
+    Raises:
+        RegistryError: if there is no such model or alias, or its version was never completely registered.
+    """
+    aliases = read_aliases(uri, model)
+    if alias not in aliases:
+        known = ", ".join(f"{name} = version {number}" for name, number in sorted(aliases.items())) or "none"
+        raise RegistryError(f"{model} has no alias {alias!r}; aliases: {known}")
+    return read_version(uri, model, aliases[alias])
+
+
 def find_reign(version: RegisteredVersion) -> str | None:
     """Return the newest version that holds the same model and was champion once; None if it never was.
 

@@ -3,13 +3,13 @@
 import shutil
 from pathlib import Path
 
-from mka.errors import CheckpointError, RegistryError
+from mka.errors import CheckpointError
 from mka.model.checkpoint import open_checkpoint
 from mka.recipe import Recipe
 from mka.sources.fetch import REGISTERED_PREFIX
 from mka.store.publishing import publish
 from tasks.machine.workplace import Workplace
-from tasks.registry.promotion import RegisteredVersion, fetch_version, read_aliases, read_version
+from tasks.registry.promotion import RegisteredVersion, fetch_version, find_alias, read_version
 from tasks.registry.tracking import registry_address
 
 
@@ -22,14 +22,10 @@ def find_registered(place: Workplace, recipe: Recipe) -> RegisteredVersion:
     assert recipe.model.registered is not None
     uri, address = registry_address(place, recipe), recipe.model.registered.removeprefix(REGISTERED_PREFIX)
     name, _, alias = address.partition("@")
-    if not alias:
-        name, _, version = address.partition("/")
-        return read_version(uri, name, version)
-    aliases = read_aliases(uri, name)
-    if alias not in aliases:
-        known = ", ".join(sorted(aliases)) or "none"
-        raise RegistryError(f"{name} has no alias {alias!r} in registry {uri}; aliases: {known}")
-    return read_version(uri, name, aliases[alias])
+    if alias:
+        return find_alias(uri, name, alias)
+    name, _, version = address.partition("/")
+    return read_version(uri, name, version)
 
 
 def bring_registered(place: Workplace, version: RegisteredVersion) -> Path:

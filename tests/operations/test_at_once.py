@@ -7,13 +7,12 @@ import collections
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 from support.project import Project
+from support.servers import ROOT, fresh_environment
 
-ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = range(int(os.environ.get("MKA_ROUNDS", "1")))
 SECONDS = 900
 PROMOTERS = 8
@@ -23,10 +22,7 @@ pytestmark = [pytest.mark.operations, pytest.mark.timeout(2 * SECONDS)]
 
 
 def make_environment(project):
-    """What a person has who named no server: everything is made in a fresh work folder."""
-    unset = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
-    kept = {name: value for name, value in os.environ.items() if name not in unset}
-    return kept | {"MKA_WORK": str(project.work), "MKA_SLOTS": str(PROMOTERS), "PYTHONPATH": str(ROOT)}
+    return fresh_environment(project.work) | {"MKA_SLOTS": str(PROMOTERS)}
 
 
 def run_together(environment, commands):

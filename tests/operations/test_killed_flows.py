@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 from support.killing import draw_kills, run_killed
 from support.project import Project
-from support.servers import ROOT
+from support.servers import fresh_environment
 
 pytestmark = [pytest.mark.operations, pytest.mark.timeout(7200)]
 
@@ -27,9 +27,7 @@ class Killed:
         self.project = Project(folder)
         self.kept, self.reads = folder / "kept", 0
         self.log = folder / "command.log"
-        unset = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
-        self.environment = {name: value for name, value in os.environ.items() if name not in unset}
-        self.environment |= {"MKA_WORK": str(self.project.work), "PYTHONPATH": str(ROOT)}
+        self.environment = fresh_environment(self.project.work)
 
     def run(self, *command: str, at: int | None = None) -> tuple[int, list[str]]:
         return run_killed(command, [self.project.work], at, self.log, self.environment)

@@ -1,10 +1,13 @@
 """Commands of this project in processes of their own, and ports for the servers they start."""
 
+import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+# What names a server, or where one keeps its things.
+NAMING = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL = ("127.0.0.1", "localhost")
 SECONDS = 300
@@ -17,6 +20,12 @@ def run_module(environment: dict[str, str], *arguments: str) -> str:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def fresh_environment(work: Path) -> dict[str, str]:
+    """What a person has who named no server: everything is made in this work folder."""
+    kept = {name: value for name, value in os.environ.items() if name not in NAMING}
+    return kept | {"MKA_WORK": str(work), "PYTHONPATH": str(ROOT)}
 
 
 def free_port() -> int:
