@@ -20,6 +20,7 @@ SERVICES = {
     **dict.fromkeys(("sqlalchemy", "sqlite3", "alembic"), "a database of MLflow or Prefect"),
 }
 AGAIN = "see that it answers and run the same command again"
+SECONDS_TO_SEND = 10.0
 
 
 def silence_prefect() -> None:
@@ -66,6 +67,23 @@ def require_server() -> None:
         )
 
 
+def stop_sending(seconds: float = SECONDS_TO_SEND) -> None:
+    """Give Prefect so long to send the events and log lines that are queued, and throw away the rest.
+
+    At its exit a process waits for them without a limit, and of a server that is gone each is tried for some seconds:
+    the line that says so would come ten minutes before the prompt does.
+    """
+    worker = sys.modules.get("prefect.events.worker")
+    if worker is None:
+        return
+    # Prefect has no call for this: its own only counts what it could not send in time.
+    sending = [(service._loop, service._task) for service in tuple(worker.EventsWorker._instances.values())]
+    worker.EventsWorker.drain_all(timeout=seconds)
+    for loop, task in sending:
+        if loop is not None and task is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(task.cancel)
+
+
 def refuse(program: str, error: BaseException, hint: str = "") -> int:
     """Say on stderr, in one line, what ended a command; return its exit code.
 
@@ -86,7 +104,8 @@ def refuse(program: str, error: BaseException, hint: str = "") -> int:
     typed = "\n" if isinstance(error, KeyboardInterrupt) and sys.stderr.isatty() else ""  # behind what ^C left there
     # How to go on is told whole.
     longest = (error.longest if isinstance(error, MkaError) else LONGEST) + len(hint)
-    print(f"{typed}{program}: {one_line(line, longest)}", file=sys.stderr)
+    print(f"{typed}{program}: {one_line(line, longest)}", file=sys.stderr, flush=True)
+    stop_sending()
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     return error.exit_code if isinstance(error, MkaError) else MkaError.exit_code

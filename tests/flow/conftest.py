@@ -13,6 +13,13 @@ os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
 import pytest
 from support.project import Project
 
+from flows.command_line import stop_sending
+
+
+def pytest_sessionfinish():
+    # What is still queued goes to a server that is gone by now.
+    stop_sending(0)
+
 
 @pytest.fixture(scope="session")
 def prefect_server():
