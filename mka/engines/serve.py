@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mka.engines import Engine
 from mka.engines.agreement import Agreement, compare
 from mka.engines.exchange import Answer
+from mka.engines.expected import expect_ratios
 from mka.engines.loadable import choose_tolerance, make_loadable, name_file_type
 from mka.engines.process import Bounds, run_program
 from mka.engines.prompts import NEW_TOKENS, PROMPTS
@@ -64,6 +65,8 @@ class ServeReport:
         candidate: what was found of it; None if the engine gave no whole answer.
         base: the same of the base, if there is one.
         conditions: dtype, file type, threads, tokens, rounds, versions, command.
+        expected: figure of speed -> candidate / base as what is left of the candidate allows it, see
+            `mka.engines.expected`; empty without a base.
     """
 
     engine: Mapping[str, str]
@@ -72,6 +75,7 @@ class ServeReport:
     candidate: Served | None
     base: Served | None
     conditions: Mapping[str, Any]
+    expected: Mapping[str, float] = field(default_factory=dict)
 
     def refusal(self) -> MkaError | None:
         """Return what decides the exit code: none for a pass, 1 for a fault, 2 for what could not be told."""
@@ -158,6 +162,7 @@ def check_serving(
         served["candidate"],
         served.get("base"),
         told,
+        expect_ratios(base, candidate, conditions.dtype, settings.prompt_tokens) if base is not None else {},
     )
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Timed repeats each time a model is loaded.
 REPEATS = 2
 # Bytes of a number of the cache, by dtype.
-_WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Tokens by which engines round the room of a sequence up.
 _BLOCK = 128
 
@@ -147,4 +147,4 @@ def _count_token_bytes(checkpoint: Checkpoint, dtype: str) -> int:
     config = _read_config(checkpoint)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * checkpoint.layers * heads * width * _WIDTHS[dtype])
+    return int(2 * checkpoint.layers * heads * width * WIDTHS[dtype])

@@ -16,7 +16,10 @@ _FACTS: tuple[tuple[str, Callable[[Served], float | None], str], ...] = (
 
 
 def list_rows(report: ServeReport) -> list[dict[str, str]]:
-    """Return rows of quantity, base, candidate and candidate / base; without a base, of quantity and candidate."""
+    """Return rows of quantity, base, candidate, candidate / base and what that may be at most by its size.
+
+    Without a base, of quantity and candidate.
+    """
     candidate, base = report.candidate, report.base
     if candidate is None:
         return []
@@ -27,8 +30,11 @@ def list_rows(report: ServeReport) -> list[dict[str, str]]:
     for count in candidate.speed:
         for figure, (label, unit, _) in FIGURES.items():
             shape = "{:.3f} s" if unit == "s" else f"{{:,.1f}} {unit}"
-            rows.append(_compare(f"{label}, {count} at once", _median_of(count, figure), shape, base, candidate))
-    keys = ("quantity", "base", "candidate", "ratio") if base else ("quantity", "candidate")
+            row = _compare(f"{label}, {count} at once", _median_of(count, figure), shape, base, candidate)
+            if row["ratio"] and (most := report.expected.get(figure)):
+                row["expected"] = f"{most:.3f}, of which {float(row['ratio']) / most:.0%}"
+            rows.append(row)
+    keys = ("quantity", "base", "candidate", "ratio", "expected") if base else ("quantity", "candidate")
     return [{key: row[key] for key in keys} for row in rows]
 
 
@@ -78,4 +84,4 @@ def _compare(
 
 
 def _row(quantity: str, base: str, candidate: str, ratio: str) -> dict[str, str]:
-    return {"quantity": quantity, "base": base, "candidate": candidate, "ratio": ratio}
+    return {"quantity": quantity, "base": base, "candidate": candidate, "ratio": ratio, "expected": ""}

@@ -39,7 +39,7 @@ def serve_stage(digest: str | None = None, folder: Path | None = None) -> Stage:
 
     return Stage(
         "serve",
-        version=1,
+        version=2,
         wanted=lambda job: bool(job.recipe.engines),
         reads=read,
         settings=_settings,

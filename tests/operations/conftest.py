@@ -128,9 +128,7 @@ def stack(tmp_path_factory):
         runs = ask(f"{prefect}/api/flow_runs/filter", {"flow_runs": {"name": {"any_": [facts["run"]]}}})
         aliases = read_aliases(mlflow)[facts["registered_name"]]
         flow_run = runs[0]["id"]
-        yield Stack(
-            prefect, mlflow, project, environment, of_one, facts, flow_run, aliases, watched.stdout
-        )
+        yield Stack(prefect, mlflow, project, environment, of_one, facts, flow_run, aliases, watched.stdout)
     finally:
         run_module(environment, "flows.servers", "down")
 
