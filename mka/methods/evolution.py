@@ -20,7 +20,7 @@ base is the plan. What that costs is set aside from the start.
 import math
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -182,7 +182,12 @@ def build_ladder(repairs: Repairs, settings: Settings, layers: int) -> tuple[Run
     if settings.repair == "aligned":
         walked = settings.aligned_tokens + settings.tokens[-1]
         rungs.append(
-            Rung("aligned", kept[-1], repairs.aligned, lambda candidate: count_walk(candidate, layers, walked))
+            Rung(
+                "aligned",
+                kept[-1],
+                lambda candidate: repairs.aligned(candidate),
+                lambda candidate: count_walk(candidate, layers, walked),
+            )
         )
     return tuple(rungs)
 
@@ -194,8 +199,53 @@ def build_final(repairs: Repairs, settings: Settings, layers: int) -> Rung | Non
     refitted = settings.aligned_tokens if settings.repair == "aligned" else 0
     tokens = (settings.heal_tokens, settings.tokens[-1], refitted)
     return Rung(
-        "healed", settings.finalists, repairs.healed, lambda candidate: count_healing(candidate, layers, *tokens)
+        "healed",
+        settings.finalists,
+        lambda candidate: repairs.healed(candidate),
+        lambda candidate: count_healing(candidate, layers, *tokens),
     )
+
+
+def begin(space: Space, repairs: Repairs, settings: Settings, budget: Budget) -> Search:
+    """Return a search that has measured nothing but the base.
+
+    Args:
+        space: of configurations; at least one layer goes.
+        repairs: measure candidates.
+        settings: of the method.
+        budget: what may be spent.
+
+    Raises:
+        PlanError: if protection does not let the target be reached, or the budget takes no candidate to the top.
+    """
+    free, count = space.free, budget.layers
+    # Changed from the first free layer on, so that nothing of the base's own run serves it.
+    dearest = space.delete(range(free.start, free.start + space.removed))
+    search = Search(build_ladder(repairs, settings, count), build_final(repairs, settings, count), budget, dearest)
+    base = settings.tokens[-1] * count
+    needed = base + search.reserve(1, first=0)
+    if not budget.affords(needed):
+        healings = f" and {settings.finalists} short healings" if settings.finalists else ""
+        raise PlanError(
+            f"budget of {settings.budget} forward tokens: the base and one candidate{healings} need "
+            f"{-(-needed // count)}; raise the method's budget, or lower its tokens, aligned_tokens, heal_tokens or "
+            "finalists"
+        )
+    budget.spend("base", base)
+    return search
+
+
+def count_units(layers: int, aim: Aim, settings: Settings) -> tuple[int, str]:
+    """Return the forward tokens a search will spend, and their unit.
+
+    Raises:
+        PlanError: as `begin`, before anything is computed.
+    """
+    if layers <= aim.layers_out:
+        return 0, "tok"
+    # Nothing is measured yet.
+    begin(Space(((),) * layers, aim, settings.largest), cast(Repairs, None), settings, Budget(settings.budget, layers))
+    return settings.budget, "tok"
 
 
 def decide(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> Decision:
@@ -206,22 +256,10 @@ def decide(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: S
     if scores.layers != count:
         raise PlanError(f"scores are of {scores.layers} layers, the model has {count}")
     space = Space(evidence.kinds, aim, settings.largest)
-    free = space.free  # refuses a target that protection does not let it reach
     if not space.removed:
         return Decision(identity_layers(count))
     budget = Budget(settings.budget, count, evidence.on_progress)
-    # Changed from the first free layer on, so that nothing of the base's own run serves it.
-    dearest = space.delete(range(free.start, free.start + space.removed))
-    search = Search(build_ladder(repairs, settings, count), build_final(repairs, settings, count), budget, dearest)
-    base = settings.tokens[-1] * count
-    if not budget.affords(base + search.reserve(1, first=0)):
-        needed = -(-(base + search.reserve(1, first=0)) // count)
-        healings = f" and {settings.finalists} short healings" if settings.finalists else ""
-        raise PlanError(
-            f"budget of {settings.budget} forward tokens: the base and one candidate{healings} need {needed}; raise "
-            "the method's budget, or lower its tokens, aligned_tokens, heal_tokens or finalists"
-        )
-    budget.spend("base", base)
+    search = begin(space, repairs, settings, budget)
     rng = np.random.default_rng(settings.seed)
     if settings.proposal == "evolution":
         search.climb(propose(space, repairs.observe(), scores.values))
@@ -267,5 +305,5 @@ METHOD = Method(
     needs=lambda settings: frozenset({HIDDEN_STATES, REPAIRS}),
     score=score,
     plan_settings=frozenset(Settings.model_fields),
-    units=lambda layers, aim, settings: (settings.budget if layers > aim.layers_out else 0, "tok"),
+    units=count_units,
 )

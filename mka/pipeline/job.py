@@ -14,6 +14,7 @@ from mka.methods import Planner, check_alignment, resolve_method
 from mka.model.checkpoint import Checkpoint
 from mka.pipeline.inputs import Inputs, check_evaluation, read_inputs, want_own_text
 from mka.pipeline.written import open_own_text
+from mka.plan.deleting import deletable_layers
 from mka.plan.target import Aim, resolve_target
 from mka.recipe import ModelSource, Recipe, Target
 from mka.sources.fetch import materialize, resolve_revision
@@ -163,6 +164,7 @@ def open_job(recipe: Recipe, planner: Planner, base: Checkpoint, revision: str, 
         CalibrationError: if a text holds what the model has no embedding for.
     """
     aim = check_feasible(recipe, base)
+    planner.method.units(base.layers, aim, planner.settings)  # refuses a budget that buys nothing
     inputs.refuse_marks(base.rowless)
     if inputs.heldout:
         check_context(recipe.evaluation.context, base.config.get("max_position_embeddings"))
@@ -193,6 +195,7 @@ def resolve_aim(target: Target, checkpoint: Checkpoint) -> Aim:
 
     Raises:
         RecipeError: if the target is below 1, above the layer count, or out of reach.
+        PlanError: if protection leaves more layers than that.
     """
     layers_out = resolve_target(
         checkpoint.layers,
@@ -202,4 +205,6 @@ def resolve_aim(target: Target, checkpoint: Checkpoint) -> Aim:
         layer_ratio=target.layer_ratio,
         size_ratio=target.size_ratio,
     )
-    return Aim(layers_out, target.protect_first, target.protect_last)
+    aim = Aim(layers_out, target.protect_first, target.protect_last)
+    deletable_layers(checkpoint.layers, aim)
+    return aim

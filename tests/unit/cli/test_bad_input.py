@@ -315,6 +315,14 @@ def test_output_under_a_file(refuse, unloadable, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that nobody can write to")
+@pytest.mark.parametrize("mode", ["run", "dry run"])
+def test_a_search_that_can_try_nothing_and_a_protection_that_leaves_nothing(refuse, unloadable, mode):
+    extra = ["--dry-run"] if mode == "dry run" else []
+    evolution = ["--method", "evolution", "--no-align", "--set", "finalists=0", "--set", "budget=10"]
+    assert "budget of 10 forward tokens: the base and one candidate need" in refuse(*evolution, *extra)
+    assert "the first 100 and last 1 protected" in refuse("--protect-first", "100", *extra)
+
+
 def test_output_nobody_can_write(refuse, unloadable):
     assert "cannot be written" in refuse(output=Path("/proc/out"))
 
