@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def list_files(folder: Path) -> list[Path]:
 def refuse_links(folder: Path) -> None:
     """Refuse files that lie elsewhere: what they hold could change without a trace in the folder.
 
-    A hub cache's own links, from ``snapshots/REVISION`` to ``blobs``, are let be.
+    Links into stores that call a file by its digest are let be: a hub cache's from ``snapshots/REVISION`` to ``blobs``,
+    and DVC's into ``files/md5`` of its cache, where its checkouts are links.
 
     Raises:
         CheckpointError: naming the first link that leads out of the folder.
@@ -56,11 +58,16 @@ def refuse_links(folder: Path) -> None:
             target = path.resolve()
         except (OSError, RuntimeError):
             raise CheckpointError(f"{path} is a link to itself; put the file there") from None
-        if not target.is_relative_to(home) and target.parent != blobs:
+        if not target.is_relative_to(home) and target.parent != blobs and not _is_in_dvc_cache(target):
             raise CheckpointError(
-                f"{path} is a link out of the model folder, to {target}; put the file itself there (only a hub "
-                "cache's links to its blobs are followed)"
+                f"{path} is a link out of the model folder, to {target}; put the file itself there (only links of a "
+                "hub cache to its blobs, and of DVC into its cache, are followed)"
             )
+
+
+def _is_in_dvc_cache(path: Path) -> bool:
+    *_, files, kind, start, rest = ("", "", "", *path.parts)
+    return (files, kind) == ("files", "md5") and re.fullmatch("[0-9a-f]{32}", start + rest) is not None
 
 
 def read_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, TensorInfo]:

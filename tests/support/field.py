@@ -61,6 +61,19 @@ def move(folder: Path, name: str, place: Path) -> Path:
     return folder
 
 
+def save_dvc_links(folder: Path) -> Path:
+    """A folder that DVC tracks and has checked out as links into its cache."""
+    from dvc.repo import Repo
+
+    save(folder)
+    with Repo.init(str(folder.parent), no_scm=True) as made, made.config.edit("repo") as settings:
+        settings["cache"]["type"] = ["symlink"]
+    with Repo(str(folder.parent)) as repo:
+        repo.add(str(folder))
+    assert (folder / SINGLE).is_symlink()
+    return folder
+
+
 def save_hub_cache(folder: Path) -> Path:
     """A snapshot whose files are links to blobs, as the hub's client leaves them."""
     source, snapshot = save_shards(folder / "source"), folder / "models--a--b/snapshots/0123abc"
@@ -147,6 +160,7 @@ def save_marked(folder: Path) -> Path:
 WORKING: dict[str, tuple[Callable[[Path], Path], Callable]] = {
     "two generations": (save_two_generations, lambda: make_tiny_model("llama")),
     "stale shards": (save_stale_shards, lambda: make_tiny_model("llama")),
+    "links of DVC": (save_dvc_links, lambda: make_tiny_model("llama")),
     "hub cache": (save_hub_cache, lambda: make_tiny_model("llama")),
     "tied backbone": (
         lambda f: save_backbone(f, True),
