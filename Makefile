@@ -72,7 +72,7 @@ audit: setup ## List every locked package in build/sbom.json, and ask the adviso
 	@build/audit/bin/cyclonedx-py requirements requirements.lock --output-file build/sbom.json
 	@build/audit/bin/pip-audit --disable-pip --no-deps --requirement requirements.lock
 
-engines: build/engines/vllm/.installed build/engines/llama.cpp/.installed ## Install vLLM and llama.cpp, each into an environment of its own under build/engines
+engines: $(addprefix build/engines/,vllm/.installed llama.cpp/.installed transformers/.installed) ## Install vLLM, llama.cpp and an older transformers, each apart under build/engines
 
 # One version of each package for every Python ("fewest"), so that results do not depend on the interpreter.
 lock: | $(BIN)/uv ## Make requirements.lock from pyproject.toml; LOCK_ARGS=--upgrade moves every pin
@@ -115,6 +115,11 @@ build/engines/vllm/.installed: | $(INSTALLED)
 build/engines/llama.cpp/.installed: | $(INSTALLED)
 	@$(BIN)/python -m venv --clear $(@D)
 	@$(@D)/bin/python -m pip install -q --disable-pip-version-check xllamacpp==2026.10.11549
+	@touch $@
+
+# Read by tests only, in front of the packages of .venv, whose torch it takes.
+build/engines/transformers/.installed: | $(INSTALLED)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade --no-warn-conflicts --target $(@D) transformers==4.51.3
 	@touch $@
 
 $(BIN)/uv:

@@ -57,6 +57,7 @@ def run_program(
         EngineFault: if the engine refused the model or failed on it, with its own reason.
         EngineError: if it could not be started, died, hung, or ran out of memory.
     """
+    folder = folder.absolute()  # the program runs in it
     asked, place = folder / "request.json", folder / "answer.json"
     place.unlink(missing_ok=True)
     asked.write_text(json.dumps(request.to_dict()), encoding="utf-8")

@@ -1,10 +1,12 @@
 """What belongs to a model beside its weights and config: tokenizer, templates, generation, processors, licence."""
 
+import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from mka.errors import CheckpointError
 from mka.model.weights import TEMPLATES, list_files, read_json
@@ -35,7 +37,10 @@ def _is_one_of(name: str, patterns: Iterable[str]) -> bool:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy what belongs to a model beside its weights and config, byte for byte."""
+    """Copy what belongs to a model beside its weights and config, byte for byte.
+
+    A tokenizer's settings that only transformers 5 can read are spelled so that older readers can, too.
+    """
     wanted = _name_code(source)
     for file in list_files(source):
         if file.parent != source:
@@ -43,6 +48,23 @@ def copy_companions(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / TEMPLATES / file.name)
         elif is_companion(file.name) or file.name in wanted:
             shutil.copyfile(file, target / file.name)
+    settings = target / "tokenizer_config.json"
+    if settings.is_file() and (spelled := spell_tokenizer(body := read_json(settings))) != body:
+        settings.write_text(json.dumps(spelled, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def spell_tokenizer(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer's settings in the words that transformers 4 and 5 have in common.
+
+    Version 5 calls the class by a name that 4 does not know, and keeps further special tokens in a list under a key
+    that is a mapping in 4; it reads the older words as well.
+    """
+    spelled = dict(body)
+    if spelled.get("tokenizer_class") == "TokenizersBackend":
+        spelled["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(spelled.get("extra_special_tokens"), list) and "additional_special_tokens" not in spelled:
+        spelled["additional_special_tokens"] = spelled.pop("extra_special_tokens")
+    return spelled
 
 
 def copy_licences(source: Path, target: Path) -> None:

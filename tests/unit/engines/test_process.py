@@ -34,6 +34,16 @@ def test_an_answer_is_read_and_memory_was_watched(run):
     assert peak is not None and 1e6 < peak < 1e9
 
 
+def test_a_work_folder_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("work").mkdir()
+    request = Request("model", "float32", 1, 64, 1, 1 << 20, str(tmp_path / "log"))
+    answer, _ = run_program(
+        make_engine(tmp_path, "answers"), Path(sys.executable), request, Path("work"), Bounds(60, MANY)
+    )
+    assert answer.version
+
+
 @pytest.mark.parametrize(
     ("body", "kind", "said"),
     [
