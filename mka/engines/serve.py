@@ -133,7 +133,8 @@ def check_serving(
     check_room(settings, models)
     file_type = name_file_type(engine, conditions.dtype, settings.file_type)
     told = _describe(settings, conditions, file_type)
-    with tempfile.TemporaryDirectory(dir=work, prefix="serve-") as place:
+    # Engines run elsewhere, so that what they are told of has to be absolute.
+    with tempfile.TemporaryDirectory(dir=work.absolute(), prefix="serve-") as place:
         subjects = []
         for role, checkpoint in models.items():
             folder = Path(place) / role

@@ -43,6 +43,7 @@ BODIES = {
 }
 _SERVES = """
 known = json.loads({known!r})
+open(request["log"]).close()  # engines are told of files, and run in a folder of their own
 with open({journal!r}, "a") as file:
     file.write(json.dumps([request["model"], len(request["prompts"])]) + "\\n")
 runs = []

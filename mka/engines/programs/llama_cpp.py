@@ -20,6 +20,8 @@ Json = dict[str, Any]
 
 # In the log, a line per kind of layer: "llama_kv_cache: size =   90.00 MiB (  1024 cells,  30 layers,  4/4 seqs), ...".
 CACHE = re.compile(r"llama_kv_cache\S*: size = +([0-9.]+) MiB \( *(\d+) cells, +\d+ layers, +(\d+)/")
+# Kept to the end of the process: a server's destructor waits for what it is doing, for ever if a request failed.
+SERVERS: list[Any] = []
 DTYPES = {"float32": "GGML_TYPE_F32", "bfloat16": "GGML_TYPE_BF16", "float16": "GGML_TYPE_F16"}
 
 
@@ -73,7 +75,8 @@ def load(xllamacpp: Any, request: Json) -> Any:
     params.cache_prompt = params.fit_params = False
     params.cache_ram_mib = 0
     params.verbosity = 4  # says how large the cache is
-    return xllamacpp.Server(params)
+    SERVERS.append(xllamacpp.Server(params))
+    return SERVERS[-1]
 
 
 def post(host: str, path: str, body: Json) -> Json:

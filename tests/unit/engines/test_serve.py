@@ -67,6 +67,12 @@ def here(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path / "here")
 
 
+def test_a_relative_work_folder_is_found_by_the_engine(check, models, prompts, tmp_path, monkeypatch):
+    monkeypatch.setenv("MKA_WORK", "work")
+    code, report, err = check(make_serving(tmp_path, models[:1], prompts))
+    assert (code, report["verdict"], err) == (0, "pass", "")
+
+
 def test_the_report_is_kept_and_shown(check, models, prompts, tmp_path, capsys):
     engine = make_serving(tmp_path, models[:1], prompts)
     assert check(engine, "--output", "kept.json")[0] == 0
