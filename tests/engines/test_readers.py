@@ -12,6 +12,7 @@ from support.models import LAYERS, make_tiny_model, save_model
 
 from mka.engines import ENGINES
 from mka.model.checkpoint import open_checkpoint
+from mka.model.config import find_reader
 from mka.model.families import FAMILIES
 from mka.model.stock import open_base
 from mka.model.verification import verify_checkpoint
@@ -49,20 +50,21 @@ def read(reader, folder):
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("reader", READERS)
 def test_a_written_folder_has_the_same_logits(reader, family, tmp_path):
-    since = FAMILIES[family].known_since
-    if reader == "4.51" and (since is None or tuple(map(int, since.split("."))) > (4, 51)):
-        pytest.skip(f"{family} is newer: {since}")
     base = save_model(make_tiny_model(family, **SAID.get(family, {})), tmp_path / "base")
     copies = identity_layers(LAYERS)
-    plan = MergePlan("test", "", LAYERS, (copies[0], *copies[2:]))
+    plan = MergePlan("test", "", LAYERS, (copies[0], *copies[3:]))  # two: kinds of layers go on alternating
     merge_checkpoint(plan, open_base(base), tmp_path / "out", verify=verify_checkpoint)
+    needed = find_reader(json.loads((tmp_path / "out/config.json").read_text()))
+    if reader == "4.51" and (needed is None or tuple(map(int, needed.split("."))) > (4, 51)):
+        pytest.skip(f"its card says that {family} needs {needed}")
     found = read(reader, tmp_path / "out")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     with torch.inference_mode():
         expected = model(torch.tensor(IDS), use_cache=False).logits
-    assert found["keys"] == [] and open_checkpoint(tmp_path / "out").layers == LAYERS - 1
-    assert found["tokens"] == AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"]
+    assert found["keys"] == [] and open_checkpoint(tmp_path / "out").layers == LAYERS - 2
+    # A word-level tokenizer is none that transformers 5 takes of a Qwen 2: it reads this base by a class of its own.
+    assert family == "qwen2" or found["tokens"] == AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"]
     torch.testing.assert_close(torch.tensor(found["logits"]), expected, atol=1e-4, rtol=1e-4)
     assert expected.std() > 0.1  # else anything would be close
