@@ -142,7 +142,9 @@ def prepare(
     if wanted is None:
         inputs = read_inputs(recipe, planner, evaluate=evaluate)
     base, revision = fetch_base(recipe.model, work)
-    check_feasible(recipe, base)
+    aim = check_feasible(recipe, base)
+    deletable_layers(base.layers, aim)  # refuses a protection that leaves more than the target
+    planner.method.units(base.layers, aim, planner.settings)  # refuses a budget that buys nothing
     if wanted is not None:
         if evaluate:  # writing takes minutes; what can be refused before is
             check_evaluation(recipe.evaluation, recipe.evaluation.text, recipe.evaluation.tasks_folder)
@@ -164,7 +166,6 @@ def open_job(recipe: Recipe, planner: Planner, base: Checkpoint, revision: str, 
         CalibrationError: if a text holds what the model has no embedding for.
     """
     aim = check_feasible(recipe, base)
-    planner.method.units(base.layers, aim, planner.settings)  # refuses a budget that buys nothing
     inputs.refuse_marks(base.rowless)
     if inputs.heldout:
         check_context(recipe.evaluation.context, base.config.get("max_position_embeddings"))
@@ -195,7 +196,6 @@ def resolve_aim(target: Target, checkpoint: Checkpoint) -> Aim:
 
     Raises:
         RecipeError: if the target is below 1, above the layer count, or out of reach.
-        PlanError: if protection leaves more layers than that.
     """
     layers_out = resolve_target(
         checkpoint.layers,
@@ -205,6 +205,4 @@ def resolve_aim(target: Target, checkpoint: Checkpoint) -> Aim:
         layer_ratio=target.layer_ratio,
         size_ratio=target.size_ratio,
     )
-    aim = Aim(layers_out, target.protect_first, target.protect_last)
-    deletable_layers(checkpoint.layers, aim)
-    return aim
+    return Aim(layers_out, target.protect_first, target.protect_last)

@@ -121,6 +121,7 @@ def stack(tmp_path_factory):
         assert watched.returncode == 0, watched.stdout + watched.stderr
         # The run's own page knows no server; this one links to it.
         index = Path(run_module(environment, "flows.index", "--registry", mlflow).strip())
+        assert index == project.work / "index.html"
         # Other tests recompress beside it, and each run writes the page of all runs again.
         of_one = index.with_name("index-of-one.html")
         shutil.copyfile(index, of_one)
