@@ -2,9 +2,7 @@
 
 from mka.engines.subject import WIDTHS
 from mka.model.checkpoint import Checkpoint
-from mka.model.tensors import TensorInfo
-
-_FLOATS = ("F64", "F32", "F16", "BF16")
+from mka.model.tensors import FLOATS, TensorInfo
 
 
 def expect_ratios(base: Checkpoint, candidate: Checkpoint, dtype: str, prompt_tokens: int) -> dict[str, float]:
@@ -36,7 +34,7 @@ def _count_bytes(model: Checkpoint, dtype: str) -> tuple[int, int]:
     width, family = WIDTHS[dtype], model.family
 
     def held(tensor: TensorInfo) -> int:
-        return tensor.parameters * width if tensor.dtype in _FLOATS else tensor.nbytes
+        return tensor.parameters * width if tensor.dtype in FLOATS else tensor.nbytes
 
     def total(module: str) -> int:
         return sum(held(tensor) for name, tensor in model.tensors.items() if name.startswith(f"{module}."))

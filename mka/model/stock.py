@@ -10,12 +10,12 @@ from mka.model.checkpoint import Checkpoint, open_checkpoint
 from mka.model.config import build_config
 from mka.model.loading import load_tokenizer
 from mka.model.outline import build_outline, find_pieces
+from mka.model.tensors import FLOATS
 from mka.store.sums import SUMS_NAME
 from mka.terminal import quiet_libraries, say
 
 # Bytes of a head and of an embedding that are compared at a time.
 _COMPARED = 1 << 23
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def open_base(folder: Path, *, trust_remote_code: bool = False, verified: bool = False) -> Checkpoint:
@@ -48,11 +48,11 @@ def open_base(folder: Path, *, trust_remote_code: bool = False, verified: bool =
 def _check_floats(checkpoint: Checkpoint) -> None:
     """Refuse tensors of anything but floating-point numbers of at least two bytes, by the name of the first."""
     for info in checkpoint.tensors.values():
-        if info.dtype not in _FLOATS:
+        if info.dtype not in FLOATS:
             what = "in fp8, which needs scales" if info.dtype.startswith("F8") else "no floating-point numbers"
             raise CheckpointError(
                 f"{checkpoint.path}: {info.name} is stored as {info.dtype}, {what}, and config.json names no "
-                f"quantization; allowed: {', '.join(_FLOATS)}; give the original weights"
+                f"quantization; allowed: {', '.join(FLOATS)}; give the original weights"
             )
 
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
+# Dtypes of weights as they are trained and computed with, by safetensors' names.
+FLOATS = ("F64", "F32", "F16", "BF16")
+
 
 @dataclass(frozen=True)
 class TensorInfo:

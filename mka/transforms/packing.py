@@ -16,7 +16,7 @@ from mka.model.checkpoint import Checkpoint
 from mka.model.config import build_config, write_config
 from mka.model.parts import ATTENTION, MLP, check_parts
 from mka.model.shards import BLOCK_BYTES, MAX_SHARD_BYTES, Blocks, split_shards, write_shards
-from mka.model.tensors import STORED_NAMES, TensorInfo, TensorReader, torch_dtype
+from mka.model.tensors import FLOATS, STORED_NAMES, TensorInfo, TensorReader, torch_dtype
 from mka.recipe import QuantizeSettings
 from mka.transforms import SCHEMES
 from mka.transforms.formats import (
@@ -127,7 +127,7 @@ def plan_packed(source: Checkpoint, settings: QuantizeSettings) -> list[Planned]
 def loaded_dtype(source: Checkpoint, info: TensorInfo) -> str:
     """Return the dtype that a stock loader gives a tensor, config.json's: a scale cast later would be another scale."""
     named = STORED_NAMES.get(source.config.get("dtype") or source.config.get("torch_dtype") or "")
-    return named if named and info.dtype in ("F64", "F32", "F16", "BF16") else info.dtype
+    return named if named and info.dtype in FLOATS else info.dtype
 
 
 def write_packed(
