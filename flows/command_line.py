@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from mka.errors import MkaError, ServerError
 from mka.outside.printable import LONGEST, describe_error, make_printable, one_line
-from mka.terminal import INTERRUPTED, explain_unforeseen, interrupt_on_sigterm, keep_traceback
+from mka.terminal import INTERRUPTED, explain_unforeseen, interrupt_on_sigterm, keep_traceback, was_interrupted
 from tasks.machine.temporary import start_temporary_server
 from tasks.machine.workplace import find_workplace
 from tasks.registry.tracking import refuse_password
@@ -92,8 +92,9 @@ def refuse(program: str, error: BaseException, hint: str = "") -> int:
         error: what ended it. What is no refusal leaves its traceback in the work folder.
         hint: how to go on.
     """
-    work = find_workplace().work
-    if isinstance(error, KeyboardInterrupt):
+    work, interrupted = find_workplace().work, was_interrupted(error)
+    hint = hint and (f"; {hint}" if interrupted else f" ({hint})")
+    if interrupted:
         line = f"interrupted{hint}"
     elif isinstance(error, MkaError | OSError):
         line = f"{error}{hint}"
@@ -101,12 +102,12 @@ def refuse(program: str, error: BaseException, hint: str = "") -> int:
         line = f"{service} failed meanwhile: {describe_error(error)}; {keep_traceback(error, work)}; {AGAIN}{hint}"
     else:
         line = f"{explain_unforeseen(error, work)}{hint}"
-    typed = "\n" if isinstance(error, KeyboardInterrupt) and sys.stderr.isatty() else ""  # behind what ^C left there
+    typed = "\n" if interrupted and sys.stderr.isatty() else ""  # behind what ^C left there
     # How to go on is told whole.
     longest = (error.longest if isinstance(error, MkaError) else LONGEST) + len(hint)
     print(f"{typed}{program}: {one_line(line, longest)}", file=sys.stderr, flush=True)
     stop_sending()
-    if isinstance(error, KeyboardInterrupt):
+    if interrupted:
         return INTERRUPTED
     return error.exit_code if isinstance(error, MkaError) else MkaError.exit_code
 

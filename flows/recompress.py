@@ -35,7 +35,7 @@ from mka.pipeline.stage import MODEL_FOLDER, PLAN_FILE, Found, Stage, find_model
 from mka.recipe import Recipe
 from mka.sections import parse_yaml
 from mka.store.products import Product
-from mka.terminal import interrupt_on_sigterm
+from mka.terminal import interrupt_on_sigterm, was_interrupted
 from tasks.base_model import fetch_base_model
 from tasks.calibration import (
     open_inputs,
@@ -270,20 +270,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the flow on this machine; refusals are one line on stderr and a non-zero exit."""
     given, overrides = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     recipe = Path(given).resolve()
-    hint, again = "", describe_command(find_workplace(), str(recipe), overrides)
+    hint = f"finished stages are kept; resume: {describe_command(find_workplace(), str(recipe), overrides)}"
+    begun = False
     interrupt_on_sigterm()
     try:
         load_recipe(recipe, overrides)
         find_workplace().prepare()
         require_server()
-        hint = f" (finished stages are kept; resume: {again})"
+        begun = True
         recompress(str(recipe), overrides)
-    except GateRefused as error:
-        return refuse("recompress", error)
-    except KeyboardInterrupt as error:
-        return refuse("recompress", error, f"; finished stages are kept; resume: {again}")
-    except Exception as error:
-        return refuse("recompress", error, hint)
+    except (Exception, KeyboardInterrupt) as error:
+        helps = was_interrupted(error) or (begun and not isinstance(error, GateRefused))
+        return refuse("recompress", error, hint if helps else "")
     return 0
 
 

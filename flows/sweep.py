@@ -23,7 +23,7 @@ from prefect.futures import as_completed
 
 from mka.bench.recipe import BenchRecipe, Cell, FanOut, load_bench
 from mka.outside.printable import make_page
-from mka.terminal import interrupt_on_sigterm
+from mka.terminal import interrupt_on_sigterm, was_interrupted
 from tasks.machine.slots import compute_slot, hold_slot
 from tasks.machine.workplace import Workplace, find_workplace
 from tasks.sweep.fan_out import choose_fan_out, open_runner, submit_cells, take_result
@@ -131,19 +131,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the flow on this machine; refusals are one line on stderr and a non-zero exit."""
     given, workers = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     recipe = Path(given).resolve()
-    hint, again = "", f"python -m flows.sweep {shlex.quote(given)}"
+    hint, begun = f"finished cells are kept; resume: python -m flows.sweep {shlex.quote(given)}", False
     interrupt_on_sigterm()
     try:
         loaded = load_bench(recipe)
         find_workplace().prepare()
         require_server()
         choose_fan_out(loaded.fan_out, workers)
-        hint = f" (finished cells are kept; resume: {again})"
+        begun = True
         outcome = sweep(str(recipe), workers)
-    except KeyboardInterrupt as error:
-        return refuse("sweep", error, f"; finished cells are kept; resume: {again}")
-    except Exception as error:
-        return refuse("sweep", error, hint)
+    except (Exception, KeyboardInterrupt) as error:
+        return refuse("sweep", error, hint if begun or was_interrupted(error) else "")
     print(make_page(outcome.text))
     if outcome.refusal is not None:
         return refuse("sweep", outcome.refusal)

@@ -272,5 +272,12 @@ def interrupt_on_sigterm() -> None:
         signal.signal(signal.SIGTERM, _interrupt)
 
 
+def was_interrupted(error: BaseException | None) -> bool:
+    """Whether it is ^C or what SIGTERM became, or what a library that was being left on one of these tripped over."""
+    while error is not None and not isinstance(error, KeyboardInterrupt | MkaError | OSError):
+        error = error.__cause__ or error.__context__
+    return isinstance(error, KeyboardInterrupt)
+
+
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt

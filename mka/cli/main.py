@@ -29,7 +29,7 @@ from mka.cli.sign import sign, verify
 from mka.cli.write import write
 from mka.errors import MkaError
 from mka.outside.printable import LONGEST, one_line
-from mka.terminal import INTERRUPTED, SHARED_MACHINE, explain_unforeseen, interrupt_on_sigterm
+from mka.terminal import INTERRUPTED, SHARED_MACHINE, explain_unforeseen, interrupt_on_sigterm, was_interrupted
 
 
 class Interrupted(MkaError):
@@ -61,7 +61,9 @@ class Commands(click.Group):
         try:
             with showing(sys.stderr.isatty() if watched is None else watched):
                 return super().invoke(ctx)
-        except KeyboardInterrupt:
+        except (Exception, KeyboardInterrupt) as error:
+            if not was_interrupted(error):
+                raise
             raise Interrupted(
                 "interrupted; no half-written output is left (mka compress, heal and bench go on where they were; "
                 f"observe, score and plan keep what they wrote); resume: {shlex.join(['mka', *ctx.meta[ARGUMENTS]])}"

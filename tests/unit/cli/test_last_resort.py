@@ -91,6 +91,23 @@ def test_refusals_and_interruptions_leave_no_traceback(end, work):
     assert not list(work.iterdir())
 
 
+def test_what_a_library_makes_of_an_interruption_is_one(end, work):
+    """Prefect's engine, left before it knew which task it runs, raises that the task run is not set."""
+    error = ValueError("Task run is not set")
+    error.__context__ = KeyboardInterrupt()
+    assert end(error)[0] == 130 and not list(work.iterdir())
+    error.__context__ = OSError("no")
+    assert end(error)[0] == 2
+
+
+def test_what_stood_in_the_way_of_leaving_is_told(end):
+    """A disk that is full is more than the ^C before it."""
+    error = OSError("No space left on device")
+    error.__context__ = KeyboardInterrupt()
+    code, line = end(error)
+    assert code == 2 and "No space left" in line
+
+
 def test_servers_that_fail_meanwhile(capsys, work):
     from mlflow.exceptions import MlflowException
     from prefect.exceptions import PrefectHTTPStatusError
