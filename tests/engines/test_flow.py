@@ -4,15 +4,13 @@ import subprocess
 import sys
 
 import pytest
-from support.models import make_tiny_model, save_model
+from support.models import WIDE, make_tiny_model, save_model
 from support.project import Project
 from support.servers import ROOT, fresh_environment
 
 from mka.engines import ENGINES
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
-# Engines have kernels for a few widths of heads only.
-WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "max_position_embeddings": 256}
 SHORT = {"concurrency": [1, 2], "prompt_tokens": 16, "new_tokens": 6, "rounds": 1, "limit": 300}
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.models import make_tiny_model, save_model
+from support.models import WIDE, make_tiny_model, save_model
 
 from mka.cli.main import main
 from mka.engines import ENGINES
@@ -14,8 +14,6 @@ from mka.transforms.rtn import quantize_checkpoint
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 SHORT = ["--concurrency", "1,2", "--prompt-tokens", "16", "--new-tokens", "6", "--rounds", "1", "--limit", "300"]
-# Engines have kernels for a few widths of heads only.
-WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "max_position_embeddings": 256}
 
 
 def require(name):

@@ -10,6 +10,8 @@ FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "
 LAYERS = 6
 # What tokenizers that learn merges learn them from.
 WORDS = ["the cat sat on the mat and then the other cat sat there", "I've 2025 reasons, she'll have 12: cats!"]
+# Engines have kernels for a few widths of heads only.
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "max_position_embeddings": 256}
 _COMMON = {
     "vocab_size": 97,
     "hidden_size": 32,
