@@ -84,6 +84,12 @@ def stop_sending(seconds: float = SECONDS_TO_SEND) -> None:
             loop.call_soon_threadsafe(task.cancel)
 
 
+def is_interruption(error: BaseException) -> bool:
+    """Whether somebody ended the command; within a flow SIGTERM is Prefect's, which usually hands it on."""
+    prefect = sys.modules.get("prefect.exceptions")
+    return was_interrupted(error, *([prefect.TerminationSignal] if prefect else []))
+
+
 def refuse(program: str, error: BaseException, hint: str = "") -> int:
     """Say on stderr, in one line, what ended a command; return its exit code.
 
@@ -92,7 +98,7 @@ def refuse(program: str, error: BaseException, hint: str = "") -> int:
         error: what ended it. What is no refusal leaves its traceback in the work folder.
         hint: how to go on.
     """
-    work, interrupted = find_workplace().work, was_interrupted(error)
+    work, interrupted = find_workplace().work, is_interruption(error)
     hint = hint and (f"; {hint}" if interrupted else f" ({hint})")
     if interrupted:
         line = f"interrupted{hint}"

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flows.command_line import refuse, require_server, silence_prefect
+from flows.command_line import is_interruption, refuse, require_server, silence_prefect
 from flows.run_log import Log, write_last_run
 
 if __name__ == "__main__":
@@ -35,7 +35,7 @@ from mka.pipeline.stage import MODEL_FOLDER, PLAN_FILE, Found, Stage, find_model
 from mka.recipe import Recipe
 from mka.sections import parse_yaml
 from mka.store.products import Product
-from mka.terminal import interrupt_on_sigterm, was_interrupted
+from mka.terminal import interrupt_on_sigterm
 from tasks.base_model import fetch_base_model
 from tasks.calibration import (
     open_inputs,
@@ -280,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         begun = True
         recompress(str(recipe), overrides)
     except (Exception, KeyboardInterrupt) as error:
-        helps = was_interrupted(error) or (begun and not isinstance(error, GateRefused))
+        helps = is_interruption(error) or (begun and not isinstance(error, GateRefused))
         return refuse("recompress", error, hint if helps else "")
     return 0
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.command_line import refuse, require_server, say, silence_prefect
+from flows.command_line import is_interruption, refuse, require_server, say, silence_prefect
 
 if __name__ == "__main__":
     silence_prefect()
@@ -23,7 +23,7 @@ from prefect.futures import as_completed
 
 from mka.bench.recipe import BenchRecipe, Cell, FanOut, load_bench
 from mka.outside.printable import make_page
-from mka.terminal import interrupt_on_sigterm, was_interrupted
+from mka.terminal import interrupt_on_sigterm
 from tasks.machine.slots import compute_slot, hold_slot
 from tasks.machine.workplace import Workplace, find_workplace
 from tasks.sweep.fan_out import choose_fan_out, open_runner, submit_cells, take_result
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         begun = True
         outcome = sweep(str(recipe), workers)
     except (Exception, KeyboardInterrupt) as error:
-        return refuse("sweep", error, hint if begun or was_interrupted(error) else "")
+        return refuse("sweep", error, hint if begun or is_interruption(error) else "")
     print(make_page(outcome.text))
     if outcome.refusal is not None:
         return refuse("sweep", outcome.refusal)

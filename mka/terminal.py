@@ -272,11 +272,17 @@ def interrupt_on_sigterm() -> None:
         signal.signal(signal.SIGTERM, _interrupt)
 
 
-def was_interrupted(error: BaseException | None) -> bool:
-    """Whether it is ^C or what SIGTERM became, or what a library that was being left on one of these tripped over."""
-    while error is not None and not isinstance(error, KeyboardInterrupt | MkaError | OSError):
+def was_interrupted(error: BaseException | None, *signals: type[BaseException]) -> bool:
+    """Whether it is ^C or what SIGTERM became, or what a library that was being left on one of these tripped over.
+
+    Args:
+        error: what ended a command.
+        signals: what else somebody makes of SIGTERM.
+    """
+    signals = (KeyboardInterrupt, *signals)
+    while error is not None and not isinstance(error, (*signals, MkaError, OSError)):
         error = error.__cause__ or error.__context__
-    return isinstance(error, KeyboardInterrupt)
+    return isinstance(error, signals)
 
 
 def _interrupt(*_: Any) -> None:

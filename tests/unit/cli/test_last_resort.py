@@ -92,12 +92,21 @@ def test_refusals_and_interruptions_leave_no_traceback(end, work):
 
 
 def test_what_a_library_makes_of_an_interruption_is_one(end, work):
-    """Prefect's engine, left before it knew which task it runs, raises that the task run is not set."""
-    error = ValueError("Task run is not set")
+    error = ValueError("half closed")
     error.__context__ = KeyboardInterrupt()
     assert end(error)[0] == 130 and not list(work.iterdir())
     error.__context__ = OSError("no")
     assert end(error)[0] == 2
+
+
+def test_sigterm_that_prefect_trips_over_is_an_interruption(capsys, work):
+    """Its engine, ended before it knew which task it runs, raises that the task run is not set."""
+    from prefect.exceptions import TerminationSignal
+
+    error = ValueError("Task run is not set")
+    error.__context__ = TerminationSignal(15)
+    assert run_command("recompress", fail(error), is_flow=False) == 130
+    assert capsys.readouterr().err == "recompress: interrupted\n" and not list(work.iterdir())
 
 
 def test_what_stood_in_the_way_of_leaving_is_told(end):
