@@ -72,7 +72,10 @@ _NO_GGUF = "reads GGUF files, no folder of safetensors"
 ROWS = (
     Row(STOCK, "off", True, "as it is"),
     Row(STOCK, "int8", True, "unpacked to floating point by the first forward pass: no faster than unrounded"),
-    Row(STOCK, "int4", True, "unpacked to floating point by the first forward pass: no faster than unrounded"),
+    *(
+        Row(STOCK, scheme, True, "unpacked to floating point by the first forward pass: no faster than unrounded")
+        for scheme in ("int4", "int3", "int2")
+    ),
     Row(
         STOCK,
         "w8a8",
@@ -84,18 +87,19 @@ ROWS = (
     Row(VLLM_CPU, "w8a8", True, "int8 matrix products"),
     Row(VLLM_CPU, "int4", True, "4-bit weights unpacked inside the product", multiple=32),
     Row(VLLM_CPU, "off", True, "as it is"),
-    Row(VLLM_CPU, "int8", False, "has weight-only kernels for 4 bits alone"),
+    *(Row(VLLM_CPU, scheme, False, "has weight-only kernels for 4 bits alone") for scheme in ("int8", "int3", "int2")),
     Row(VLLM_CPU, EMBEDDINGS, False, "takes packed embeddings only, which stock loading does not"),
     Row(VLLM_CUDA, "int8", True, "Marlin: 8-bit weights unpacked inside the product", False, (32, 64, 128)),
     Row(VLLM_CUDA, "w8a8", True, "CUTLASS: int8 matrix products", False),
     Row(VLLM_CUDA, "int4", True, "Marlin: 4-bit weights unpacked inside the product", False, (32, 64, 128)),
+    *(Row(VLLM_CUDA, scheme, False, "has kernels for 8 and 4 bits alone", False) for scheme in ("int3", "int2")),
     Row(VLLM_CUDA, "off", True, "as it is", False),
     Row(VLLM_CUDA, EMBEDDINGS, False, "takes packed embeddings only, which stock loading does not", False),
     Row(LLAMA_CPP, "off", True, "through a GGUF file, which `mka export` writes of this folder", False),
-    Row(LLAMA_CPP, "int8", False, _NO_GGUF, False),
-    Row(LLAMA_CPP, "int4", False, _NO_GGUF, False),
-    Row(LLAMA_CPP, "w8a8", False, _NO_GGUF, False),
-    Row(LLAMA_CPP, EMBEDDINGS, False, _NO_GGUF, False),
+    *(
+        Row(LLAMA_CPP, scheme, False, _NO_GGUF, False)
+        for scheme in ("int8", "int4", "int3", "int2", "w8a8", EMBEDDINGS)
+    ),
 )
 ENGINES = tuple(dict.fromkeys(row.engine for row in ROWS))
 

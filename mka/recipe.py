@@ -247,10 +247,18 @@ class TransformChoice(Section):
 class QuantizeSettings(StageSettings):
     """Rounding of the linear layers, of embedding and head if asked for, to what an engine can run."""
 
-    scheme: Annotated[Literal["off", "int8", "int4", "w8a8", "auto"], Option("--quantize")] = Field(
+    scheme: Annotated[Literal["off", "int8", "int4", "int3", "int2", "w8a8", "auto"], Option("--quantize")] = Field(
         "off",
-        description="Round the linear layers' weights to 8 or 4 bits; w8a8: to 8, and their inputs while they run; "
-        "auto: what serve_on runs best",
+        description="Round the linear layers' weights to 8, 4, 3 or 2 bits; w8a8: to 8, and their inputs while they "
+        "run; auto: what serve_on runs best",
+    )
+    rounding: Annotated[Literal["nearest", "gptq", "gptaq"], Option()] = Field(
+        "nearest",
+        description="'nearest': as they are; 'gptq': column by column, by what calibration texts feed them; 'gptaq': "
+        "the same towards what the model gives unrounded",
+    )
+    tokens: Annotated[int, Option("--rounding-tokens")] = Field(
+        32_768, ge=512, description="Most calibration tokens that gptq and gptaq look at"
     )
     group_size: Annotated[int, Option()] = Field(
         64, ge=8, description="Weights that share one scale; must divide every layer's input width; w8a8 has rows"
@@ -284,6 +292,8 @@ class QuantizeSettings(StageSettings):
     def _served(self) -> Self:
         if self.scheme == "off" and self.embeddings != "off":
             raise ValueError("embeddings are rounded beside the layers only; name a scheme, or leave them off")
+        if self.scheme == "off" and self.rounding != "nearest":
+            raise ValueError(f"rounding {self.rounding} is of a scheme; name one, or leave rounding nearest")
         if refusal := refuse_unserved(self.serve_on, self.scheme, self.embeddings != "off"):
             raise ValueError(refusal)
         return self

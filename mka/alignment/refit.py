@@ -73,7 +73,8 @@ class Refit:
             wanted = target[rows] - student[rows]  # (s, T, D)
             phi = features[rows]  # (s, T, F)
             if self.part.post_norm:
-                wanted = self._undo_post_norm(wanted, phi, prior)
+                gain = self.walk.family.gain_offset + self.layers[0].get_submodule(self.part.post_norm).weight
+                wanted = undo_post_norm(wanted, phi @ prior, gain)
             if (bias := writers[0].bias) is not None:
                 wanted = wanted - bias
             # (s T, F), (s T, D), (s T,)
@@ -134,20 +135,6 @@ class Refit:
         self.facts[f"{self.part.module} units"] = {str(source): len(pick) for source, pick in zip(self.sources, picks)}
         return torch.isin(owner, kept).nonzero().squeeze(1)
 
-    def _undo_post_norm(self, wanted: torch.Tensor, features: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
-        """Return what the writer has to give so that its post-norm makes ``wanted`` of it.
-
-        The norm divides by the root mean square of its input and multiplies by the gains g, so ``wanted / g`` times
-        any size will do; the size the writer gives now keeps the fit near its prior. Channels of almost no gain cannot
-        be fitted and ask for what they have.
-        """
-        assert self.part.post_norm
-        now = features @ prior
-        size = now.square().mean(-1, keepdim=True).sqrt()
-        gain = self.walk.family.gain_offset + self.layers[0].get_submodule(self.part.post_norm).weight
-        usable = gain.abs() > 0.05 * gain.abs().mean()
-        return torch.where(usable, wanted / torch.where(usable, gain, 1.0) * size, now)
-
     def _fit_post_norm(
         self, student: torch.Tensor, features: torch.Tensor, target: torch.Tensor, weights: torch.Tensor
     ) -> None:
@@ -165,6 +152,23 @@ class Refit:
             match += (weighted * (target[rows] - student[rows]).flatten(0, 1)).sum(0)
         shrink = 0.1 * energy.mean()
         norm.weight.copy_((match + shrink * gain) / (energy + shrink) - offset)
+
+
+def undo_post_norm(wanted: torch.Tensor, now: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    """Return what a writer has to give so that its post-norm makes ``wanted`` of it, (s, T, D).
+
+    The norm divides by the root mean square of its input and multiplies by the gains g, so ``wanted / g`` times any
+    size will do; the size the writer gives now keeps a fit near its prior. Channels of almost no gain cannot be fitted
+    and ask for what they have.
+
+    Args:
+        wanted: what the half shall add, (s, T, D).
+        now: what the writer gives, (s, T, D).
+        gain: g, (D,).
+    """
+    size = now.square().mean(-1, keepdim=True).sqrt()
+    usable = gain.abs() > 0.05 * gain.abs().mean()
+    return torch.where(usable, wanted / torch.where(usable, gain, 1.0) * size, now)
 
 
 def token_weights(target: torch.Tensor) -> torch.Tensor:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mka.model.checkpoint import open_checkpoint
-from mka.pipeline.foresee import estimate_states, largest_layer, list_control_nbytes
+from mka.pipeline.foresee import list_control_nbytes
 from mka.pipeline.job import Job
 from mka.pipeline.merge import describe_model
-from mka.pipeline.quantize import describe_rounding, key_rounding, write_quantized
+from mka.pipeline.quantize import describe_rounding, estimate_rounding, key_rounding, write_quantized
 from mka.pipeline.stage import CONTROL_STAGE, MODEL_FOLDER, Cost, Found, Stage
 from mka.pipeline.transform import (
     describe_treatments,
@@ -18,7 +18,7 @@ from mka.pipeline.transform import (
     offer_evidence,
     write_transformed,
 )
-from mka.transforms import CALIBRATION, list_needs
+from mka.transforms import list_needs
 
 
 def has_control(job: Job) -> bool:
@@ -55,8 +55,7 @@ def _settings(job: Job) -> dict[str, Any]:
 
 
 def _foresee(job: Job) -> Cost:
-    walked = estimate_states(job) if CALIBRATION in list_needs(job.recipe) else 0
-    return Cost(memory=largest_layer(job) + walked, disk=sum(list_control_nbytes(job)))
+    return Cost(memory=estimate_rounding(job), disk=sum(list_control_nbytes(job)))
 
 
 # Neither plan nor method is in its key: every run with the same base and rounding shares it.

@@ -130,7 +130,7 @@ def candidate_nbytes(job: Job) -> int:
     settings, outline = job.recipe.quantize, outline_treated(job.base, job.treatments)[-1]
     if settings.scheme == "off":
         return _cut_nbytes(outline, job)
-    foresee = get_quantizer(settings.scheme).foresee
+    foresee = get_quantizer(settings).foresee
     of_layers = outline.nbytes - foresee(outline, settings.model_copy(update={"embeddings": "off"}))
     of_the_rest = outline.nbytes - foresee(outline, settings) - of_layers
     return round(_cut_nbytes(outline, job) - of_layers * job.aim.layers_out / job.base.layers - of_the_rest)
@@ -143,7 +143,7 @@ def list_control_nbytes(job: Job) -> list[int]:
     if settings.scheme == "off":
         return sizes
     # Verification unpacks what was rounded once more.
-    return [*sizes, outlines[-1].nbytes, get_quantizer(settings.scheme).foresee(outlines[-1], settings)]
+    return [*sizes, outlines[-1].nbytes, get_quantizer(settings).foresee(outlines[-1], settings)]
 
 
 def _cut_nbytes(checkpoint: Checkpoint, job: Job) -> int:

@@ -186,7 +186,7 @@ def check_feasible(recipe: Recipe, checkpoint: Checkpoint) -> Aim:
     for treatment, outline in zip(treatments, outlines):
         treatment.transform.check(outline, treatment.settings)
     if recipe.quantize.scheme != "off":
-        get_quantizer(recipe.quantize.scheme).check(treated, recipe.quantize)
+        get_quantizer(recipe.quantize).check(treated, recipe.quantize)
     check_tasks(recipe.evaluation.tasks, recipe.evaluation.tasks_folder)
     return aim
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mka.alignment.table import walk_nbytes
 from mka.model.checkpoint import Checkpoint, open_checkpoint
 from mka.model.verification import verify_checkpoint
-from mka.pipeline.foresee import candidate_nbytes, estimate_states, largest_layer, treated_nbytes
+from mka.pipeline.foresee import candidate_nbytes, largest_layer, treated_nbytes, width_of
 from mka.pipeline.job import Job
 from mka.pipeline.merge import describe_model
 from mka.pipeline.stage import MODEL_FOLDER, Cost, Found, Stage, find_model
@@ -29,7 +30,7 @@ def check_quantizer(checkpoint: Checkpoint, settings: QuantizeSettings, given: C
         PlanError: if the layers have parts that the scheme's transform cannot treat.
         CheckpointError: if the weights are quantized already.
     """
-    transform = get_quantizer(settings.scheme)
+    transform = get_quantizer(settings)
     check_transform(transform, settings, checkpoint, given, asked=_ask(settings))
 
 
@@ -52,12 +53,12 @@ def write_quantized(
         OutputError: if it cannot be written.
         MkaError: as `check_quantizer`.
     """
-    transform, asked = get_quantizer(settings.scheme), _ask(settings)
+    transform, asked = get_quantizer(settings), _ask(settings)
     return apply_transform(transform, settings, checkpoint, evidence, output, asked=asked, verify=verify_checkpoint)
 
 
 def _ask(settings: QuantizeSettings) -> str:
-    return f"quantize.scheme {settings.scheme}"
+    return f"quantize.scheme {settings.scheme}" if settings.rounding == "nearest" else f"rounding {settings.rounding}"
 
 
 def describe_rounding(settings: QuantizeSettings) -> str:
@@ -66,15 +67,27 @@ def describe_rounding(settings: QuantizeSettings) -> str:
     scales = f"in groups of {settings.group_size}" if row.grouped else "by rows"
     inputs = "" if row.activations is None else " and tokens"
     embeddings = "" if settings.embeddings == "off" else f", embeddings {settings.embeddings} by rows"
-    return f"{settings.scheme} {scales}{inputs}{embeddings}"
+    by = "" if settings.rounding == "nearest" else f", {settings.rounding} on {settings.tokens:,} tokens"
+    return f"{settings.scheme} {scales}{inputs}{by}{embeddings}"
 
 
 def key_rounding(settings: QuantizeSettings) -> dict[str, Any]:
     """Return the settings that decide what is written; where it will run decides only what is refused."""
     grouped = settings.scheme == "off" or SCHEMES[settings.scheme].grouped
     # What is off is not spelled, so that results of before there were embeddings to round are found again.
+    nearest = settings.rounding == "nearest"
     unused = {"serve_on": True, "embeddings": settings.embeddings == "off", "group_size": not grouped}
+    unused |= {"rounding": nearest, "tokens": nearest}
     return settings.model_dump(exclude={name for name, left_out in unused.items() if left_out})
+
+
+def estimate_rounding(job: Job) -> int:
+    """Bytes of what rounding holds: a layer; where it looks at texts, a layer more and what a walk of them needs."""
+    settings, config = job.recipe.quantize, job.base.config
+    if settings.scheme == "off" or CALIBRATION not in _needs(job):
+        return largest_layer(job)
+    walked = walk_nbytes(settings.tokens, config["hidden_size"], config["intermediate_size"], width_of(job))
+    return 2 * largest_layer(job) + walked
 
 
 def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
@@ -85,13 +98,12 @@ def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
 
 
 def _needs(job: Job) -> frozenset[str]:
-    return get_quantizer(job.recipe.quantize.scheme).needs
+    return get_quantizer(job.recipe.quantize).needs
 
 
 def _foresee(job: Job) -> Cost:
-    # A transform that looks at texts walks them through the layers; verification unpacks the model once more.
-    walked = estimate_states(job) if CALIBRATION in _needs(job) else 0
-    return Cost(memory=largest_layer(job) + walked, disk=candidate_nbytes(job) + treated_nbytes(job))
+    # Verification unpacks the model once more.
+    return Cost(memory=estimate_rounding(job), disk=candidate_nbytes(job) + treated_nbytes(job))
 
 
 QUANTIZE = Stage(

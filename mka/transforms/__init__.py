@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from mka.errors import RecipeError, nearest
-from mka.recipe import Recipe, TransformChoice
+from mka.recipe import QuantizeSettings, Recipe, TransformChoice
 from mka.sections import Section, explain_validation
 
 if TYPE_CHECKING:
     from mka.model.checkpoint import Checkpoint
 
-# A row per transform: its name, and the module that holds its TRANSFORM.
+# A row per transform: its name, and the module that holds its TRANSFORM; one that walks texts lives beside the walk.
 _TRANSFORMS = {
     "cast": "mka.transforms.cast",
+    "gptq": "mka.alignment.gptq",
     "merge": "mka.transforms.merge",
     "rtn": "mka.transforms.rtn",
 }
@@ -30,13 +31,11 @@ class Scheme:
     """What a scheme of a recipe's `quantize` leaves of a linear layer; where it runs, `mka.kernels` knows.
 
     Attributes:
-        transform: who rounds, by its name in the table.
         bits: of a weight.
         grouped: one scale per group of `group_size` weights; else one per row.
         activations: bits that inputs are rounded to while the model runs, with one scale per token; None: they are not.
     """
 
-    transform: str
     bits: int
     grouped: bool = True
     activations: int | None = None
@@ -44,10 +43,15 @@ class Scheme:
 
 # A row per scheme, as a recipe spells it.
 SCHEMES = {
-    "int8": Scheme("rtn", 8),
-    "int4": Scheme("rtn", 4),
-    "w8a8": Scheme("rtn", 8, grouped=False, activations=8),
+    "int8": Scheme(8),
+    "int4": Scheme(4),
+    "int3": Scheme(3),
+    "int2": Scheme(2),
+    "w8a8": Scheme(8, grouped=False, activations=8),
 }
+
+# A row per rounding, as a recipe spells it: the transform that does it.
+_ROUNDINGS = {"nearest": "rtn", "gptq": "gptq", "gptaq": "gptq"}
 
 # Kinds of evidence a transform may ask for: the base as (checkpoint, how to load it), and the calibration texts as
 # (set, how to read it).
@@ -147,14 +151,14 @@ def get_transform(name: str) -> Transform:
     return importlib.import_module(_TRANSFORMS[name]).TRANSFORM
 
 
-def get_quantizer(scheme: str) -> Transform:
-    """Return the transform of a scheme of a recipe's ``quantize``, other than "off"."""
-    return get_transform(SCHEMES[scheme].transform)
+def get_quantizer(settings: QuantizeSettings) -> Transform:
+    """Return the transform that does what a recipe's ``quantize`` asks for, with a scheme other than "off"."""
+    return get_transform(_ROUNDINGS[settings.rounding])
 
 
 def list_needs(recipe: Recipe) -> frozenset[str]:
     """Return which kinds of evidence a recipe's ``transforms`` and ``quantize`` ask for."""
     asked = [treatment.transform for treatment in resolve_transforms(recipe.transforms)]
     if recipe.quantize.scheme != "off":
-        asked.append(get_quantizer(recipe.quantize.scheme))
+        asked.append(get_quantizer(recipe.quantize))
     return frozenset(kind for transform in asked for kind in transform.needs)

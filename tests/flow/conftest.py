@@ -1,6 +1,7 @@
 """One Prefect server for all flow tests, and a small project folder for each."""
 
 import os
+import shutil
 import tempfile
 
 # Before anything imports Prefect: its settings are read once.
@@ -14,6 +15,7 @@ import pytest
 from support.project import Project
 
 from flows.command_line import stop_sending
+from tasks.registry.tracking import connect_registry
 
 
 def pytest_sessionfinish():
@@ -29,9 +31,19 @@ def prefect_server():
         yield
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    """MLflow's tables, made once: its fifty migrations take longer than most of what is tested here."""
+    store = tmp_path_factory.mktemp("store") / "mlflow.db"
+    with connect_registry(f"sqlite:///{store}"):
+        return store
+
+
 @pytest.fixture
-def project(tmp_path, monkeypatch):
+def project(tmp_path, monkeypatch, empty_store):
     made = Project(tmp_path)
+    made.work.mkdir()
+    shutil.copyfile(empty_store, made.work / empty_store.name)
     monkeypatch.setenv("MKA_WORK", str(made.work))
     # MLflow leaves the store it was set to there, and a run would take it for the user's wish.
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -137,7 +137,6 @@ def registered(project):
     from tasks.registry.tracking import connect_registry
 
     uri = f"sqlite:///{project.work / 'mlflow.db'}"
-    project.work.mkdir()
     with connect_registry(uri) as registry:
         registry.create_registered_model("tiny")
         for _ in range(5):

@@ -172,6 +172,7 @@ def test_refusals_are_one_line_and_register_nothing(project, capsys, changes, me
 
 
 def test_a_broken_recipe_is_refused_before_anything_starts(project, capsys):
+    shutil.rmtree(project.work)
     assert run(project, targett={"layers": 5}) == 2
     assert "did you mean 'target'" in one_line(capsys)
     assert not project.work.exists()

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.flow
 
 
 def start(project, log: Path) -> subprocess.Popen:
-    """Start the flow in a process group of its own; its temporary Prefect server is in the group too."""
+    """Start the flow in a process group of its own."""
     environment = {**os.environ, "MKA_WORK": str(project.work), "PREFECT_HOME": str(project.folder / "prefect")}
     command = [sys.executable, "-m", "flows.recompress", str(project.write_recipe())]
     # Not a pipe: the server would keep it open after the flow is killed.
@@ -27,16 +27,25 @@ def start(project, log: Path) -> subprocess.Popen:
         )
 
 
-@pytest.mark.timeout(300)
-def test_a_killed_run_resumes_where_it_was(project):
-    log = project.folder / "log.txt"
-    process = start(project, log)
+def wait_for(stage: str, project, process: subprocess.Popen, log: Path) -> psutil.Process:
+    """Wait until a stage is stored; return the run's temporary Prefect server."""
     deadline = time.monotonic() + 120
-    while not list((project.work / "stages").glob("score-*/stage.json")):
+    while not list((project.work / "stages").glob(f"{stage}-*/stage.json")):
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    (note,) = (project.folder / "prefect").glob("temporary/*.json")
+    return psutil.Process(json.loads(note.read_text())[1][0])
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_run_resumes_where_it_was(project):
+    """It cannot end its server: the next run in the same Prefect home does."""
+    log = project.folder / "log.txt"
+    process = start(project, log)
+    server = wait_for("score", project, process, log)
+    process.kill()
     process.wait(30)
+    assert server.is_running()
 
     for manifest in (project.work / "stages").glob("*/stage.json"):
         body = json.loads(manifest.read_text())
@@ -54,6 +63,8 @@ def test_a_killed_run_resumes_where_it_was(project):
     assert "gate: pass" in said
     # Prefect's own log stays on the run's page; the terminal shows stages.
     assert "Task run" not in said and "Traceback" not in said
+    psutil.wait_procs([server], timeout=30)
+    assert not server.is_running()
 
 
 def test_importing_the_flow_is_light():
@@ -67,25 +78,14 @@ def test_importing_the_flow_is_light():
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_ended_leaves_no_server_and_says_how_to_go_on(project, sent):
-    """A killed run cannot end its server: the next run in the same Prefect home does."""
-    log, home = project.folder / "log.txt", project.folder / "prefect"
+def test_a_run_that_is_ended_leaves_no_server_and_says_how_to_go_on(project):
+    log = project.folder / "log.txt"
     process = start(project, log)
-    deadline = time.monotonic() + 120
-    while not list((project.work / "stages").glob("observe-*/stage.json")):
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.02)
-    (note,) = home.glob("temporary/*.json")
-    server = psutil.Process(json.loads(note.read_text())[1][0])
-    process.send_signal(sent)
-    code = process.wait(60)
-    if sent == signal.SIGKILL:
-        assert code == -9 and server.is_running()
-        assert start(project, log).wait(150) == 0, log.read_text()
-    else:
-        last = log.read_text().splitlines()[-1]
-        assert code == 130 and "finished stages are kept; resume: python -m flows.recompress " in last, log.read_text()
-        assert "Traceback" not in log.read_text()
+    server = wait_for("observe", project, process, log)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130, log.read_text()
+    said = log.read_text()
+    assert "finished stages are kept; resume: python -m flows.recompress " in said.splitlines()[-1]
+    assert "Traceback" not in said
     psutil.wait_procs([server], timeout=30)
     assert not server.is_running()

@@ -185,12 +185,15 @@ def test_compress_publishes_a_stock_folder_with_its_evidence(mka_, compress_argu
     )
 
 
-@pytest.mark.parametrize(("scheme", "tolerance"), [("off", 0.0), ("int8", 0.05), ("int4", 0.05)])
+@pytest.mark.parametrize(
+    ("scheme", "rounding", "tolerance"), [("off", "nearest", 0.0), ("int4", "nearest", 0.05), ("int3", "gptaq", 0.05)]
+)
 def test_a_dry_run_foresees_what_happens_and_writes_nothing(
-    mka_, compress_arguments, tmp_path, monkeypatch, scheme, tolerance
+    mka_, compress_arguments, tmp_path, monkeypatch, scheme, rounding, tolerance
 ):
     monkeypatch.chdir(tmp_path)
-    arguments = [*compress_arguments, "--quantize", scheme, "--group-size", 32, "--output", "out"]
+    rounded = ["--quantize", scheme, "--group-size", 32, "--rounding", rounding]
+    arguments = [*compress_arguments, *rounded, "--output", "out"]
     assert "nothing was written" in mka_(*arguments, "--dry-run")
     facts = json.loads(mka_(*arguments, "--dry-run", "--json"))
     assert not list(tmp_path.iterdir())

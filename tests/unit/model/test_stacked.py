@@ -88,7 +88,7 @@ def test_layers_with_experts_are_copied_but_not_summed(folder, tmp_path, monkeyp
 def test_layers_with_experts_are_not_rounded(folder):
     settings = QuantizeSettings(scheme="int8", group_size=16)
     with pytest.raises(PlanError, match=r"quantize\.scheme int8 cannot treat experts; allowed: attention, mlp"):
-        get_quantizer("int8").check(open_checkpoint(folder), settings)
+        get_quantizer(settings).check(open_checkpoint(folder), settings)
 
 
 def test_layers_of_several_kinds_have_the_parts_whose_tensors_they_have(tmp_path, monkeypatch):

@@ -91,6 +91,8 @@ OTHER: dict[str, Any] = {
     "transforms.name": {"transforms": [{"name": "cast", "settings": {"dtype": "float16"}}]},
     "transforms.settings": {"transforms": [{"name": "cast", "settings": {"dtype": "bfloat16"}}]},
     "quantize.scheme": {"quantize": {"scheme": "int8", "group_size": 32}},
+    "quantize.rounding": {"quantize": {"scheme": "int8", "group_size": 32, "rounding": "gptq"}},
+    "quantize.tokens": {"quantize": {"scheme": "int8", "group_size": 32, "rounding": "gptq", "tokens": 999}},
     "quantize.group_size": {"quantize": {"scheme": "int8", "group_size": 16}},
     "quantize.embeddings": {"quantize": {"scheme": "int8", "group_size": 32, "embeddings": "int8"}},
     "quantize.serve_on": "cpu",

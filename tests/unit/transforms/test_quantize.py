@@ -22,7 +22,7 @@ from mka.transforms.packing import check_group_size
 from mka.transforms.rtn import quantize_checkpoint
 
 GROUP = 16
-BITS = {"int8": 8, "int4": 4}
+BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 LAYERS = 2
 IDS = (torch.arange(1, 13) * 31 % 97).reshape(1, 12)
 
@@ -220,7 +220,7 @@ def test_progress_counts_the_bytes_that_were_foreseen(scheme, tmp_path):
     folder = save_model(tiny("qwen2"), tmp_path / "base")
     quantize(folder, tmp_path / "out", scheme, on_tensor=ticks.append)
     settings = QuantizeSettings(scheme=scheme, group_size=GROUP)
-    foreseen = get_quantizer(scheme).foresee(open_checkpoint(folder), settings)
+    foreseen = get_quantizer(settings).foresee(open_checkpoint(folder), settings)
     assert sum(ticks) == foreseen == open_checkpoint(tmp_path / "out").nbytes
 
 

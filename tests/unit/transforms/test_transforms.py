@@ -15,7 +15,7 @@ from mka.model.checkpoint import open_checkpoint
 from mka.pipeline.quantize import write_quantized
 from mka.plan.plan import MergePlan, identity_layers
 from mka.recipe import QuantizeSettings
-from mka.transforms import CALIBRATION, SCHEMES, Scheme, Transform, cast, get_quantizer, get_transform
+from mka.transforms import CALIBRATION, SCHEMES, Transform, cast, get_quantizer, get_transform
 
 SETTINGS = QuantizeSettings(scheme="int8", group_size=16)
 
@@ -23,8 +23,14 @@ SETTINGS = QuantizeSettings(scheme="int8", group_size=16)
 def test_every_scheme_a_recipe_may_name_has_a_row_and_no_other():
     # What "auto" stands for is settled when the recipe is read.
     assert {"off", "auto", *SCHEMES} == set(get_args(QuantizeSettings.model_fields["scheme"].annotation))
-    assert {get_quantizer(scheme).name for scheme in SCHEMES} == {"rtn"}
-    assert {name: row.bits for name, row in SCHEMES.items()} == {"int8": 8, "int4": 4, "w8a8": 8}
+    assert {name: row.bits for name, row in SCHEMES.items()} == {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "w8a8": 8}
+
+
+def test_every_rounding_a_recipe_may_name_has_a_transform_and_no_other():
+    roundings = get_args(QuantizeSettings.model_fields["rounding"].annotation)
+    assert roundings == tuple(mka.transforms._ROUNDINGS)
+    names = [get_quantizer(QuantizeSettings(scheme="int4", rounding=rounding)).name for rounding in roundings]
+    assert names == ["rtn", "gptq", "gptq"]
 
 
 def test_every_row_holds_the_transform_of_its_name():
@@ -70,7 +76,7 @@ def test_a_calibrated_quantizer_is_a_module_and_a_row(tmp_path, monkeypatch):
     module.TRANSFORM = Transform("calibrated", "round", rtn.check, rtn.foresee, apply, frozenset({"grams"}))
     monkeypatch.setitem(sys.modules, "calibrated", module)
     monkeypatch.setitem(mka.transforms._TRANSFORMS, "calibrated", "calibrated")
-    monkeypatch.setitem(mka.transforms.SCHEMES, "int8", Scheme("calibrated", 8))
+    monkeypatch.setitem(mka.transforms._ROUNDINGS, "nearest", "calibrated")
     source = open_checkpoint(save_model(make_tiny_model("llama"), tmp_path / "base"))
     with pytest.raises(RecipeError, match=r"quantize\.scheme int8: calibrated looks at grams; none given"):
         write_quantized(source, SETTINGS, tmp_path / "out")
@@ -94,7 +100,7 @@ def test_evidence_a_command_cannot_give_is_missed_before_anything_is_written(tmp
     module.TRANSFORM = Transform("calibrated", "round", rtn.check, rtn.foresee, rtn.apply, frozenset({CALIBRATION}))
     monkeypatch.setitem(sys.modules, "calibrated", module)
     monkeypatch.setitem(mka.transforms._TRANSFORMS, "calibrated", "calibrated")
-    monkeypatch.setitem(mka.transforms.SCHEMES, "int8", Scheme("calibrated", 8))
+    monkeypatch.setitem(mka.transforms._ROUNDINGS, "nearest", "calibrated")
     base = save_model(make_tiny_model("llama"), tmp_path / "base")
     (tmp_path / "plan.json").write_text(MergePlan("t", "", 6, identity_layers(6)[:4]).to_json())
     monkeypatch.setattr("mka.pipeline.merge.write_merged", lambda *_: pytest.fail("merged"))

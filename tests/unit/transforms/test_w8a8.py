@@ -106,7 +106,7 @@ def test_the_folder_is_sound_as_large_as_foreseen_and_says_how_it_is_stored(writ
     require_sound(facts, folder)
     assert facts["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     packed = open_checkpoint(folder)
-    assert sum(ticks) == get_quantizer("w8a8").foresee(base, W8A8) == packed.nbytes
+    assert sum(ticks) == get_quantizer(W8A8).foresee(base, W8A8) == packed.nbytes
     # A byte per weight and a float32 per row in the place of four bytes per weight.
     shapes = [module.weight.shape for module in linear_layers(model).values()]
     assert packed.nbytes == base.nbytes - sum(3 * rows * columns - 4 * rows for rows, columns in shapes)
