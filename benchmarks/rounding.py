@@ -4,7 +4,8 @@
 
 ENVIRONMENT is one of the rival's own, with `pip install llmcompressor`; without it only ours are measured. Every row
 is a folder that stock transformers loads; perplexity over the base's with its 95 % interval, windows paired, the same
-resamples for all. "of nearest": how much of the perplexity that rounding to the nearest adds is left.
+resamples for all. "mixed" has the bits of its scheme, shared out over layers, by gptaq. "of nearest": how much of the
+perplexity that rounding to the nearest adds is left.
 """
 
 import argparse
@@ -37,7 +38,8 @@ from mka.terminal import quiet_libraries
 from mka.texts.calibration import CalibrationSet, load_calibration
 from mka.texts.rows import read_heldout
 from mka.texts.windows import pack_windows
-from mka.transforms import BASE, CALIBRATION, SCHEMES
+from mka.transforms import BASE, CALIBRATION, MIXED, SCHEMES
+from mka.transforms.packing import count_kept, find_linear
 
 ROUNDINGS = ("nearest", "gptq", "gptaq")
 # How the rival may choose its scales: as ours to the nearest, and searched, as ours when calibrated.
@@ -60,6 +62,14 @@ def compare(base: Score, other: Score) -> tuple[float, float, float]:
     means, drawn = resample_means([[other, base]], seed=0, resamples=10_000)
     low, high = find_bounds(drawn[:, 0] - drawn[:, 1], len(base.items))
     return math.exp(means[0] - means[1]), math.exp(low), math.exp(high)
+
+
+def count_bits(model: Path, scheme: str, group_size: int) -> float:
+    """Return the bits per weight of the linear layers that a scheme takes, scales included."""
+    source, settings = open_checkpoint(model), QuantizeSettings.model_validate({"group_size": group_size})
+    weights = find_linear(source)
+    taken = sum(count_kept(source, info, scheme, settings) for info in weights)
+    return 8 * taken / sum(info.parameters for info in weights)
 
 
 def round_ours(model: Path, settings: QuantizeSettings, calibration: CalibrationSet, output: Path) -> dict[str, float]:
@@ -116,13 +126,18 @@ def main() -> None:
     )
     for scheme in given.schemes:
         rows, nearest = [], dict[str, float]()
-        todo = [("ours", kind) for kind in ROUNDINGS] + [("llm-compressor", kind) for kind in OBSERVERS if given.rival]
+        todo = [("ours", kind) for kind in (*ROUNDINGS, MIXED)] + [
+            ("llm-compressor", kind) for kind in OBSERVERS if given.rival
+        ]
         for who, kind in todo:
             with tempfile.TemporaryDirectory() as made:
                 output = Path(made) / "model"
                 if who == "ours":
                     asked = {"scheme": scheme, "group_size": given.group_size, "tokens": given.tokens}
-                    settings = QuantizeSettings.model_validate(asked | {"rounding": kind})
+                    if kind == MIXED:  # as many bits in all
+                        asked |= {"scheme": MIXED, "bits_per_weight": count_bits(given.model, scheme, given.group_size)}
+                    asked["rounding"] = ROUNDINGS[-1] if kind == MIXED else kind
+                    settings = QuantizeSettings.model_validate(asked)
                     # A process of its own, so that its memory is that of the rounding.
                     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
                         cost = apart.submit(round_ours, given.model, settings, calibration, output).result()

@@ -68,13 +68,16 @@ LLAMA_CPP = Engine(
 )
 _NO_GGUF = "reads GGUF files, no folder of safetensors"
 
+# Bits that engines have no kernels of their own for.
+OTHER_BITS = ("int7", "int6", "int5", "int3", "int2")
+
 # Of each engine the scheme that `scheme: auto` takes comes first.
 ROWS = (
     Row(STOCK, "off", True, "as it is"),
     Row(STOCK, "int8", True, "unpacked to floating point by the first forward pass: no faster than unrounded"),
     *(
         Row(STOCK, scheme, True, "unpacked to floating point by the first forward pass: no faster than unrounded")
-        for scheme in ("int4", "int3", "int2")
+        for scheme in ("int4", *OTHER_BITS)
     ),
     Row(
         STOCK,
@@ -87,19 +90,16 @@ ROWS = (
     Row(VLLM_CPU, "w8a8", True, "int8 matrix products"),
     Row(VLLM_CPU, "int4", True, "4-bit weights unpacked inside the product", multiple=32),
     Row(VLLM_CPU, "off", True, "as it is"),
-    *(Row(VLLM_CPU, scheme, False, "has weight-only kernels for 4 bits alone") for scheme in ("int8", "int3", "int2")),
+    *(Row(VLLM_CPU, scheme, False, "has weight-only kernels for 4 bits alone") for scheme in ("int8", *OTHER_BITS)),
     Row(VLLM_CPU, EMBEDDINGS, False, "takes packed embeddings only, which stock loading does not"),
     Row(VLLM_CUDA, "int8", True, "Marlin: 8-bit weights unpacked inside the product", False, (32, 64, 128)),
     Row(VLLM_CUDA, "w8a8", True, "CUTLASS: int8 matrix products", False),
     Row(VLLM_CUDA, "int4", True, "Marlin: 4-bit weights unpacked inside the product", False, (32, 64, 128)),
-    *(Row(VLLM_CUDA, scheme, False, "has kernels for 8 and 4 bits alone", False) for scheme in ("int3", "int2")),
+    *(Row(VLLM_CUDA, scheme, False, "has kernels for 8 and 4 bits alone", False) for scheme in OTHER_BITS),
     Row(VLLM_CUDA, "off", True, "as it is", False),
     Row(VLLM_CUDA, EMBEDDINGS, False, "takes packed embeddings only, which stock loading does not", False),
     Row(LLAMA_CPP, "off", True, "through a GGUF file, which `mka export` writes of this folder", False),
-    *(
-        Row(LLAMA_CPP, scheme, False, _NO_GGUF, False)
-        for scheme in ("int8", "int4", "int3", "int2", "w8a8", EMBEDDINGS)
-    ),
+    *(Row(LLAMA_CPP, scheme, False, _NO_GGUF, False) for scheme in ("int8", "int4", *OTHER_BITS, "w8a8", EMBEDDINGS)),
 )
 ENGINES = tuple(dict.fromkeys(row.engine for row in ROWS))
 
@@ -112,6 +112,17 @@ def list_rows(serve_on: str | None) -> list[Row]:
 def find_row(serve_on: str | None, scheme: str) -> Row:
     """Return the row of a scheme in the engine that a recipe names."""
     return next(row for row in list_rows(serve_on) if row.scheme == scheme)
+
+
+def refuse_mixed(serve_on: str | None) -> str | None:
+    """Say why the engine that a recipe names cannot run layers of several numbers of bits; None if it can."""
+    grouped = [row for row in list_rows(serve_on) if row.loads and row.scheme.startswith("int")]
+    if len(grouped) > 1:
+        return None
+    engine = list_rows(serve_on)[0].engine
+    return (
+        f"scheme mixed: {engine.label} runs {grouped[0].scheme if grouped else 'none'} of the schemes there are to mix"
+    )
 
 
 def choose_scheme(serve_on: str | None) -> str | None:
@@ -128,7 +139,9 @@ def refuse_unserved(serve_on: str | None, scheme: str, embeddings: bool) -> str 
         scheme: of the linear layers.
         embeddings: whether embedding and head are rounded too.
     """
-    for asked in [scheme, *([EMBEDDINGS] if embeddings else [])]:
+    if scheme == "mixed" and (refusal := refuse_mixed(serve_on)):
+        return refusal
+    for asked in [*([scheme] if scheme != "mixed" else []), *([EMBEDDINGS] if embeddings else [])]:
         row = find_row(serve_on, asked)
         if row.loads:
             continue

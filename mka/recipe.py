@@ -247,10 +247,16 @@ class TransformChoice(Section):
 class QuantizeSettings(StageSettings):
     """Rounding of the linear layers, of embedding and head if asked for, to what an engine can run."""
 
-    scheme: Annotated[Literal["off", "int8", "int4", "int3", "int2", "w8a8", "auto"], Option("--quantize")] = Field(
+    scheme: Annotated[
+        Literal["off", "int8", "int7", "int6", "int5", "int4", "int3", "int2", "mixed", "w8a8", "auto"],
+        Option("--quantize"),
+    ] = Field(
         "off",
-        description="Round the linear layers' weights to 8, 4, 3 or 2 bits; w8a8: to 8, and their inputs while they "
-        "run; auto: what serve_on runs best",
+        description="Round the linear layers' weights to so many bits; mixed: to as many each as bits_per_weight buys; "
+        "w8a8: to 8, and their inputs while they run; auto: what serve_on runs best",
+    )
+    bits_per_weight: Annotated[float | None, Option()] = Field(
+        None, gt=0, description="Of mixed: bits of the linear layers' weights on average, those of scales included"
     )
     rounding: Annotated[Literal["nearest", "gptq", "gptaq"], Option()] = Field(
         "nearest",
@@ -294,6 +300,10 @@ class QuantizeSettings(StageSettings):
             raise ValueError("embeddings are rounded beside the layers only; name a scheme, or leave them off")
         if self.scheme == "off" and self.rounding != "nearest":
             raise ValueError(f"rounding {self.rounding} is of a scheme; name one, or leave rounding nearest")
+        if (self.scheme == "mixed") != (self.bits_per_weight is not None):
+            raise ValueError("scheme mixed and bits_per_weight go together; give both, or neither")
+        if self.scheme == "mixed" and self.rounding == "nearest":
+            raise ValueError("scheme mixed looks at texts; give rounding: gptq or gptaq with it")
         if refusal := refuse_unserved(self.serve_on, self.scheme, self.embeddings != "off"):
             raise ValueError(refusal)
         return self

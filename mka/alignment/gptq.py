@@ -1,7 +1,8 @@
 """Rounding that looks at texts: each layer by the second moments of what it is fed, on a walk through the model.
 
-What a layer is rounded to waits on the disk until it is written, since files have an order of their own; in memory is
-one layer at a time.
+Where schemes are mixed, the bits of every linear layer are chosen before: by how dear noise on it is, times the noise
+that rounding makes there, under the budget. What a layer is rounded to waits on the disk until it is written, since
+files have an order of their own; in memory is one layer at a time.
 """
 
 import tempfile
@@ -16,15 +17,27 @@ from mka.model.parts import ATTENTION, MLP, check_parts
 from mka.model.tensors import TensorInfo, TensorReader, torch_dtype
 from mka.recipe import QuantizeSettings
 from mka.terminal import show_progress
-from mka.transforms import BASE, CALIBRATION, Transform
+from mka.transforms import BASE, CALIBRATION, MIXED, Transform, list_options
 from mka.transforms.formats import describe_scheme, pack_rows
-from mka.transforms.packing import check_roundable, find_linear, foresee_packed, loaded_dtype, write_packed
+from mka.transforms.packing import (
+    check_roundable,
+    choose_alike,
+    count_kept,
+    find_linear,
+    foresee_packed,
+    loaded_dtype,
+    write_packed,
+)
 
 if TYPE_CHECKING:
     import torch
 
+    from mka.model.decoder import Decoder
+
 # Tokens per window, where the model has so many positions.
 CONTEXT = 512
+# Windows that noise is measured on; every linear layer costs a run of the layers behind it.
+MEASURED = 2
 
 
 def _check(source: Checkpoint, settings: QuantizeSettings) -> None:
@@ -43,58 +56,115 @@ def _apply(
 ) -> Any:
     from safetensors import safe_open
 
-    scheme = describe_scheme(settings)
+    from mka.model.loading import open_decoder
+
+    model, texts = evidence[BASE][1], evidence[CALIBRATION][0].texts
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.rounded-") as aside:
-        files = _round(source, settings, evidence, Path(aside))
+        with open_decoder(source, model.dtype, model.trust_remote_code) as (decoder, tokenizer):
+            windows = _cut_windows(source, settings, tokenizer, texts)
+            chosen = choose_alike(source, settings)
+            if settings.scheme == MIXED:
+                chosen = choose_bits(source, settings, decoder, windows[:MEASURED])
+            files = _round(source, settings, decoder, windows, chosen, Path(aside))
 
         def pack(spec: TensorInfo, info: TensorInfo, read: TensorReader) -> Iterator["torch.Tensor"]:
             with safe_open(files[info.name], "pt") as file:
-                leaf = spec.name.rpartition(".")[2]
-                kept = {name: file.get_tensor(f"{info.name} {name}") for name in ("weight", "scale")}
-            yield pack_rows(kept["weight"], kept["scale"], scheme)[leaf]
+                weight, scale = (file.get_tensor(f"{info.name} {name}") for name in ("weight", "scale"))
+            scheme = describe_scheme(chosen[info.name], settings.group_size)
+            yield pack_rows(weight, scale, scheme)[spec.name.rpartition(".")[2]]
 
-        return write_packed(source, output, settings, pack, on_tensor=on_tensor, **options)
+        return write_packed(source, output, settings, chosen, pack, on_tensor=on_tensor, **options)
+
+
+def _cut_windows(source: Checkpoint, settings: QuantizeSettings, tokenizer: Any, texts: Any) -> "torch.Tensor":
+    """Cut the texts into windows, (S, T) int64, as many as there are and the settings take.
+
+    Raises:
+        CalibrationError: if there is not one.
+    """
+    import torch
+
+    from mka.texts.windows import pack_windows
+
+    context = min(CONTEXT, source.config.get("max_position_embeddings") or CONTEXT)
+    windows = pack_windows(tokenizer, texts, context, max(1, settings.tokens // context))
+    if not windows:
+        raise CalibrationError(
+            f"quantize.rounding {settings.rounding}: the calibration texts make no window of {context} tokens; give "
+            "more text"
+        )
+    return torch.tensor(windows)
+
+
+def choose_bits(
+    source: Checkpoint, settings: QuantizeSettings, decoder: "Decoder", windows: "torch.Tensor"
+) -> dict[str, str]:
+    """Return the scheme of every linear layer's weight that together lose least within ``bits_per_weight``.
+
+    Args:
+        source: what is rounded.
+        settings: the budget and the group size.
+        decoder: of the source.
+        windows: token ids that noise is measured on, (S, T).
+    """
+    import numpy as np
+
+    from mka.alignment.sensitivity import measure_sensitivity
+    from mka.transforms.allocation import allocate
+    from mka.transforms.columns import measure_noise
+
+    names, family = list_options(settings), source.family
+    with show_progress("measure noise", source.layers, "layer") as advance:
+        dear = measure_sensitivity(decoder, windows, on_layer=advance)
+    units = [[family.layer_tensor(index, f"{name}.weight") for name in own] for index, own in dear]
+    infos = [[source.tensors[weight] for weight in unit] for unit in units]
+    with source.reader() as read:
+        noise = []
+        for unit in infos:
+            schemes = [describe_scheme(name, settings.group_size) for name in names]
+            noise.append(measure_noise([read(info.name) for info in unit], schemes))
+    damage = np.array(list(dear.values()))[:, None] * np.array(noise)  # (U, K)
+    taken = [[8 * sum(count_kept(source, info, name, settings) for info in unit) for name in names] for unit in infos]
+    weights = sum(info.parameters for unit in infos for info in unit)
+    found = allocate(damage, np.array(taken), (settings.bits_per_weight or 0.0) * weights)
+    return {weight: names[option] for unit, option in zip(units, found) for weight in unit}
 
 
 def _round(
-    source: Checkpoint, settings: QuantizeSettings, evidence: Mapping[str, Any], folder: Path
+    source: Checkpoint,
+    settings: QuantizeSettings,
+    decoder: "Decoder",
+    windows: "torch.Tensor",
+    chosen: Mapping[str, str],
+    folder: Path,
 ) -> dict[str, Path]:
     """Round layer after layer, a file each; returns the file that holds each weight.
 
     Raises:
-        CalibrationError: if there is too little text.
         NumericsError: if the model gives numbers that are not finite.
     """
-    import torch
     from safetensors.torch import save_file
 
     from mka.alignment.rounding import Rounding
-    from mka.model.loading import open_decoder
-    from mka.texts.windows import pack_windows
 
-    model, texts = evidence[BASE][1], evidence[CALIBRATION][0].texts
-    context = min(CONTEXT, source.config.get("max_position_embeddings") or CONTEXT)
-    scheme, files = describe_scheme(settings), {}
+    files: dict[str, Path] = {}
     info = find_linear(source)[0]
     dtype = torch_dtype(replace(info, dtype=loaded_dtype(source, info)))
-    with open_decoder(source, model.dtype, model.trust_remote_code) as (decoder, tokenizer):
-        windows = pack_windows(tokenizer, texts, context, max(1, settings.tokens // context))
-        if not windows:
-            raise CalibrationError(
-                f"quantize.rounding {settings.rounding}: the calibration texts make no window of {context} tokens; "
-                "give more text"
-            )
-        walk = Rounding(decoder, torch.tensor(windows), scheme, dtype, follows=settings.rounding == "gptaq")
-        with show_progress("round layers", source.layers, "layer") as advance:
-            for index, made in enumerate(walk.round_layers(advance)):
-                file = folder / f"{index}.safetensors"
-                kept: dict[str, torch.Tensor] = {}
-                for name, (weight, scale) in made.items():
-                    stored = source.family.layer_tensor(index, f"{name}.weight")
-                    kept |= {f"{stored} weight": weight, f"{stored} scale": scale.to(dtype)}
-                    files[stored] = file
-                save_file({name: value.contiguous() for name, value in kept.items()}, file)
+
+    def describe(index: int, name: str) -> Any:
+        return describe_scheme(chosen[source.family.layer_tensor(index, f"{name}.weight")], settings.group_size)
+
+    walk = Rounding(decoder, windows, describe, dtype, follows=settings.rounding == "gptaq")
+    with show_progress("round layers", source.layers, "layer") as advance:
+        for index, made in enumerate(walk.round_layers(advance)):
+            file = folder / f"{index}.safetensors"
+            kept: dict[str, torch.Tensor] = {}
+            for name, (weight, scale) in made.items():
+                stored = source.family.layer_tensor(index, f"{name}.weight")
+                kept |= {f"{stored} weight": weight, f"{stored} scale": scale.to(dtype)}
+                files[stored] = file
+            save_file({name: value.contiguous() for name, value in kept.items()}, file)
     return files
 
 

@@ -32,13 +32,22 @@ Rounded = tuple[torch.Tensor, torch.Tensor]
 class Rounding(Alignment):
     """A walk in which every layer is rounded. Memory: as an alignment's."""
 
-    def __init__(self, model: Any, windows: torch.Tensor, scheme: Any, dtype: torch.dtype, *, follows: bool) -> None:
+    def __init__(
+        self,
+        model: Any,
+        windows: torch.Tensor,
+        describe: Callable[[int, str], Any],
+        dtype: torch.dtype,
+        *,
+        follows: bool,
+    ) -> None:
         """Prepare a walk.
 
         Args:
             model: what is rounded, a transformers causal language model or a `mka.model.decoder.Decoder`.
             windows: token ids, (S, T), without padding.
-            scheme: of compressed-tensors.
+            describe: ``describe(layer, name)`` returns the scheme of compressed-tensors that a linear layer has; those
+                that read one norm have the same.
             dtype: scales are stored in.
             follows: whether weights are first moved to where they give what the teacher's gave: `gptaq`.
 
@@ -46,7 +55,7 @@ class Rounding(Alignment):
             PlanError: if the layers have parts that cannot be rounded so.
         """
         super().__init__(model, windows)
-        self.scheme, self.dtype, self.follows = scheme, dtype, follows
+        self.describe, self.dtype, self.follows = describe, dtype, follows
 
     @torch.inference_mode()
     def round_layers(self, on_layer: Callable[[int], Any] | None = None) -> Iterator[Mapping[str, Rounded]]:
@@ -68,8 +77,9 @@ class Rounding(Alignment):
                     target = (
                         self._map(partial(run_part, module, part, context=context), teacher) if self.follows else None
                     )
-                    found |= self._round_readers(made, part, student, teacher)
-                    student, rounded = self._round_writer(made, part, student, target, context)
+                    readers, writer = (self.describe(index, name) for name in (part.readers[0], part.writer))
+                    found |= self._round_readers(made, part, student, teacher, readers)
+                    student, rounded = self._round_writer(made, part, student, target, context, writer)
                     found |= rounded
                     teacher = student if target is None else target
                 self.decoder.tidy()
@@ -77,7 +87,9 @@ class Rounding(Alignment):
             if on_layer:
                 on_layer(1)
 
-    def _round_readers(self, made: Any, part: Part, student: torch.Tensor, teacher: torch.Tensor) -> dict[str, Rounded]:
+    def _round_readers(
+        self, made: Any, part: Part, student: torch.Tensor, teacher: torch.Tensor, scheme: Any
+    ) -> dict[str, Rounded]:
         width = student.shape[-1]
         moments = Moments(width, width, student.device)
         for rows in self.fitted:
@@ -89,7 +101,7 @@ class Rounding(Alignment):
         if teacher is not student:
             mapped = fit_ridge(moments, torch.eye(width, device=student.device), READERS)  # (D, D)
             weight = (weight.double() @ mapped.T).float()
-        value, scale = self._round(weight, moments.gram)
+        value, scale = self._round(weight, moments.gram, scheme)
         sizes = [len(module.weight) for module in modules]
         found = dict(zip(part.readers, zip(value.split(sizes), scale.split(sizes))))
         for module, (rounded, _) in zip(modules, found.values()):
@@ -97,7 +109,13 @@ class Rounding(Alignment):
         return found
 
     def _round_writer(
-        self, made: Any, part: Part, student: torch.Tensor, target: torch.Tensor | None, context: dict[str, Any]
+        self,
+        made: Any,
+        part: Part,
+        student: torch.Tensor,
+        target: torch.Tensor | None,
+        context: dict[str, Any],
+        scheme: Any,
     ) -> tuple[torch.Tensor, dict[str, Rounded]]:
         writer = made.get_submodule(part.writer)
         prior = writer.weight.float().T  # (F, D)
@@ -111,7 +129,7 @@ class Rounding(Alignment):
             moments.add(phi.flatten(0, 1).float(), wanted.flatten(0, 1).float(), counted)
         if target is not None:
             prior = fit_ridge(moments, prior, WRITERS[part.kind]).float()
-        value, scale = self._round(prior.T, moments.gram)
+        value, scale = self._round(prior.T, moments.gram, scheme)
         writer.weight.copy_(value)
         after = [student[rows] + write_features(made, part, features[rows]) for rows in self.fitted]
         return torch.cat(after), {part.writer: (value, scale)}
@@ -126,6 +144,6 @@ class Rounding(Alignment):
         bias = made.get_submodule(part.writer).bias
         return added if bias is None else added - bias
 
-    def _round(self, weight: torch.Tensor, gram: torch.Tensor) -> Rounded:
-        scale = fit_scales(weight, gram.diagonal(), self.scheme, self.dtype)
-        return round_columns(weight, gram, scale, self.scheme), scale
+    def _round(self, weight: torch.Tensor, gram: torch.Tensor, scheme: Any) -> Rounded:
+        scale = fit_scales(weight, gram.diagonal(), scheme, self.dtype)
+        return round_columns(weight, gram, scale, scheme), scale

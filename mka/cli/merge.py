@@ -21,6 +21,9 @@ from mka.cli.options import (
 from mka.store.publishing import check_free
 from mka.terminal import Outcome, quiet_libraries
 
+# What looks at texts, which this command does not read.
+CALIBRATED = ("quantize.rounding", "quantize.tokens", "quantize.bits_per_weight")
+
 
 @click.command(
     cls=Command,
@@ -31,7 +34,7 @@ from mka.terminal import Outcome, quiet_libraries
 )
 @model_argument
 @click.option("--plan", "plan_file", type=FILE, required=True, metavar="FILE", help="What `mka plan` wrote.")
-@recipe_options("alignment.enabled", "alignment", "quantize", "model")
+@recipe_options("alignment.enabled", "alignment", "quantize", "model", leave_out=CALIBRATED)
 @output_folder
 @reports
 def merge(model: str, plan_file: Path, output: Path, asked: dict[str, Any]) -> Outcome:

@@ -14,7 +14,7 @@ from mka.pipeline.merge import describe_model
 from mka.pipeline.stage import MODEL_FOLDER, Cost, Found, Stage, find_model
 from mka.pipeline.transform import apply_transform, check_transform, digest_evidence, key_evidence, offer_evidence
 from mka.recipe import QuantizeSettings
-from mka.transforms import CALIBRATION, SCHEMES, get_quantizer
+from mka.transforms import CALIBRATION, MIXED, SCHEMES, get_quantizer
 
 
 def check_quantizer(checkpoint: Checkpoint, settings: QuantizeSettings, given: Collection[str] = ()) -> None:
@@ -63,9 +63,12 @@ def _ask(settings: QuantizeSettings) -> str:
 
 def describe_rounding(settings: QuantizeSettings) -> str:
     """Say what rounded weights are stored as, e.g. "int8 in groups of 64"."""
-    row = SCHEMES[settings.scheme]
-    scales = f"in groups of {settings.group_size}" if row.grouped else "by rows"
-    inputs = "" if row.activations is None else " and tokens"
+    if settings.scheme == MIXED:
+        scales, inputs = f"{settings.bits_per_weight:g} bits per weight in groups of {settings.group_size}", ""
+    else:
+        row = SCHEMES[settings.scheme]
+        scales = f"in groups of {settings.group_size}" if row.grouped else "by rows"
+        inputs = "" if row.activations is None else " and tokens"
     embeddings = "" if settings.embeddings == "off" else f", embeddings {settings.embeddings} by rows"
     by = "" if settings.rounding == "nearest" else f", {settings.rounding} on {settings.tokens:,} tokens"
     return f"{settings.scheme} {scales}{inputs}{by}{embeddings}"
@@ -73,11 +76,11 @@ def describe_rounding(settings: QuantizeSettings) -> str:
 
 def key_rounding(settings: QuantizeSettings) -> dict[str, Any]:
     """Return the settings that decide what is written; where it will run decides only what is refused."""
-    grouped = settings.scheme == "off" or SCHEMES[settings.scheme].grouped
+    grouped = settings.scheme in ("off", MIXED) or SCHEMES[settings.scheme].grouped
     # What is off is not spelled, so that results of before there were embeddings to round are found again.
     nearest = settings.rounding == "nearest"
     unused = {"serve_on": True, "embeddings": settings.embeddings == "off", "group_size": not grouped}
-    unused |= {"rounding": nearest, "tokens": nearest}
+    unused |= {"rounding": nearest, "tokens": nearest, "bits_per_weight": settings.bits_per_weight is None}
     return settings.model_dump(exclude={name for name, left_out in unused.items() if left_out})
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from mka.errors import RecipeError, nearest
+from mka.kernels import find_row
 from mka.recipe import QuantizeSettings, Recipe, TransformChoice
 from mka.sections import Section, explain_validation
 
@@ -43,12 +44,11 @@ class Scheme:
 
 # A row per scheme, as a recipe spells it.
 SCHEMES = {
-    "int8": Scheme(8),
-    "int4": Scheme(4),
-    "int3": Scheme(3),
-    "int2": Scheme(2),
+    **{f"int{bits}": Scheme(bits) for bits in range(8, 1, -1)},
     "w8a8": Scheme(8, grouped=False, activations=8),
 }
+# A recipe's scheme under which every linear layer has one of `list_options`.
+MIXED = "mixed"
 
 # A row per rounding, as a recipe spells it: the transform that does it.
 _ROUNDINGS = {"nearest": "rtn", "gptq": "gptq", "gptaq": "gptq"}
@@ -149,6 +149,13 @@ def _resolve(choice: TransformChoice, where: str) -> Treatment:
 def get_transform(name: str) -> Transform:
     """Return a transform by its name in the table."""
     return importlib.import_module(_TRANSFORMS[name]).TRANSFORM
+
+
+def list_options(settings: QuantizeSettings) -> list[str]:
+    """Return the schemes that linear layers may have, the most bits first; where they are mixed, those that run."""
+    if settings.scheme != MIXED:
+        return [settings.scheme]
+    return [name for name, row in SCHEMES.items() if row.grouped and find_row(settings.serve_on, name).loads]
 
 
 def get_quantizer(settings: QuantizeSettings) -> Transform:

@@ -10,6 +10,7 @@ arXiv 2504.02692), costs the same form around its own least-squares fit, a const
 weight to that fit first, and one procedure rounds for both.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from mka.transforms.formats import scale_groups
 DAMPING = 0.01
 # Columns that are rounded before the ones behind them are told; speed alone depends on it.
 BLOCK = 128
+# Rows of a matrix that stand for all when its rounding is measured.
+ROWS = 128
 # Scales that are tried, as shares of the one that reaches a group's largest weight.
 SHRINKS = tuple(1.0 - 0.025 * step for step in range(21))
 
@@ -46,6 +49,26 @@ def fit_scales(weight: torch.Tensor, energy: torch.Tensor, scheme: Any, dtype: t
         better = lost < least
         best, least = torch.where(better, scale, best), torch.where(better, lost, least)
     return best
+
+
+def measure_noise(weights: Sequence[torch.Tensor], schemes: Sequence[Any]) -> list[float]:
+    """Return the relative squared error of weights rounded to the nearest under each scheme, on a sample of rows.
+
+    Args:
+        weights: (R, F) each, rounded alike; the error is that of all.
+        schemes: of compressed-tensors, K of them.
+    """
+    sampled = [weight[:: max(1, len(weight) // ROWS)].float() for weight in weights]
+    total = sum(float(rows.square().sum()) for rows in sampled) or 1.0
+    found = []
+    for scheme in schemes:
+        lost = 0.0
+        for rows in sampled:
+            scale = fit_scales(rows, torch.ones(rows.shape[1]), scheme, torch.float32)
+            grouped = rows.unflatten(-1, (scale.shape[1], -1))
+            lost += float((grouped - round_to(grouped, scale[..., None], scheme)).square().sum())
+        found.append(lost / total)
+    return found
 
 
 def round_to(weight: torch.Tensor, scale: torch.Tensor, scheme: Any) -> torch.Tensor:

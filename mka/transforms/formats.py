@@ -6,6 +6,9 @@ loading looks for its `weight`, which a packed one has not.
 """
 
 import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -23,18 +26,19 @@ PACKED, WEIGHT, SCALE, SHAPE = "weight_packed", "weight", "weight_scale", "weigh
 
 
 @cache
-def describe_scheme(settings: QuantizeSettings) -> Any:
+def describe_scheme(name: str, group_size: int) -> Any:
     """Return compressed-tensors' own description of what linear layers become, and how it then stores them.
 
     Args:
-        settings: scheme (not "off") and group size.
+        name: a scheme of `mka.transforms.SCHEMES`.
+        group_size: weights that share one scale, where the scheme has groups.
     """
     import torch
     from compressed_tensors.compressors.format import infer_module_format
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    row = SCHEMES[settings.scheme]
-    scales = {"strategy": "group", "group_size": settings.group_size} if row.grouped else {"strategy": "channel"}
+    row = SCHEMES[name]
+    scales = {"strategy": "group", "group_size": group_size} if row.grouped else {"strategy": "channel"}
     weights = QuantizationArgs(num_bits=row.bits, type="int", symmetric=True, **scales)
     inputs = None
     if row.activations is not None:
@@ -57,16 +61,45 @@ def describe_embeddings(family: Family) -> Any:
     return scheme
 
 
-def describe_config(settings: QuantizeSettings, family: Family) -> dict[str, Any]:
-    """Return the groups, the format and what is left alone, for a `QuantizationConfig` of compressed-tensors."""
-    layers = describe_scheme(settings)
-    if settings.embeddings == "off":
-        return {"config_groups": {"group_0": layers}, "format": layers.format, "ignore": [family.head]}
-    embeddings = describe_embeddings(family)
-    alike = layers.format == embeddings.format
-    # The head is a linear layer, too: whoever matches groups in their order has to come to its own first.
-    groups = {"embeddings": embeddings, "group_0": layers}
-    return {"config_groups": groups, "format": layers.format if alike else "mixed-precision", "ignore": []}
+def describe_config(settings: QuantizeSettings, family: Family, schemes: Mapping[str, str]) -> dict[str, Any]:
+    """Return the groups, the format and what is left alone, for a `QuantizationConfig` of compressed-tensors.
+
+    Args:
+        settings: group size, and whether embeddings are rounded.
+        family: of the model.
+        schemes: weight of a linear layer -> its scheme.
+    """
+    # Whoever matches groups in their order comes to what is named before what is a linear layer, as the head is, too.
+    groups = {} if settings.embeddings == "off" else {"embeddings": describe_embeddings(family)}
+    names = Counter(schemes.values()).most_common()
+    for place, (name, _) in enumerate(reversed(names)):
+        scheme = describe_scheme(name, settings.group_size)
+        if place < len(names) - 1:
+            own = [weight for weight, other in schemes.items() if other == name]
+            scheme = scheme.model_copy(update={"targets": match_names(own, family)})
+        groups[f"group_{place}"] = scheme
+    formats = {scheme.format for scheme in groups.values()}
+    form = formats.pop() if len(formats) == 1 else "mixed-precision"
+    return {"config_groups": groups, "format": form, "ignore": [family.head] if settings.embeddings == "off" else []}
+
+
+def match_names(weights: Iterable[str], family: Family) -> list[str]:
+    """Return patterns that match the linear layers of these weights and no other.
+
+    Engines that fuse the readers of a norm ask that one pattern matches all of them.
+    """
+    layers: dict[tuple[str, ...], set[int]] = {}
+    for layer, suffix in filter(None, map(family.split_tensor, weights)):
+        layers.setdefault(find_fused(suffix.removesuffix(f".{WEIGHT}"), family), set()).add(layer)
+    return [
+        rf"re:{re.escape(family.layers)}\.({'|'.join(map(str, sorted(found)))})\.({'|'.join(map(re.escape, names))})$"
+        for names, found in layers.items()
+    ]
+
+
+def find_fused(name: str, family: Family) -> tuple[str, ...]:
+    """Return the linear layers that engines make one product of with this one, itself included."""
+    return next(names for part in family.parts for names in (part.readers, (part.writer,)) if name in names)
 
 
 def list_kept(info: TensorInfo, scheme: Any, dtype: str) -> list[TensorInfo]:

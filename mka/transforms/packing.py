@@ -18,7 +18,7 @@ from mka.model.parts import ATTENTION, MLP, check_parts
 from mka.model.shards import BLOCK_BYTES, MAX_SHARD_BYTES, Blocks, split_shards, write_shards
 from mka.model.tensors import FLOATS, STORED_NAMES, TensorInfo, TensorReader, torch_dtype
 from mka.recipe import QuantizeSettings
-from mka.transforms import SCHEMES
+from mka.transforms import SCHEMES, list_options
 from mka.transforms.formats import (
     SCALE,
     SHAPE,
@@ -73,9 +73,11 @@ def check_roundable(source: Checkpoint, settings: QuantizeSettings) -> None:
     if source.is_quantized:
         raise CheckpointError(f"{source.path}: weights are already quantized")
     check_parts(source.family.parts, TREATS, f"quantize.scheme {settings.scheme}", str(source.path))
-    if SCHEMES[settings.scheme].grouped:
+    if any(SCHEMES[name].grouped for name in list_options(settings)):
         check_group_size(source, settings.group_size)
     check_kernels(source, settings)
+    if settings.bits_per_weight is not None:
+        check_bits(source, settings)
     if settings.embeddings != "off":
         check_embeddings(source)
 
@@ -95,6 +97,30 @@ def check_group_size(source: Checkpoint, group_size: int) -> None:
         )
 
 
+def check_bits(source: Checkpoint, settings: QuantizeSettings) -> None:
+    """Refuse fewer bits per weight than the smallest scheme takes with its scales, and more than the largest.
+
+    Raises:
+        RecipeError: naming both.
+    """
+    weights = find_linear(source)
+    total = sum(info.parameters for info in weights)
+    taken = [
+        8 * sum(count_kept(source, info, name, settings) for info in weights) / total for name in list_options(settings)
+    ]
+    if not min(taken) <= (asked := settings.bits_per_weight or 0.0) <= max(taken):
+        raise RecipeError(
+            f"quantize.bits_per_weight {asked:g}: in groups of {settings.group_size} weights take {min(taken):.3f} to "
+            f"{max(taken):.3f} bits, scales included"
+        )
+
+
+def count_kept(source: Checkpoint, info: TensorInfo, scheme: str, settings: QuantizeSettings) -> int:
+    """Return the bytes of what a scheme keeps of a linear layer's weight, but for its shape."""
+    kept = list_kept(info, describe_scheme(scheme, settings.group_size), loaded_dtype(source, info))
+    return sum(spec.nbytes for spec in kept if not spec.name.endswith(SHAPE))
+
+
 def find_linear(source: Checkpoint) -> list[TensorInfo]:
     """List the weights of the linear layers of all decoder layers: what is rounded."""
     family = source.family
@@ -103,10 +129,15 @@ def find_linear(source: Checkpoint) -> list[TensorInfo]:
     return [source.tensors[name] for name in names if name in source.tensors]
 
 
-def plan_packed(source: Checkpoint, settings: QuantizeSettings) -> list[Planned]:
-    """List the output's tensors in the source's order."""
+def choose_alike(source: Checkpoint, settings: QuantizeSettings) -> dict[str, str]:
+    """Return the scheme of every linear layer's weight, where all have the one that the settings name."""
+    return {info.name: settings.scheme for info in find_linear(source)}
+
+
+def plan_packed(source: Checkpoint, settings: QuantizeSettings, chosen: Mapping[str, str]) -> list[Planned]:
+    """List the output's tensors in the source's order, given the scheme of every linear layer's weight."""
     family, tied = source.family, False
-    schemes = {info.name: describe_scheme(settings) for info in find_linear(source)}
+    schemes = {weight: describe_scheme(name, settings.group_size) for weight, name in chosen.items()}
     if settings.embeddings != "off":
         tied = build_config(source.config, source.path).tie_word_embeddings
         schemes |= dict.fromkeys((family.embedding_tensor, family.head_tensor), describe_embeddings(family))
@@ -134,6 +165,7 @@ def write_packed(
     source: Checkpoint,
     output: str | Path,
     settings: QuantizeSettings,
+    chosen: Mapping[str, str],
     pack: Pack,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -146,6 +178,7 @@ def write_packed(
         source: an unquantized checkpoint.
         output: folder to publish; must not exist.
         settings: scheme (not "off") and group size.
+        chosen: weight of a linear layer -> its scheme.
         pack: makes what is kept of linear layers, each tensor asked for once, in the order they are stored; an
             embedding and a head are rounded here.
         max_shard_bytes: largest shard.
@@ -158,7 +191,7 @@ def write_packed(
     Raises:
         OutputError: if the folder cannot be written.
     """
-    planned = {tensor.spec.name: tensor for tensor in plan_packed(source, settings)}
+    planned = {tensor.spec.name: tensor for tensor in plan_packed(source, settings, chosen)}
     specs = [tensor.spec for tensor in planned.values()]
     shards = [sorted(shard, key=_place) for shard in split_shards(specs, max_shard_bytes)]
     embeddings = (source.family.embedding_tensor, source.family.head_tensor)
@@ -182,7 +215,7 @@ def write_packed(
     def write(folder: Path) -> Mapping[str, str]:
         with source.reader() as read:
             sums = write_shards(folder, shards, stream(read))
-        _write_config(source, settings, folder)
+        _write_config(source, settings, chosen, folder)
         return sums
 
     # Verification unpacks the model beside the folder.
@@ -215,13 +248,13 @@ def round_rows(
         yield pack_rows(rows, scale_groups(rows, scheme), scheme)[leaf]
 
 
-def _write_config(source: Checkpoint, settings: QuantizeSettings, folder: Path) -> None:
+def _write_config(source: Checkpoint, settings: QuantizeSettings, chosen: Mapping[str, str], folder: Path) -> None:
     """Write the source's config.json with the quantization entry added; the rest is not this step's business."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
     config = QuantizationConfig(
-        **describe_config(settings, source.family),
+        **describe_config(settings, source.family, chosen),
         quantization_status="compressed",
     )
     ModelCompressor(config).update_config(str(folder))
@@ -230,5 +263,11 @@ def _write_config(source: Checkpoint, settings: QuantizeSettings, folder: Path) 
 
 
 def foresee_packed(source: Checkpoint, settings: QuantizeSettings) -> int:
-    """Return the bytes of the tensors that will be written."""
-    return sum(tensor.spec.nbytes for tensor in plan_packed(source, settings))
+    """Return the bytes of the tensors that will be written; of mixed schemes, what the budget allows at most."""
+    if settings.bits_per_weight is None:
+        return sum(tensor.spec.nbytes for tensor in plan_packed(source, settings, choose_alike(source, settings)))
+    weights = find_linear(source)
+    alike = plan_packed(source, settings, {info.name: list_options(settings)[-1] for info in weights})
+    least = sum(count_kept(source, info, list_options(settings)[-1], settings) for info in weights)
+    budget = settings.bits_per_weight * sum(info.parameters for info in weights) / 8
+    return sum(tensor.spec.nbytes for tensor in alike) - least + int(budget)

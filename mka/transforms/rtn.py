@@ -13,7 +13,7 @@ from mka.model.tensors import TensorInfo, TensorReader
 from mka.recipe import QuantizeSettings
 from mka.transforms import Transform
 from mka.transforms.formats import describe_scheme
-from mka.transforms.packing import check_roundable, foresee_packed, round_rows, write_packed
+from mka.transforms.packing import check_roundable, choose_alike, foresee_packed, round_rows, write_packed
 
 if TYPE_CHECKING:
     import torch
@@ -29,12 +29,12 @@ def quantize_checkpoint(source: Checkpoint, output: str | Path, settings: Quanti
     """
     check_roundable(source, settings)
 
-    scheme = describe_scheme(settings)
+    scheme = describe_scheme(settings.scheme, settings.group_size)
 
     def pack(spec: TensorInfo, info: TensorInfo, read: TensorReader) -> Iterator["torch.Tensor"]:
         return round_rows(source, scheme, spec, info, read)
 
-    return write_packed(source, output, settings, pack, **options)
+    return write_packed(source, output, settings, choose_alike(source, settings), pack, **options)
 
 
 def _apply(

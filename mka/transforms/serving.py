@@ -4,7 +4,7 @@ from mka.errors import RecipeError
 from mka.kernels import find_row
 from mka.model.checkpoint import Checkpoint
 from mka.recipe import QuantizeSettings
-from mka.transforms import SCHEMES
+from mka.transforms import SCHEMES, list_options
 
 
 def check_kernels(source: Checkpoint, settings: QuantizeSettings) -> None:
@@ -13,18 +13,19 @@ def check_kernels(source: Checkpoint, settings: QuantizeSettings) -> None:
     Raises:
         RecipeError: naming what it has them for.
     """
-    row = find_row(settings.serve_on, settings.scheme)
-    if row.groups and SCHEMES[settings.scheme].grouped and settings.group_size not in row.groups:
-        raise RecipeError(
-            f"quantize.group_size {settings.group_size}: {row.engine.label} runs {settings.scheme} in groups of "
-            f"{', '.join(map(str, row.groups))} only"
-        )
-    widths = {width for shape in list_products(source) for width in shape if width % row.multiple}
-    if widths:
-        raise RecipeError(
-            f"quantize.scheme {settings.scheme}: {row.engine.label} runs it on widths that are multiples of "
-            f"{row.multiple}, this model has {sorted(widths)}; name another scheme, or no serve_on"
-        )
+    for name in list_options(settings):
+        row = find_row(settings.serve_on, name)
+        if row.groups and SCHEMES[name].grouped and settings.group_size not in row.groups:
+            raise RecipeError(
+                f"quantize.group_size {settings.group_size}: {row.engine.label} runs {name} in groups of "
+                f"{', '.join(map(str, row.groups))} only"
+            )
+        widths = {width for shape in list_products(source) for width in shape if width % row.multiple}
+        if widths:
+            raise RecipeError(
+                f"quantize.scheme {settings.scheme}: {row.engine.label} runs {name} on widths that are multiples of "
+                f"{row.multiple}, this model has {sorted(widths)}; name another scheme, or no serve_on"
+            )
 
 
 def list_products(source: Checkpoint) -> list[tuple[int, int]]:

@@ -1,5 +1,7 @@
 """Calibrated rounding as a transform: what stock loading gets back, what is refused, what is left behind."""
 
+import re
+
 import pytest
 import torch
 from support.models import FAMILY_NAMES, make_byte_tokenizer, make_texts, make_tiny_model, save_model
@@ -12,7 +14,8 @@ from mka.model.checkpoint import open_checkpoint
 from mka.pipeline.quantize import check_quantizer, describe_rounding, key_rounding, write_quantized
 from mka.recipe import ModelSource, QuantizeSettings
 from mka.texts.calibration import CalibrationSet
-from mka.transforms import BASE, CALIBRATION, get_transform
+from mka.transforms import BASE, CALIBRATION, get_transform, list_options
+from mka.transforms.packing import find_linear
 from mka.transforms.rtn import quantize_checkpoint
 
 
@@ -112,3 +115,92 @@ def test_what_is_said_of_it_and_what_decides_it():
     assert key_rounding(settings()) == {"scheme": "int4", "group_size": 16, "rounding": "gptq", "tokens": 2048}
     # Results of before there was a rounding to choose are found again.
     assert key_rounding(settings(rounding="nearest")) == {"scheme": "int4", "group_size": 16}
+
+
+def mixed(bits, **more):
+    return settings("mixed", "gptaq", bits_per_weight=bits, **more)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text"])
+def test_mixed_bits_keep_the_budget_and_load_in_stock(family, tmp_path):
+    model = make_tiny_model(family, vocab_size=320)
+    source = open_checkpoint(save_model(model, tmp_path / "base", tokenizer=make_byte_tokenizer()))
+    write_quantized(source, mixed(5.5), tmp_path / "out", evidence())
+    made = open_checkpoint(tmp_path / "out")
+    kept = [info for name, info in made.tensors.items() if name.endswith(("_packed", "_scale"))]
+    weights = sum(info.parameters for info in find_linear(source))
+    assert 5.0 < 8 * sum(info.nbytes for info in kept) / weights <= 5.5
+    after, groups = load_weights(tmp_path / "out"), made.config["quantization_config"]["config_groups"]
+    assert len(groups) > 1 and [group["targets"] for group in groups.values()][-1] == ["Linear"]
+    # What each has is what its own name says, readers of one norm alike.
+    levels, names = {}, [name for name, _ in model.model.layers.named_modules() if name in after]
+    for name in names:
+        stem = f"model.layers.{name}"
+        packed, scale = (made.tensors[f"{stem}.{kind}"] for kind in ("weight_packed", "weight_scale"))
+        levels[name] = 32 * packed.shape[1] // (16 * scale.shape[1])
+    assert len(set(levels.values())) == len(groups)
+    fused = {
+        tuple(sorted({levels[f"{i}.{name}"] for name in part.readers}))
+        for part in source.family.parts
+        for i in range(6)
+    }
+    assert all(len(each) == 1 for each in fused)
+    # The patterns say it, too, one for all readers of a norm.
+    for group in groups.values():
+        for pattern in group["targets"]:
+            if pattern != "Linear":
+                matched = [name for name in names if re.match(pattern.removeprefix("re:"), f"model.layers.{name}")]
+                assert matched and {levels[name] for name in matched} == {group["weights"]["num_bits"]}
+
+
+def test_all_bits_alike_where_the_budget_asks_for_the_ends(tmp_path):
+    source = open_checkpoint(save_model(make_tiny_model("llama"), tmp_path / "base"))
+    # float32 scales in groups of 16: two bits more.
+    for bits, name in ((4.0, "int2"), (10.0, "int8")):
+        write_quantized(source, mixed(bits), tmp_path / name, evidence())
+        config = open_checkpoint(tmp_path / name).config["quantization_config"]
+        assert [group["weights"]["num_bits"] for group in config["config_groups"].values()] == [int(name[3:])]
+
+
+def test_a_budget_that_nothing_reaches_is_refused_with_what_there_is(tmp_path):
+    source = open_checkpoint(save_model(make_tiny_model("llama"), tmp_path / "base"))
+    for bits in (3.9, 10.1):
+        with pytest.raises(RecipeError, match=r"in groups of 16 weights take 4\.000 to 10\.000 bits, scales included"):
+            check_quantizer(source, mixed(bits), (BASE, CALIBRATION))
+    with pytest.raises(ValueError, match="scheme mixed and bits_per_weight go together"):
+        settings("mixed", "gptq")
+    with pytest.raises(ValueError, match="scheme mixed and bits_per_weight go together"):
+        settings("int4", "gptq", bits_per_weight=4)
+    with pytest.raises(ValueError, match="scheme mixed looks at texts"):
+        settings("mixed", "nearest", bits_per_weight=4)
+
+
+def test_an_engine_limits_what_is_mixed():
+    assert list_options(mixed(5)) == [f"int{bits}" for bits in range(8, 1, -1)]
+    assert list_options(mixed(5, serve_on="cuda")) == ["int8", "int4"]
+    with pytest.raises(ValueError, match=r"scheme mixed: vLLM on CPU .* runs int4 of the schemes there are to mix"):
+        mixed(5, serve_on="cpu")
+    with pytest.raises(ValueError, match=r"scheme mixed: llama.cpp on any device .* runs none"):
+        mixed(5, serve_on="llama.cpp")
+
+
+def test_dear_layers_have_more_bits(tmp_path, monkeypatch):
+    source = open_checkpoint(save_model(make_tiny_model("llama"), tmp_path / "base"))
+    monkeypatch.setattr(
+        "mka.alignment.sensitivity.measure_sensitivity",
+        lambda decoder, windows, on_layer: {
+            (i, names): 1000.0 if i == 2 else 1.0
+            for i in range(6)
+            for part in source.family.parts
+            for names in (part.readers, (part.writer,))
+        },
+    )
+    write_quantized(source, mixed(6), tmp_path / "out", evidence())
+    packed = {
+        name: info.shape[1]
+        for name, info in open_checkpoint(tmp_path / "out").tensors.items()
+        if "q_proj.weight_packed" in name
+    }
+    assert packed["model.layers.2.self_attn.q_proj.weight_packed"] > max(
+        width for name, width in packed.items() if ".2." not in name
+    )

@@ -9,7 +9,6 @@ from support.models import FAMILY_NAMES, make_tiny_model
 
 from mka.alignment.rounding import Rounding
 from mka.model.parts import read_norm
-from mka.recipe import QuantizeSettings
 from mka.transforms.columns import round_columns, round_to
 from mka.transforms.formats import describe_scheme, scale_groups
 
@@ -19,12 +18,12 @@ UNSEEN = draw_windows(16, seed=1)
 
 
 def scheme_of(name):
-    return describe_scheme(QuantizeSettings(scheme=name, group_size=16))
+    return describe_scheme(name, 16)
 
 
 def round_model(model, scheme, follows, windows=WINDOWS):
     """A copy of a model with what the walk rounds its layers to, and the walk's values, layer by layer."""
-    walk = Rounding(model, windows, scheme_of(scheme), torch.float32, follows=follows)
+    walk = Rounding(model, windows, lambda *_: scheme_of(scheme), torch.float32, follows=follows)
     found, rounded = list(walk.round_layers()), copy.deepcopy(model)
     with torch.no_grad():
         for layer, made in zip(rounded.model.layers, found):

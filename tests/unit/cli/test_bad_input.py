@@ -114,7 +114,7 @@ def flip(path, position):
         (["--tasks", "hellaswagg=40"], "did you mean 'hellaswag'?"),
         (["--tasks", "hellaswag=few"], "TASK=ITEMS"),
         (["--tasks", "hellaswag=40"], "no table"),
-        (["--quantize", "int3"], "'int3'"),
+        (["--quantize", "int9"], "'int9'"),
         (
             ["--quantize", "int8", "--group-size", "24"],
             "does not divide the layer widths [32, 64]; sizes that do: 16, 32",

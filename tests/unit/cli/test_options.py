@@ -20,6 +20,11 @@ QUANTIZE = {
     "--embeddings": "quantize.embeddings",
     "--serve-on": "quantize.serve_on",
 }
+CALIBRATED = {
+    "--rounding": "quantize.rounding",
+    "--rounding-tokens": "quantize.tokens",
+    "--bits-per-weight": "quantize.bits_per_weight",
+}
 CALIBRATION = {
     "--calibration": "calibration.path",
     "--samples": "calibration.samples",
@@ -48,7 +53,7 @@ EVALUATION = {
     "--seed": "seed",
 }
 COMMANDS = {
-    "compress": METHOD | TARGET | QUANTIZE | CALIBRATION | ALIGNMENT | HEAL | EVALUATION | MODEL,
+    "compress": METHOD | TARGET | QUANTIZE | CALIBRATED | CALIBRATION | ALIGNMENT | HEAL | EVALUATION | MODEL,
     "observe": CALIBRATION | {"--batch-size": "calibration.batch_size"} | MODEL,
     "score": METHOD,
     "plan": METHOD | TARGET | CALIBRATION | {"--batch-size": "calibration.batch_size"} | MODEL,

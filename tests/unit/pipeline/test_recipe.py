@@ -247,7 +247,7 @@ def test_yaml_off_means_off(tmp_path, word):
 def test_yaml_on_is_no_scheme(tmp_path):
     path = write(tmp_path, yaml.safe_dump(SMALLEST) + "quantize:\n  scheme: on\n")
     with pytest.raises(
-        RecipeError, match=r"'quantize.scheme': Input should be 'off', 'int8', 'int4', 'w8a8' or 'auto', got True"
+        RecipeError, match=r"'quantize.scheme': Input should be 'off', 'int8', .*, 'w8a8' or 'auto', got True"
     ):
         load_recipe(path)
 

@@ -93,6 +93,9 @@ OTHER: dict[str, Any] = {
     "quantize.scheme": {"quantize": {"scheme": "int8", "group_size": 32}},
     "quantize.rounding": {"quantize": {"scheme": "int8", "group_size": 32, "rounding": "gptq"}},
     "quantize.tokens": {"quantize": {"scheme": "int8", "group_size": 32, "rounding": "gptq", "tokens": 999}},
+    "quantize.bits_per_weight": {
+        "quantize": {"scheme": "mixed", "group_size": 32, "rounding": "gptq", "bits_per_weight": 4}
+    },
     "quantize.group_size": {"quantize": {"scheme": "int8", "group_size": 16}},
     "quantize.embeddings": {"quantize": {"scheme": "int8", "group_size": 32, "embeddings": "int8"}},
     "quantize.serve_on": "cpu",

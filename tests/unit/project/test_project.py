@@ -24,8 +24,9 @@ LOCK_LINES = [
     if line.strip() and not line.lstrip().startswith("#")
 ]
 LOCK = [Requirement(line) for line in LOCK_LINES]
-# What runs in environments of engines, which have nothing of ours.
+# What runs in environments of engines and rivals, which have nothing of ours.
 PROGRAMS = {*(ROOT / "mka/engines/programs").glob("*.py"), *(ROOT / "tests/engines").glob("generate_*.py")}
+PROGRAMS.add(ROOT / "benchmarks/llmcompressor_gptq.py")
 REQUIREMENTS = [Requirement(text) for text in PROJECT["dependencies"]] + [
     Requirement(text) for extra in PROJECT["optional-dependencies"].values() for text in extra
 ]
@@ -109,6 +110,7 @@ def test_programs_of_engines_import_the_standard_library_and_their_engine():
     """They run in environments that have nothing else."""
     found = {path.stem: imported_packages(path) - sys.stdlib_module_names for path in PROGRAMS}
     known = {"__init__": set(), "vllm": {"vllm"}, "llama_cpp": {"xllamacpp"}, "generate_in_vllm": {"vllm"}}
+    known["llmcompressor_gptq"] = {"llmcompressor", "torch", "datasets", "transformers"}
     assert found == known
 
 

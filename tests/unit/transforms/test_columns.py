@@ -5,13 +5,12 @@ import pytest
 import torch
 
 from mka.errors import NumericsError
-from mka.recipe import QuantizeSettings
 from mka.transforms.columns import DAMPING, SHRINKS, fit_scales, round_columns, round_to
 from mka.transforms.formats import describe_scheme, scale_groups
 
 
 def scheme_of(name, group_size=8):
-    return describe_scheme(QuantizeSettings(scheme=name, group_size=group_size))
+    return describe_scheme(name, group_size)
 
 
 def draw(rows, columns, seed=0, tokens=200):

@@ -22,8 +22,8 @@ SETTINGS = QuantizeSettings(scheme="int8", group_size=16)
 
 def test_every_scheme_a_recipe_may_name_has_a_row_and_no_other():
     # What "auto" stands for is settled when the recipe is read.
-    assert {"off", "auto", *SCHEMES} == set(get_args(QuantizeSettings.model_fields["scheme"].annotation))
-    assert {name: row.bits for name, row in SCHEMES.items()} == {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "w8a8": 8}
+    assert {"off", "auto", "mixed", *SCHEMES} == set(get_args(QuantizeSettings.model_fields["scheme"].annotation))
+    assert {name: row.bits for name, row in SCHEMES.items()} == {**{f"int{n}": n for n in range(2, 9)}, "w8a8": 8}
 
 
 def test_every_rounding_a_recipe_may_name_has_a_transform_and_no_other():

@@ -1,0 +1,40 @@
+"""Bits shared out over linear layers: the least damage that a budget buys, exactly. Pure."""
+
+import numpy as np
+
+from mka.errors import RecipeError
+
+
+def allocate(damage: np.ndarray, bits: np.ndarray, budget: float) -> np.ndarray:
+    """Choose one option for each unit so that the damage adds up to the least the budget allows, (U,) int64.
+
+    A multiple-choice knapsack, solved as an integer program.
+
+    Args:
+        damage: of each unit under each option, (U, K).
+        bits: that it takes, (U, K).
+        budget: most bits in all.
+
+    Raises:
+        RecipeError: if even the smallest options take more.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    units, options = damage.shape
+    if bits.min(axis=1).sum() > budget:
+        raise RecipeError(f"a budget of {budget:.0f} bits: the smallest rounding takes {bits.min(axis=1).sum():.0f}")
+    # Of every unit one, and of all no more bits than there are; scaled to where the solver's tolerances are small.
+    one_each = csr_array(np.kron(np.eye(units), np.ones((1, options))))
+    solved = milp(
+        damage.ravel() / damage.max(),
+        integrality=np.ones(damage.size),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(bits.ravel()[None] / budget, -np.inf, 1.0),
+        ],
+        options={"mip_rel_gap": 0.0},
+    )
+    chosen: np.ndarray = solved.x.reshape(units, options).argmax(axis=1)
+    return chosen
