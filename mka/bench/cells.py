@@ -1,4 +1,4 @@
-"""One cell of a comparison: planned, merged, healed, measured from disk by a stranger's loader.
+"""One cell of a comparison: planned, merged, healed, rounded, measured from disk by a stranger's loader.
 
 Each part is stored by content. The model's folder is deleted once it is measured; what stays are plans, scores and
 figures.
@@ -19,11 +19,12 @@ from mka.pipeline.heal import HEAL
 from mka.pipeline.job import Job
 from mka.pipeline.merge import MERGE
 from mka.pipeline.pipeline import run
+from mka.pipeline.quantize import QUANTIZE
 from mka.pipeline.stage import MODEL_FOLDER, Found, Stage
 from mka.store.products import Product, discard, name_folder, read_use
 
 # What is known of a model once its folder is gone, by the stage that made it; measurements go by its digest.
-FACTS = {stage.name: replace(stage, name="facts", stored="bench-facts", version=1) for stage in (MERGE, HEAL)}
+FACTS = {stage.name: replace(stage, name="facts", stored="bench-facts", version=1) for stage in (MERGE, HEAL, QUANTIZE)}
 
 
 class _Changed(Exception):
@@ -104,7 +105,7 @@ def _walk(bench: Bench, cell: Cell, stored: bool = False) -> Measured:
     reused = all(product.reused for product in found.values())
     with ExitStack() as stack:
         borrowed = None
-        for stage in (MERGE, *([HEAL] if cell.healed else [])):
+        for stage in (MERGE, *([HEAL] if cell.healed else []), *([QUANTIZE] if cell.is_rounded else [])):
             borrowed = stack.enter_context(_borrow_model(bench, job, found, stage, borrowed, stored))
             with bench.building:
                 made = run_stage(FACTS[stage.name], job, found) if stored else borrowed.describe()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mka.bench.parts import Measured
 from mka.bench.statistics import Comparison
-from mka.bench.tables import Table, describe_conditions, tabulate_best, tabulate_duels, tabulate_ratios
+from mka.bench.tables import Table, describe_conditions, tabulate_best, tabulate_duels, tabulate_ratios, tabulate_sizes
 from mka.errors import OutputError
 from mka.evaluation.metrics import HEADLINE, METRICS, Group, Metric
 from mka.report.markup import escape_markdown
@@ -60,6 +60,10 @@ def render_page(comparison: Comparison, picture: str | None) -> str:
             "",
             *_markdown(tabulate_duels(comparison.duels)),
         ]
+    if any(cell.is_rounded for cell in bench.recipe.cells):
+        size = f"{results.base.facts['bytes'] / 1e6:.1f}"
+        lines += ["## Sizes", "", f"Megabytes of the tensors, and their share of the base's {size}.", ""]
+        lines += _markdown(tabulate_sizes(comparison))
     lines += ["## Costs", "", *_costs(comparison)]
     if results.failed:
         lines += ["## What failed", ""]
@@ -161,7 +165,7 @@ def _scores_table(comparison: Comparison, group: Group) -> Table:
 
 
 def _costs(comparison: Comparison) -> list[str]:
-    targets = comparison.targets
+    targets, rounds = comparison.targets, any(cell.is_rounded for cell in comparison.results.bench.recipe.cells)
     rows, aligned, healed = [], [], []
     for row in comparison.rows:
         cells = [comparison.cells.get((row, target)) for target in targets]
@@ -172,7 +176,8 @@ def _costs(comparison: Comparison) -> list[str]:
             return f"{sum(seconds):.1f}" if seconds else "–"
 
         looked = [spent(cell, "observe", "score") for cell in there[:1]] or ["–"]
-        rows.append([row, *looked, *(" / ".join(spent(c, *s) for c in cells) for s in (("plan",), ("merge", "align")))])
+        stages = (("plan",), ("merge", "align"), *([("quantize",)] if rounds else []))
+        rows.append([row, *looked, *(" / ".join(spent(c, *s) for c in cells) for s in stages)])
         for cell in there:
             facts = cell.facts.get("alignment") or {}
             if facts:
@@ -184,13 +189,13 @@ def _costs(comparison: Comparison) -> list[str]:
                 assert cell.cell is not None
                 fall = [f"{facts[name]:.3f}" for name in ("start", "best")]
                 healed.append([row, str(cell.cell.layers), f"{facts['tokens']:,}", *fall, f"{facts['seconds']:.0f}"])
-    which = " / ".join(map(str, targets))
+    which, written = " / ".join(map(str, targets)), ["merge or align, write and check"]
     lines = [
         f"Seconds at {which} layers, as they were when each part was made. Hidden states and scores are made once for "
         "all targets, and a search for fewer layers goes on from one for more. Writing includes loading the result "
         "and a short generation to check it.",
         "",
-        *_markdown((["method", "observe and score", "plan", "merge or align, write and check"], rows)),
+        *_markdown((["method", "observe and score", "plan", *written, *(["round"] if rounds else [])], rows)),
     ]
     if aligned:
         headers = ["aligned", "layers", "tokens", "teacher's forward pass, s", "alignment, s", "choosing penalty, s"]

@@ -1,4 +1,4 @@
-"""The recipe of a comparison: methods × targets × alignment × healing, and the texts and tasks they are measured on."""
+"""The recipe of a comparison: methods × targets × alignment × healing × rounding, and what they are measured on."""
 
 import re
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mka.errors import RecipeError
+from mka.pipeline.quantize import describe_rounding
 from mka.recipe import (
     AlignmentFit,
     AlignmentSettings,
@@ -19,10 +20,13 @@ from mka.recipe import (
     Measurement,
     MethodChoice,
     ModelSource,
+    QuantizeSettings,
     Recipe,
     Target,
 )
 from mka.sections import Section, explain_validation, read_yaml
+
+UNROUNDED = QuantizeSettings()
 
 
 class MethodEntry(Section):
@@ -33,6 +37,9 @@ class MethodEntry(Section):
     label: str | None = Field(None, min_length=1, description="Its row in the tables; default: name and settings")
     alignment: tuple[bool, ...] = Field((False,), min_length=1, description="Measured without, with, or both")
     heal: tuple[int, ...] = Field((0,), min_length=1, description="Tokens healed on, each a row; 0: not healed")
+    quantize: tuple[QuantizeSettings, ...] = Field(
+        (UNROUNDED,), min_length=1, description="How the result is rounded, each a row; default: not"
+    )
     targets: tuple[int, ...] | None = Field(None, description="Layers that remain; default: those of all methods")
     ours: bool = Field(False, description="Compared with the best of those that are not")
 
@@ -48,6 +55,13 @@ class MethodEntry(Section):
     def _distinct_amounts(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(value)) < len(value) or min(value) < 0:
             raise ValueError("must be different numbers of tokens, 0 for a row that is not healed")
+        return value
+
+    @field_validator("quantize")
+    @classmethod
+    def _distinct_roundings(cls, value: tuple[QuantizeSettings, ...]) -> tuple[QuantizeSettings, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("names the same twice")
         return value
 
     @property
@@ -150,11 +164,12 @@ class BenchRecipe(Section):
     def cells(self) -> tuple["Cell", ...]:
         """Methods in the order given; of each the targets from most layers to fewest, the less repaired first."""
         return tuple(
-            Cell(entry, layers, aligned, healed)
+            Cell(entry, layers, aligned, healed, rounded)
             for entry in self.methods
             for layers in sorted(set(entry.targets or self.targets), reverse=True)
             for aligned in sorted(entry.alignment)
             for healed in sorted(entry.heal)
+            for rounded in entry.quantize
         )
 
     def recipe_for(self, cell: "Cell") -> Recipe:
@@ -171,6 +186,7 @@ class BenchRecipe(Section):
                 rev=None,
                 mode="distil" if cell.healed else "off",
             ),
+            quantize=cell.rounded,
             evaluation=EvaluationSettings(
                 **self.evaluation.model_dump(exclude={"task_targets"}), text=None, prompts=()
             ),
@@ -180,18 +196,25 @@ class BenchRecipe(Section):
 
 @dataclass(frozen=True)
 class Cell:
-    """One candidate of the comparison: a method, the layers that remain, with or without alignment and healing."""
+    """One candidate of the comparison: a method, the layers that remain, with or without repair and rounding."""
 
     entry: MethodEntry
     layers: int
     aligned: bool
     healed: int = 0
+    rounded: QuantizeSettings = UNROUNDED
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether its weights are rounded."""
+        return self.rounded.scheme != "off"
 
     @property
     def row(self) -> str:
         """Its row in the tables."""
         healed = f", healed on {self.healed:,} tokens" if self.healed else ""
-        return self.entry.row + (", aligned" if self.aligned else "") + healed
+        rounded = f", {describe_rounding(self.rounded)}" if self.is_rounded else ""
+        return self.entry.row + (", aligned" if self.aligned else "") + healed + rounded
 
     @property
     def key(self) -> str:

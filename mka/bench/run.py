@@ -102,7 +102,11 @@ def collect_results(bench: Bench, base: Measured, failed: Iterable[Failed]) -> R
 
 def estimate_cell(bench: Bench, cell: Cell, base: Measured | None, known: Sequence[Measured]) -> float:
     """Estimate the seconds of a cell from like ones, else from measuring the base, else from arithmetic."""
-    repaired = [m for m in known if m.cell and (m.cell.aligned, m.cell.healed) == (cell.aligned, cell.healed)]
+    repaired = [
+        m
+        for m in known
+        if m.cell and (m.cell.aligned, m.cell.healed, m.cell.rounded) == (cell.aligned, cell.healed, cell.rounded)
+    ]
     alike = [m for m in repaired if m.cell and m.cell.entry == cell.entry] or repaired
     if alike:
         # Hidden states and scores are made once and shared.

@@ -8,6 +8,7 @@ import mka
 from mka.bench.parts import Measured
 from mka.bench.statistics import Comparison, Duel, Estimate
 from mka.evaluation.metrics import HEADLINE
+from mka.pipeline.quantize import describe_rounding
 from mka.report.table import format_value
 
 Table = tuple[list[str], list[list[str]]]
@@ -54,6 +55,18 @@ def tabulate_duels(duels: Iterable[Duel]) -> Table:
     """Lay out ours against the best of the others."""
     rows = [[str(d.layers), d.on, d.ours, d.rival, format_estimate(d.ratio), d.verdict] for d in duels]
     return ["layers", "on", "ours", "best of the others", "ours / best other", "ours is"], rows
+
+
+def tabulate_sizes(comparison: Comparison) -> Table:
+    """Lay out the megabytes of every cell, and its share of the base's."""
+    base, rows = comparison.results.base.facts["bytes"], []
+    for row in comparison.rows:
+        found = [comparison.cells.get((row, target)) for target in comparison.targets]
+        rows.append(
+            [row, *(f"{m.facts['bytes'] / 1e6:.1f} ({m.facts['bytes'] / base:.3f})" if m else "–" for m in found)]
+        )
+    layers = comparison.results.bench.base.layers
+    return ["method", *(f"{target} of {layers} layers" for target in comparison.targets)], rows
 
 
 def show_comparison(comparison: Comparison) -> str:
@@ -104,6 +117,7 @@ def to_document(comparison: Comparison) -> dict[str, Any]:
                 "layers": at[1],
                 "aligned": measured.cell.aligned,
                 "healed": measured.cell.healed,
+                "rounded": describe_rounding(measured.cell.rounded) if measured.cell.is_rounded else None,
                 "scores": _scores(measured),
                 "ratios": {check: vars(found[at]) for check, found in comparison.ratios.items() if at in found},
                 "seconds": dict(measured.seconds),

@@ -113,7 +113,7 @@ QUANTIZE = Stage(
     "quantize",
     version=3,
     wanted=lambda job: job.recipe.quantize.scheme != "off",
-    reads=lambda job, found: {"merged": find_model(found).digest} | digest_evidence(job, _needs(job)),
+    reads=lambda job, found: {"merged": find_model(found).facts["digest"]} | digest_evidence(job, _needs(job)),
     settings=lambda job: key_rounding(job.recipe.quantize) | key_evidence(job, _needs(job)),
     make=_make,
     foresee=_foresee,

@@ -13,6 +13,7 @@ import mka.bench.run
 import mka.healing.heal
 import mka.pipeline.merge
 from mka.bench.cells import find_base, find_cell
+from mka.bench.page import render_page
 from mka.bench.prepare import prepare
 from mka.bench.recipe import load_bench
 from mka.bench.run import EXPECTED, foresee_bench, run_bench
@@ -296,8 +297,6 @@ def test_alignment_is_handed_its_texts_by_source_and_tells_its_cost(root, monkey
     assert calls == [(5, ["words"], True, "float32")]
     assert [m.cell.row for m in results.measured] == ["mka", "mka, aligned"]
     assert set(results.measured[1].seconds) == {"observe", "score", "plan", "align", "measure"}
-    from mka.bench.page import render_page
-
     page = render_page(Comparison(results), None)
     assert "| mka, aligned | 5 | 2,048 | 2.000 | 5.000 | 0.5000 | 2.75 |" in page
     # Other texts to align on are another candidate; the plain one stays.
@@ -342,6 +341,46 @@ def test_healing_is_an_axis_and_a_healed_cell_goes_on_from_the_merged_one(root, 
     job = bench.jobs["sleb, healed on 512 tokens at 4"]
     made = run_pipeline(job, lambda stage, job, found: stage.produce(job, found, root / "own"), until="heal")
     assert made["heal"].facts["digest"] == short.facts["digest"]
+
+
+def test_rounding_is_an_axis_with_sizes_and_a_rounded_cell_goes_on_from_the_merged_one(root, monkeypatch):
+    rounded = {"scheme": "int3", "group_size": 16, "rounding": "gptq", "tokens": 512}
+    changes = {
+        "methods": [{"name": "uidl", "quantize": [{"scheme": "off"}, {"scheme": "int8", "group_size": 16}, rounded]}],
+        "targets": [6, 4],
+        "output": "page.md",
+    }
+    found = run(root, **changes)
+    rows = ["uidl", "uidl, int8 in groups of 16", "uidl, int3 in groups of 16, gptq on 512 tokens"]
+    assert [(m.cell.row, m.cell.layers) for m in found.measured] == [(row, n) for n in (6, 4) for row in rows]
+    whole, cut = found.measured[:3], found.measured[3:]
+    for plain, eight, three in (whole, cut):
+        assert plain.facts["bytes"] > eight.facts["bytes"] > three.facts["bytes"]
+        assert "quantize" in eight.seconds and "quantize" not in plain.seconds
+    # All layers kept and nothing rounded is the base.
+    assert whole[0].facts["bytes"] == found.base.facts["bytes"]
+    assert [score.value for score in whole[0].scores.values()] == pytest.approx(
+        [s.value for s in found.base.scores.values()]
+    )
+    assert not [left for kind in ("merge", "quantize") for left in (root / "work/stages").glob(f"{kind}-*")]
+    monkeypatch.setattr("mka.pipeline.quantize.write_quantized", lambda *_, **__: pytest.fail("rounded twice"))
+    again = run(root, **changes)
+    assert [m.scores for m in again.measured] == [m.scores for m in found.measured]
+    page = render_page(Comparison(found), None)
+    sizes = page.partition("## Sizes")[2].partition("## Costs")[0]
+    for row, *values in zip(rows, whole, cut):
+        shown = [f"{m.facts['bytes'] / 1e6:.1f} ({m.facts['bytes'] / found.base.facts['bytes']:.3f})" for m in values]
+        assert f"| {row} | {shown[0]} | {shown[1]} |" in sizes
+
+
+def test_a_rounding_that_cannot_be_is_refused_before_anything_runs(root):
+    for quantize, said in (
+        ([{"scheme": "int8", "group_size": 24}], "does not divide"),
+        ([{"scheme": "mixed", "rounding": "gptq", "bits_per_weight": 1, "group_size": 16}], "weights take"),
+        ([{"scheme": "int8"}, {"scheme": "int8"}], "names the same twice"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            open_bench(root, methods=[{"name": "uidl", "quantize": quantize}])
 
 
 def test_a_dry_run_lists_cells_and_runs_nothing(root, capsys):

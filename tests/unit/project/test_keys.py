@@ -140,6 +140,7 @@ BENCH = yaml.safe_load((ROOT / "tests/support/bench_tiny.yaml").read_text(encodi
 METHOD, TEXT = BENCH["methods"][0], BENCH["texts"][0]
 TASKS = {"tasks": {"piqa": 4}, "task_targets": [4]}
 # The same for a comparison. Sections that both recipes share are changed in the same way.
+ROUNDED = {"scheme": "int8"}
 OTHER_BENCH: dict[str, Any] = {key: value for key, value in OTHER.items() if key.startswith("model.")} | {
     "name": "other",
     "calibration.path": "other.jsonl",
@@ -173,6 +174,17 @@ OTHER_BENCH: dict[str, Any] = {key: value for key, value in OTHER.items() if key
     "methods.label": {"methods": [METHOD | {"label": "other"}]},
     "methods.alignment": {"methods": [METHOD | {"alignment": [True]}]},
     "methods.heal": {"methods": [METHOD | {"heal": [512]}]},
+    "methods.quantize.scheme": {"methods": [METHOD | {"quantize": [ROUNDED | {"scheme": "int4"}]}]},
+    "methods.quantize.rounding": {"methods": [METHOD | {"quantize": [ROUNDED | {"rounding": "gptq"}]}]},
+    "methods.quantize.tokens": {"methods": [METHOD | {"quantize": [ROUNDED | {"rounding": "gptq", "tokens": 999}]}]},
+    "methods.quantize.bits_per_weight": {
+        "methods": [METHOD | {"quantize": [{"scheme": "mixed", "rounding": "gptq", "bits_per_weight": 4}]}]
+    },
+    "methods.quantize.group_size": {"methods": [METHOD | {"quantize": [ROUNDED | {"group_size": 16}]}]},
+    "methods.quantize.embeddings": {"methods": [METHOD | {"quantize": [ROUNDED | {"embeddings": "int8"}]}]},
+    "methods.quantize.serve_on": {
+        "methods": [METHOD | {"quantize": [ROUNDED | {"serve_on": "cuda", "group_size": 32}]}]
+    },
     "methods.targets": {"methods": [METHOD | {"targets": [3]}]},
     "methods.ours": {"methods": [METHOD | {"ours": True}]},
     "texts.name": {"texts": [TEXT | {"name": "other"}]},
