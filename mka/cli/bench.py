@@ -28,9 +28,9 @@ README = Path("README.md")
 @click.option("--dry-run", is_flag=True, help="Check everything and list the cells: stored, or about how long.")
 @reports
 def bench(recipe: Path, only: str | None, readme: bool, dry_run: bool) -> Outcome:
-    """Compare methods as RECIPE says: methods × targets, alignment off and on.
+    """Compare methods as RECIPE says: methods × targets × alignment × healing × rounding.
 
-    Every candidate is planned, merged, measured from disk on the same windows as the base, and deleted; plans and
+    Every candidate is planned, merged, healed, rounded, measured from disk on the same windows as the base, and deleted; plans and
     figures stay in the work folder, so that the same command goes on where it was killed. Exit code 1 if a cell failed
     for another reason than its method's limits.
     """
