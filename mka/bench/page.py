@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from mka.bench.frontier import tabulate_frontier
 from mka.bench.parts import Measured
 from mka.bench.statistics import Comparison
 from mka.bench.tables import Table, describe_conditions, tabulate_best, tabulate_duels, tabulate_ratios, tabulate_sizes
@@ -17,12 +18,13 @@ from mka.texts.overlap import SHARED_WORDS
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
-def render_page(comparison: Comparison, picture: str | None) -> str:
+def render_page(comparison: Comparison, picture: str | None, frontier: str | None = None) -> str:
     """Write the whole page in Markdown.
 
     Args:
         comparison: the figures.
         picture: address of the picture, relative to the page; None for none.
+        frontier: that of the picture of quality against bytes.
     """
     results = comparison.results
     bench = results.bench
@@ -64,6 +66,7 @@ def render_page(comparison: Comparison, picture: str | None) -> str:
         size = f"{results.base.facts['bytes'] / 1e6:.1f}"
         lines += ["## Sizes", "", f"Megabytes of the tensors, and their share of the base's {size}.", ""]
         lines += _markdown(tabulate_sizes(comparison))
+        lines += _frontiers(comparison, frontier)
     lines += ["## Costs", "", *_costs(comparison)]
     if results.failed:
         lines += ["## What failed", ""]
@@ -109,6 +112,22 @@ def _text_sections(comparison: Comparison) -> list[str]:
         section += _markdown(tabulate_ratios(comparison, check, "**{}**"), escaped=(0,))
     for name, section in sections.items():
         lines += [*_heading(METRICS[name]), *section]
+    return lines
+
+
+def _frontiers(comparison: Comparison, picture: str | None) -> list[str]:
+    lines = [
+        "## Quality against bytes",
+        "",
+        "By size. Bold: nothing that is no larger is better, by the point estimates.",
+        "",
+    ]
+    if picture:
+        lines += [f"![{HEADLINE.name.capitalize()} over the base's against megabytes]({picture})", ""]
+    for check, group in comparison.list_groups("texts").items():
+        if group.metric == HEADLINE:
+            lines += [f"### {escape_markdown(group.on)}", ""]
+            lines += _markdown(tabulate_frontier(comparison, check), escaped=(4,))
     return lines
 
 

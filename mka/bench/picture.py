@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from mka.bench.statistics import Comparison
+from mka.bench.frontier import find_frontier
+from mka.bench.statistics import BASE, Comparison
 from mka.bench.tables import format_ratio
+from mka.evaluation.metrics import HEADLINE
 from mka.report.pictures import FAINT, INK, LEGEND, MUTED, VERMILION, Format, render_figure, write_heading
 
 if TYPE_CHECKING:
@@ -100,6 +102,54 @@ def _panels(figure: "Figure", comparison: Comparison, lefts: Mapping[str, float]
     write_heading(figure, f"Depth compression of {comparison.results.bench.recipe.model.label}", note)
 
 
+def draw_frontiers(comparison: Comparison, form: Format = "png") -> bytes:
+    """Draw every cell with its interval against its bytes, a panel per text; what something smaller equals is grey."""
+    checks = [check for check, group in comparison.list_groups("texts").items() if group.metric == HEADLINE]
+    rows = -(-len(comparison.rows) // _columns(len(checks)))
+    wide = LEFT + len(checks) * PANEL + (len(checks) - 1) * GAP + RIGHT
+    size = (wide, TOP + TALL + BOTTOM + 0.15 + LEGEND_ROW * rows)
+    return render_figure(lambda figure: _frontiers(figure, comparison, checks), size, form)
+
+
+def _frontiers(figure: "Figure", comparison: Comparison, checks: list[str]) -> None:
+    wide, tall = figure.get_size_inches()
+    looks, lines = _choose_looks(comparison), dict[str, Any]()
+    found = {check: find_frontier(comparison, check) for check in checks}
+    highest = max((point.ratio.upper for points in found.values() for point in points), default=1.2)
+    for place, (check, points) in enumerate(found.items()):
+        left = LEFT + place * (PANEL + GAP)
+        axes = figure.add_axes((left / wide, 1 - (TOP + TALL) / tall, PANEL / wide, TALL / tall))
+        axes.set_yscale("log")
+        axes.set_ylim(0.97, min(max(highest, 1.2), HIGHEST) * 1.12)
+        for point in points:
+            if point.row == BASE:
+                axes.plot([point.nbytes / 1e6], [1.0], "o", color=INK, markersize=6, zorder=5)
+                continue
+            look = looks[point.row] | {"linestyle": "none"} | ({"color": FAINT, "zorder": 2} if point.beaten_by else {})
+            bar = [[point.ratio.value - point.ratio.lower], [point.ratio.upper - point.ratio.value]]
+            drawn = axes.errorbar([point.nbytes / 1e6], [point.ratio.value], yerr=bar, label=point.row, **look)
+            lines[point.row] = lines.get(point.row, drawn) if point.beaten_by else drawn
+            axes.annotate(
+                str(point.layers),
+                (point.nbytes / 1e6, point.ratio.value),
+                (4, 3),
+                textcoords="offset points",
+                fontsize=6.5,
+                color=MUTED,
+            )
+        front = [(point.nbytes / 1e6, point.ratio.value) for point in points if not point.beaten_by]
+        axes.plot(*zip(*front), color=MUTED, linewidth=0.8, zorder=1, drawstyle="steps-post")
+        _dress_ratios(axes, f"{comparison.groups[check].on} (n = {comparison.draws[check].n} windows)")
+        axes.set_xlabel("megabytes of tensors")
+        if not place:
+            axes.set_ylabel(f"{HEADLINE.name} / base's (log scale)")
+    where = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.06 / tall), "ncols": _columns(len(checks))}
+    shown = [row for row in comparison.rows if row in lines]
+    figure.legend([lines[row] for row in shown], shown, **LEGEND, **where)
+    note = "Lower left is better. Numbers: layers. Grey: something no larger is no worse. Black: the base."
+    write_heading(figure, f"Depth and bits of {comparison.results.bench.recipe.model.label}", note)
+
+
 def _choose_looks(comparison: Comparison) -> dict[str, dict[str, Any]]:
     looks: dict[str, dict[str, Any]] = {}
     ours = others = 0
@@ -124,14 +174,18 @@ def _spacing(comparison: Comparison) -> float:
 
 
 def _dress(axes: "Axes", comparison: Comparison, title: str) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     targets = comparison.targets
     margin = 0.5 * _spacing(comparison)
     # Fewer layers to the right: compression grows along the axis.
     axes.set_xlim(max(targets) + margin, min(targets) - margin)
     axes.set_xticks(targets, [str(target) for target in targets])
     axes.set_xlabel(f"layers that remain, of {comparison.results.bench.base.layers}")
+    _dress_ratios(axes, title)
+
+
+def _dress_ratios(axes: "Axes", title: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     axes.set_title(title, loc="left", fontsize=8.5, color=INK, pad=5)
     top = axes.get_ylim()[1]
     steps = (1.0, 1.1, 1.2, 1.5, 2.0) if top < 2 else (1.0, 1.5, 2.0, 3.0, 5.0) if top < 20 else (1.0, 2.0, 5.0)

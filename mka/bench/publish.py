@@ -26,13 +26,16 @@ def publish_results(results: Results, readme: Path | None = None) -> Outcome:
     written: list[Path] = []
     if not results.missing:
         if recipe.picture is not None:
-            from mka.bench.picture import draw_comparison
+            from mka.bench.picture import draw_comparison, draw_frontiers
 
             write_bytes(recipe.picture, draw_comparison(comparison))
             written.append(recipe.picture)
+            if any(cell.is_rounded for cell in recipe.cells):
+                written.append(recipe.picture.with_stem(f"{recipe.picture.stem}-bytes"))
+                write_bytes(written[-1], draw_frontiers(comparison))
         if recipe.output is not None:
-            link = os.path.relpath(recipe.picture, recipe.output.parent) if recipe.picture else None
-            write_text(recipe.output, make_page(render_page(comparison, link)))
+            links: list[str | None] = [os.path.relpath(picture, recipe.output.parent) for picture in written]
+            write_text(recipe.output, make_page(render_page(comparison, *(links or [None]))))
             written.append(recipe.output)
         if readme is not None:
             update_readme(readme, comparison)

@@ -30,9 +30,10 @@ README = Path("README.md")
 def bench(recipe: Path, only: str | None, readme: bool, dry_run: bool) -> Outcome:
     """Compare methods as RECIPE says: methods × targets × alignment × healing × rounding.
 
-    Every candidate is planned, merged, healed, rounded, measured from disk on the same windows as the base, and deleted; plans and
-    figures stay in the work folder, so that the same command goes on where it was killed. Exit code 1 if a cell failed
-    for another reason than its method's limits.
+    Every candidate is planned, merged, healed, rounded, measured from disk on the same windows as the base, and
+    deleted; plans and figures stay in the work folder, so that the same command goes on where it was killed. Where
+    something is rounded, the page shows quality against bytes. Exit code 1 if a cell failed for another reason than
+    its method's limits.
     """
     from mka.bench.prepare import prepare
     from mka.bench.publish import publish_results

@@ -11,9 +11,10 @@ import pytest
 import yaml
 from support.bench import TINY, make_bench_folder, write_bench_recipe
 
+from mka.bench.frontier import find_frontier
 from mka.bench.page import BEGIN, END, render_page, update_readme
 from mka.bench.parts import Bench, Measured
-from mka.bench.picture import draw_comparison
+from mka.bench.picture import draw_comparison, draw_frontiers
 from mka.bench.recipe import validate_bench
 from mka.bench.results import Failed, Results
 from mka.bench.statistics import Comparison
@@ -102,6 +103,72 @@ NATS = {
 @pytest.fixture
 def comparison(folder):
     return compare(folder, NATS, failed=[("shortgpt", 4)])
+
+
+@pytest.fixture
+def sized(folder):
+    """Four models and the base: 100 bytes; s 90, t 50, u 50 and v 20, dearer in this order but for t and u."""
+    raw = yaml.safe_load(TINY.read_text()) | {"targets": [5]}
+    raw["methods"] = [
+        {"name": "sleb", "label": name, "quantize": [{"scheme": "int8", "group_size": 16}]} for name in "stuv"
+    ]
+    recipe, found = validate_bench(raw), compare(folder, NATS, failed=[("shortgpt", 4)])
+    cells = {cell.entry.label: cell for cell in recipe.cells}
+    values = {"s": (0.1, 0.1, 90), "t": (0.3, 0.05, 50), "u": (0.2, 0.4, 50), "v": (0.5, 0.5, 20)}
+
+    def measure(cell, words, prose, size):
+        scores = {(s.name, s.metric): s for s in (score("words", 3 + words), score("prose", 3 + prose))}
+        return Measured(cell, scores, {"plan": 1.0, "quantize": 2.0}, {"bytes": size * 10**6}, (CONDITIONS,), False)
+
+    bench = replace(found.results.bench, recipe=recipe)
+    measured = tuple(measure(cells[name], *value) for name, value in values.items())
+    return Comparison(Results(bench, measure(None, 0, 0, 100), measured, (), ()))
+
+
+def test_what_something_smaller_equals_is_off_the_frontier(sized):
+    points = {p.row[0]: p for p in find_frontier(sized, "perplexity words")}
+    assert [p.nbytes // 10**6 for p in find_frontier(sized, "perplexity words")] == [20, 50, 50, 90, 100]
+    # On words t is as small as u and worse; on prose t beats u and the larger s, too.
+    assert {row: p.beaten_by and p.beaten_by[0] for row, p in points.items()} == {
+        "v": None,
+        "u": None,
+        "t": "u",
+        "s": None,
+        "b": None,
+    }
+    prose = {p.row[0]: p for p in find_frontier(sized, "perplexity prose")}
+    assert {row: p.beaten_by and p.beaten_by[0] for row, p in prose.items()} == {
+        "v": None,
+        "u": "t",
+        "t": None,
+        "s": "t",
+        "b": None,
+    }
+
+
+def test_the_page_shows_sizes_and_frontiers_where_something_is_rounded(sized, comparison):
+    page = render_page(sized, None, "bytes.png")
+    row = "v, int8 in groups of 16"
+    assert f"| {row} | 20.0 (0.200) |" in page and "![Perplexity over the base's against megabytes](bytes.png)" in page
+    prose = page.partition("## Quality against bytes")[2].partition("### prose")[2].partition("\n## ")[0]
+    lines = [line for line in prose.splitlines() if line.startswith("| ")][2:]
+    assert lines[0].startswith(f"| **20.0** | **{row}** | **5** | **1.649 [") and lines[0].endswith("| – |")
+    assert lines[2].startswith("| 50.0 | u, ") and lines[2].endswith("| t, int8 in groups of 16, 5 layers |")
+    assert lines[-1] == "| **100.0** | **base** | **6** | **1** | – |"
+    assert "2.0" in page.partition("## Costs")[2] and "| round |" in page
+    plain = render_page(comparison, None)
+    assert "Quality against bytes" not in plain and "## Sizes" not in plain and "| round |" not in plain
+
+
+def test_the_picture_of_frontiers_names_every_row_and_marks_layers(sized):
+    from PIL import Image
+
+    drawn = draw_frontiers(sized, "svg").decode()
+    assert drawn == draw_frontiers(sized, "svg").decode()
+    for said in ("Depth and bits of", "megabytes of tensors", "v, int8 in groups of 16", "Grey: something"):
+        assert said in drawn
+    wide, tall = Image.open(io.BytesIO(draw_frontiers(sized))).size
+    assert wide > 1000 and tall > 600
 
 
 def test_ours_meets_the_best_of_the_others_at_every_target_and_text(comparison):
