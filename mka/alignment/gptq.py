@@ -2,10 +2,11 @@
 
 Where schemes are mixed, the bits of every linear layer are chosen before: by how dear noise on it is, times the noise
 that rounding makes there, under the budget. What a layer is rounded to waits on the disk until it is written, since
-files have an order of their own; in memory is one layer at a time.
+files have an order of their own, stored as it will be; in memory is one layer at a time.
 """
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,6 @@ from mka.transforms.packing import (
     check_roundable,
     choose_alike,
     count_kept,
-    find_linear,
     foresee_packed,
     loaded_dtype,
     write_packed,
@@ -62,7 +62,7 @@ def _apply(
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.rounded-") as aside:
         with open_decoder(source, model.dtype, model.trust_remote_code) as (decoder, tokenizer):
-            windows = _cut_windows(source, settings, tokenizer, texts)
+            windows = cut_windows(source, settings, tokenizer, texts)
             chosen = choose_alike(source, settings)
             if settings.scheme == MIXED:
                 chosen = choose_bits(source, settings, decoder, windows[:MEASURED])
@@ -70,14 +70,14 @@ def _apply(
 
         def pack(spec: TensorInfo, info: TensorInfo, read: TensorReader) -> Iterator["torch.Tensor"]:
             with safe_open(files[info.name], "pt") as file:
-                weight, scale = (file.get_tensor(f"{info.name} {name}") for name in ("weight", "scale"))
-            scheme = describe_scheme(chosen[info.name], settings.group_size)
-            yield pack_rows(weight, scale, scheme)[spec.name.rpartition(".")[2]]
+                yield file.get_tensor(spec.name)
 
-        return write_packed(source, output, settings, chosen, pack, on_tensor=on_tensor, **options)
+        found = write_packed(source, output, settings, chosen, pack, on_tensor=on_tensor, **options)
+    facts = {"tokens": windows.numel(), "context": windows.shape[1], "bits": _share_bits(source, chosen)}
+    return found | {"rounding": facts} if isinstance(found, dict) else found
 
 
-def _cut_windows(source: Checkpoint, settings: QuantizeSettings, tokenizer: Any, texts: Any) -> "torch.Tensor":
+def cut_windows(source: Checkpoint, settings: QuantizeSettings, tokenizer: Any, texts: Any) -> "torch.Tensor":
     """Cut the texts into windows, (S, T) int64, as many as there are and the settings take.
 
     Raises:
@@ -95,6 +95,14 @@ def _cut_windows(source: Checkpoint, settings: QuantizeSettings, tokenizer: Any,
             "more text"
         )
     return torch.tensor(windows)
+
+
+def _share_bits(source: Checkpoint, chosen: Mapping[str, str]) -> dict[str, float]:
+    """Return the share of the linear layers' weights that has each scheme, the most first."""
+    counted: Counter[str] = Counter()
+    for name, scheme in chosen.items():
+        counted[scheme] += source.tensors[name].parameters
+    return {scheme: count / counted.total() for scheme, count in counted.most_common()}
 
 
 def choose_bits(
@@ -149,22 +157,25 @@ def _round(
     from mka.alignment.rounding import Rounding
 
     files: dict[str, Path] = {}
-    info = find_linear(source)[0]
-    dtype = torch_dtype(replace(info, dtype=loaded_dtype(source, info)))
 
-    def describe(index: int, name: str) -> Any:
-        return describe_scheme(chosen[source.family.layer_tensor(index, f"{name}.weight")], settings.group_size)
+    def describe(index: int, name: str) -> tuple[Any, "torch.dtype"]:
+        info = source.tensors[source.family.layer_tensor(index, f"{name}.weight")]
+        dtype = torch_dtype(replace(info, dtype=loaded_dtype(source, info)))
+        return describe_scheme(chosen[info.name], settings.group_size), dtype
 
-    walk = Rounding(decoder, windows, describe, dtype, follows=settings.rounding == "gptaq")
+    walk = Rounding(decoder, windows, describe, follows=settings.rounding == "gptaq")
     with show_progress("round layers", source.layers, "layer") as advance:
         for index, made in enumerate(walk.round_layers(advance)):
             file = folder / f"{index}.safetensors"
             kept: dict[str, torch.Tensor] = {}
             for name, (weight, scale) in made.items():
-                stored = source.family.layer_tensor(index, f"{name}.weight")
-                kept |= {f"{stored} weight": weight, f"{stored} scale": scale.to(dtype)}
-                files[stored] = file
-            save_file({name: value.contiguous() for name, value in kept.items()}, file)
+                stem = source.family.layer_tensor(index, name)
+                scheme, dtype = describe(index, name)
+                packed = pack_rows(weight.contiguous(), scale.to(dtype).float(), scheme)
+                packed["weight_scale"] = scale.to(dtype).contiguous()
+                kept |= {f"{stem}.{leaf}": value for leaf, value in packed.items()}
+                files[f"{stem}.weight"] = file
+            save_file(kept, file)
     return files
 
 

@@ -57,7 +57,7 @@ def fit_ridge(moments: Moments, prior: torch.Tensor, penalty: float) -> torch.Te
 
 def _refuse_not_finite(moments: Moments) -> None:
     if not bool(moments.gram.sum().isfinite()) or not bool(moments.cross.sum().isfinite()):
-        raise NumericsError("alignment: features or targets are NaN or infinite")
+        raise NumericsError("a fit's features or targets are NaN or infinite")
 
 
 def _factorise(gram: torch.Tensor, penalties: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ def _factorise(gram: torch.Tensor, penalties: torch.Tensor) -> torch.Tensor:
     system.diagonal().add_(penalties)
     factor, failed = torch.linalg.cholesky_ex(system)
     if int(failed):
-        raise NumericsError("alignment: the moments are not positive definite; give more tokens or a larger penalty")
+        raise NumericsError("a fit's moments are not positive definite; give more tokens or a larger penalty")
     return factor
 
 

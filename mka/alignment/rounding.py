@@ -36,8 +36,7 @@ class Rounding(Alignment):
         self,
         model: Any,
         windows: torch.Tensor,
-        describe: Callable[[int, str], Any],
-        dtype: torch.dtype,
+        describe: Callable[[int, str], tuple[Any, torch.dtype]],
         *,
         follows: bool,
     ) -> None:
@@ -46,16 +45,15 @@ class Rounding(Alignment):
         Args:
             model: what is rounded, a transformers causal language model or a `mka.model.decoder.Decoder`.
             windows: token ids, (S, T), without padding.
-            describe: ``describe(layer, name)`` returns the scheme of compressed-tensors that a linear layer has; those
-                that read one norm have the same.
-            dtype: scales are stored in.
+            describe: ``describe(layer, name)`` returns the scheme of compressed-tensors that a linear layer has, and
+                the dtype of its scales; those that read one norm have the same scheme.
             follows: whether weights are first moved to where they give what the teacher's gave: `gptaq`.
 
         Raises:
             PlanError: if the layers have parts that cannot be rounded so.
         """
         super().__init__(model, windows)
-        self.describe, self.dtype, self.follows = describe, dtype, follows
+        self.describe, self.follows = describe, follows
 
     @torch.inference_mode()
     def round_layers(self, on_layer: Callable[[int], Any] | None = None) -> Iterator[Mapping[str, Rounded]]:
@@ -88,7 +86,7 @@ class Rounding(Alignment):
                 on_layer(1)
 
     def _round_readers(
-        self, made: Any, part: Part, student: torch.Tensor, teacher: torch.Tensor, scheme: Any
+        self, made: Any, part: Part, student: torch.Tensor, teacher: torch.Tensor, given: tuple[Any, torch.dtype]
     ) -> dict[str, Rounded]:
         width = student.shape[-1]
         moments = Moments(width, width, student.device)
@@ -101,7 +99,7 @@ class Rounding(Alignment):
         if teacher is not student:
             mapped = fit_ridge(moments, torch.eye(width, device=student.device), READERS)  # (D, D)
             weight = (weight.double() @ mapped.T).float()
-        value, scale = self._round(weight, moments.gram, scheme)
+        value, scale = self._round(weight, moments.gram, *given)
         sizes = [len(module.weight) for module in modules]
         found = dict(zip(part.readers, zip(value.split(sizes), scale.split(sizes))))
         for module, (rounded, _) in zip(modules, found.values()):
@@ -115,21 +113,24 @@ class Rounding(Alignment):
         student: torch.Tensor,
         target: torch.Tensor | None,
         context: dict[str, Any],
-        scheme: Any,
+        given: tuple[Any, torch.dtype],
     ) -> tuple[torch.Tensor, dict[str, Rounded]]:
         writer = made.get_submodule(part.writer)
         prior = writer.weight.float().T  # (F, D)
         features = self._map(lambda x: read_features(made, part, read_norm(made, part, x), context), student)
         weights = None if target is None else token_weights(target)  # (S, T)
-        moments = Moments(prior.shape[0], prior.shape[1], student.device)
+        moments = Moments(prior.shape[0], 0 if target is None else prior.shape[1], student.device)
         for rows in self.fitted:
             phi = features[rows]  # (s, T, F)
-            wanted = phi @ prior if target is None else self._want(made, part, target[rows] - student[rows], phi, prior)
+            # As they are, weights ask for nothing but the moments of the features.
+            wanted = (
+                phi[..., :0] if target is None else self._want(made, part, target[rows] - student[rows], phi, prior)
+            )
             counted = None if weights is None else weights[rows].flatten()
             moments.add(phi.flatten(0, 1).float(), wanted.flatten(0, 1).float(), counted)
         if target is not None:
             prior = fit_ridge(moments, prior, WRITERS[part.kind]).float()
-        value, scale = self._round(prior.T, moments.gram, scheme)
+        value, scale = self._round(prior.T, moments.gram, *given)
         writer.weight.copy_(value)
         after = [student[rows] + write_features(made, part, features[rows]) for rows in self.fitted]
         return torch.cat(after), {part.writer: (value, scale)}
@@ -140,10 +141,10 @@ class Rounding(Alignment):
         """Return what the writer's product has to be so that the half adds what is asked for, (s, T, D)."""
         if part.post_norm:
             gain = self.family.gain_offset + made.get_submodule(part.post_norm).weight
-            added = undo_post_norm(added, features @ prior, gain)
+            added = undo_post_norm(added.float(), features.float() @ prior, gain)
         bias = made.get_submodule(part.writer).bias
         return added if bias is None else added - bias
 
-    def _round(self, weight: torch.Tensor, gram: torch.Tensor, scheme: Any) -> Rounded:
-        scale = fit_scales(weight, gram.diagonal(), scheme, self.dtype)
+    def _round(self, weight: torch.Tensor, gram: torch.Tensor, scheme: Any, dtype: torch.dtype) -> Rounded:
+        scale = fit_scales(weight, gram.diagonal(), scheme, dtype)
         return round_columns(weight, gram, scale, scheme), scale

@@ -18,6 +18,7 @@ from mka.cli.options import (
     recipe_options,
     require_align,
 )
+from mka.kernels import MIXED
 from mka.store.publishing import check_free
 from mka.terminal import Outcome, quiet_libraries
 
@@ -57,6 +58,8 @@ def merge(model: str, plan_file: Path, output: Path, asked: dict[str, Any]) -> O
     from mka.transforms.merge import check_alignable, check_plan_fits
 
     check_free(output)
+    if asked.get("quantize.scheme") == MIXED:
+        raise click.UsageError("--quantize mixed looks at texts, which this command does not read; mka compress does.")
     settings = build_section(QuantizeSettings, pick(asked, "quantize"))
     fitting = build_section(AlignmentSettings, {"rev": None} | pick(asked, "alignment"))
     require_align(fitting.enabled, asked)

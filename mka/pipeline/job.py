@@ -16,10 +16,10 @@ from mka.pipeline.inputs import Inputs, check_evaluation, read_inputs, want_own_
 from mka.pipeline.written import open_own_text
 from mka.plan.deleting import deletable_layers
 from mka.plan.target import Aim, resolve_target
-from mka.recipe import ModelSource, Recipe, Target
+from mka.recipe import ModelSource, QuantizeSettings, Recipe, Target
 from mka.sources.fetch import materialize, resolve_revision
 from mka.texts.positions import check_context
-from mka.transforms import Treatment, get_quantizer, outline_treated, resolve_transforms
+from mka.transforms import CALIBRATION, Treatment, get_quantizer, outline_treated, resolve_transforms
 from mka.transforms.rewrite import refuse_quantized
 
 
@@ -169,7 +169,19 @@ def open_job(recipe: Recipe, planner: Planner, base: Checkpoint, revision: str, 
     inputs.refuse_marks(base.rowless)
     if inputs.heldout:
         check_context(recipe.evaluation.context, base.config.get("max_position_embeddings"))
+    if recipe.quantize.scheme != "off" and CALIBRATION in get_quantizer(recipe.quantize).needs:
+        _require_windows(recipe.quantize, base, inputs)
     return Job(recipe, planner, base, revision, aim, inputs, resolve_transforms(recipe.transforms), **more)
+
+
+def _require_windows(settings: QuantizeSettings, base: Checkpoint, inputs: Inputs) -> None:
+    from mka.alignment.gptq import cut_windows
+    from mka.model.loading import load_tokenizer
+
+    # What the base has not written yet is long enough, and what stands in for it says nothing.
+    if inputs.calibration is not None and not (inputs.own_text and inputs.own_text.foreseen):
+        one = settings.model_copy(update={"tokens": 1})
+        cut_windows(base, one, load_tokenizer(base.path), inputs.calibration.texts)
 
 
 def check_feasible(recipe: Recipe, checkpoint: Checkpoint) -> Aim:

@@ -87,7 +87,8 @@ def describe_model(folder: Path, loaded: Mapping[str, Any], rounding: str = "") 
         facts["dtype"] = rounding
     del facts["path"]
     fit = {"alignment": loaded["alignment"]} if "alignment" in loaded else {}
-    return facts | {"loaded": {key: value for key, value in loaded.items() if key != "alignment"}} | fit
+    made = ("alignment", "rounding")
+    return facts | {"loaded": {key: value for key, value in loaded.items() if key not in made}} | fit
 
 
 def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:

@@ -5,16 +5,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mka.alignment.gptq import CONTEXT, MEASURED
 from mka.alignment.table import walk_nbytes
 from mka.model.checkpoint import Checkpoint, open_checkpoint
 from mka.model.verification import verify_checkpoint
-from mka.pipeline.foresee import candidate_nbytes, largest_layer, treated_nbytes, width_of
+from mka.pipeline.foresee import LOGIT_COPIES, candidate_nbytes, largest_layer, treated_nbytes, width_of
 from mka.pipeline.job import Job
 from mka.pipeline.merge import describe_model
 from mka.pipeline.stage import MODEL_FOLDER, Cost, Found, Stage, find_model
 from mka.pipeline.transform import apply_transform, check_transform, digest_evidence, key_evidence, offer_evidence
 from mka.recipe import QuantizeSettings
-from mka.transforms import CALIBRATION, MIXED, SCHEMES, get_quantizer
+from mka.transforms import CALIBRATION, MIXED, SCHEMES, get_quantizer, list_options
 
 
 def check_quantizer(checkpoint: Checkpoint, settings: QuantizeSettings, given: Collection[str] = ()) -> None:
@@ -70,7 +71,7 @@ def describe_rounding(settings: QuantizeSettings) -> str:
         scales = f"in groups of {settings.group_size}" if row.grouped else "by rows"
         inputs = "" if row.activations is None else " and tokens"
     embeddings = "" if settings.embeddings == "off" else f", embeddings {settings.embeddings} by rows"
-    by = "" if settings.rounding == "nearest" else f", {settings.rounding} on {settings.tokens:,} tokens"
+    by = "" if settings.rounding == "nearest" else f", {settings.rounding} on at most {settings.tokens:,} tokens"
     return f"{settings.scheme} {scales}{inputs}{by}{embeddings}"
 
 
@@ -81,23 +82,39 @@ def key_rounding(settings: QuantizeSettings) -> dict[str, Any]:
     nearest = settings.rounding == "nearest"
     unused = {"serve_on": True, "embeddings": settings.embeddings == "off", "group_size": not grouped}
     unused |= {"rounding": nearest, "tokens": nearest, "bits_per_weight": settings.bits_per_weight is None}
-    return settings.model_dump(exclude={name for name, left_out in unused.items() if left_out})
+    keyed = settings.model_dump(exclude={name for name, left_out in unused.items() if left_out})
+    # Where bits are mixed, where it will run decides which there are.
+    return keyed | ({"options": list_options(settings)} if settings.scheme == MIXED else {})
 
 
 def estimate_rounding(job: Job) -> int:
     """Bytes of what rounding holds: a layer; where it looks at texts, a layer more and what a walk of them needs."""
-    settings, config = job.recipe.quantize, job.base.config
-    if settings.scheme == "off" or CALIBRATION not in _needs(job):
+    settings, config, calibration = job.recipe.quantize, job.base.config, job.inputs.calibration
+    if settings.scheme == "off" or calibration is None or CALIBRATION not in _needs(job):
         return largest_layer(job)
-    walked = walk_nbytes(settings.tokens, config["hidden_size"], config["intermediate_size"], width_of(job))
+    # A token is a byte or more.
+    tokens = min(settings.tokens, sum(len(text.encode()) for text in calibration.texts))
+    width = config["hidden_size"]
+    walked = walk_nbytes(tokens, width, config["intermediate_size"], width_of(job))
+    if settings.scheme == MIXED:
+        measured = min(tokens, MEASURED * CONTEXT)
+        # What enters every layer, and the base's log-probabilities beside those of one window in the making.
+        kept = (job.base.layers + 8) * width * width_of(job) + (1 + LOGIT_COPIES / MEASURED) * config["vocab_size"] * 4
+        walked = max(walked, round(measured * kept))
     return 2 * largest_layer(job) + walked
+
+
+def needs_aside(job: Job) -> bool:
+    """Whether what is rounded waits on the disk until it is written."""
+    return job.recipe.quantize.scheme != "off" and CALIBRATION in _needs(job)
 
 
 def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
     settings, output = job.recipe.quantize, folder / MODEL_FOLDER
     source = open_checkpoint(find_model(found).open() / MODEL_FOLDER, verify=False)
     loaded = write_quantized(source, settings, output, offer_evidence(job))
-    return describe_model(output, loaded, describe_rounding(settings))
+    said = describe_rounding(settings)
+    return describe_model(output, loaded, said) | {"rounding": {"how": said, **loaded.get("rounding", {})}}
 
 
 def _needs(job: Job) -> frozenset[str]:
@@ -106,7 +123,8 @@ def _needs(job: Job) -> frozenset[str]:
 
 def _foresee(job: Job) -> Cost:
     # Verification unpacks the model once more.
-    return Cost(memory=estimate_rounding(job), disk=candidate_nbytes(job) + treated_nbytes(job))
+    written = candidate_nbytes(job) * (2 if needs_aside(job) else 1)
+    return Cost(memory=estimate_rounding(job), disk=written + treated_nbytes(job))
 
 
 QUANTIZE = Stage(

@@ -60,6 +60,7 @@ def gather_evidence(job: Job, found: Found) -> ReportData:
         registered=None if gate and gate["verdict"] == "fail" else job.registered,
         alignment=find_fit(found),
         healing=find_healing(found),
+        rounding=found["quantize"].facts.get("rounding") if "quantize" in found else None,
         served=found[SERVE.name].facts if SERVE.name in found else {},
     )
 

@@ -29,6 +29,8 @@ class ReportData:
         stages: stage -> seconds.
         registered: address of the registered version, ``models:/NAME@ALIAS``.
         alignment: facts of the refit, as `mka.alignment.aligner.Aligner` leaves them.
+        rounding: ``how``, and of one that looks at texts ``tokens``, ``context`` and ``bits``, scheme -> share of the
+            weights.
         healing: facts of the healing, as `mka.healing.heal.heal_checkpoint` leaves them.
         served: engine -> what it made of the candidate, as `mka.pipeline.serve` keeps it.
     """
@@ -46,4 +48,5 @@ class ReportData:
     registered: str | None = None
     alignment: Mapping[str, Any] | None = None
     healing: Mapping[str, Any] | None = None
+    rounding: Mapping[str, Any] | None = None
     served: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 import base64
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ def _render(template: str, data: ReportData, **more: Any) -> str:
         alignment=describe_alignment(data.alignment) if data.alignment else {},
         aligned_layers=layer_rows(data.alignment) if data.alignment else [],
         healing=describe_healing(data.healing) if data.healing else {},
+        rounding=describe_rounded(data.rounding) if data.rounding else {},
         served=[describe_served(*found) for found in data.served.items()],
         texts=[(prompt, before.get(prompt), after.get(prompt)) for prompt in dict.fromkeys([*before, *after])],
         recipe=yaml.safe_dump(json.loads(json.dumps(data.recipe, default=str)), sort_keys=False, allow_unicode=True),
@@ -119,6 +120,16 @@ def _render(template: str, data: ReportData, **more: Any) -> str:
         folder=(candidate.checkpoint.get("path") if candidate else None) or "path/to/this/folder",
         **more,
     )
+
+
+def describe_rounded(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Say how the candidate's linear layers were rounded, and on what, label -> value."""
+    rows = {"linear layers": str(facts["how"])}
+    if "tokens" in facts:
+        rows["looked at"] = f"{facts['tokens']:,} tokens of calibration text in windows of {facts['context']}"
+    if len(facts.get("bits", ())) > 1:
+        rows["of their weights"] = ", ".join(f"{scheme} {share:.1%}" for scheme, share in facts["bits"].items())
+    return rows
 
 
 def describe_directions(*reports: EvalReport | None) -> dict[str, list[str]]:

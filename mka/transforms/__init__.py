@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from mka.errors import RecipeError, nearest
-from mka.kernels import find_row
+from mka.kernels import MIXED, list_mixed
 from mka.recipe import QuantizeSettings, Recipe, TransformChoice
 from mka.sections import Section, explain_validation
 
@@ -47,8 +47,6 @@ SCHEMES = {
     **{f"int{bits}": Scheme(bits) for bits in range(8, 1, -1)},
     "w8a8": Scheme(8, grouped=False, activations=8),
 }
-# A recipe's scheme under which every linear layer has one of `list_options`.
-MIXED = "mixed"
 
 # A row per rounding, as a recipe spells it: the transform that does it.
 _ROUNDINGS = {"nearest": "rtn", "gptq": "gptq", "gptaq": "gptq"}
@@ -153,9 +151,7 @@ def get_transform(name: str) -> Transform:
 
 def list_options(settings: QuantizeSettings) -> list[str]:
     """Return the schemes that linear layers may have, the most bits first; where they are mixed, those that run."""
-    if settings.scheme != MIXED:
-        return [settings.scheme]
-    return [name for name, row in SCHEMES.items() if row.grouped and find_row(settings.serve_on, name).loads]
+    return list_mixed(settings.serve_on) if settings.scheme == MIXED else [settings.scheme]
 
 
 def get_quantizer(settings: QuantizeSettings) -> Transform:

@@ -6,6 +6,7 @@ quantizer decides what the linear layers' weights are rounded to; how they are s
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from mka.model.shards import BLOCK_BYTES, MAX_SHARD_BYTES, Blocks, split_shards,
 from mka.model.tensors import FLOATS, STORED_NAMES, TensorInfo, TensorReader, torch_dtype
 from mka.recipe import QuantizeSettings
 from mka.transforms import SCHEMES, list_options
+from mka.transforms.allocation import TOLERANCE
 from mka.transforms.formats import (
     SCALE,
     SHAPE,
@@ -108,10 +110,13 @@ def check_bits(source: Checkpoint, settings: QuantizeSettings) -> None:
     taken = [
         8 * sum(count_kept(source, info, name, settings) for info in weights) / total for name in list_options(settings)
     ]
-    if not min(taken) <= (asked := settings.bits_per_weight or 0.0) <= max(taken):
+    asked, least, most = settings.bits_per_weight or 0.0, min(taken), max(taken)
+    if not least * (1 - TOLERANCE) <= asked <= most * (1 + TOLERANCE):
+        # Rounded so that what is told is allowed.
+        told = f"{math.ceil(least * 1000) / 1000:.3f} to {math.floor(most * 1000) / 1000:.3f}"
         raise RecipeError(
-            f"quantize.bits_per_weight {asked:g}: in groups of {settings.group_size} weights take {min(taken):.3f} to "
-            f"{max(taken):.3f} bits, scales included"
+            f"quantize.bits_per_weight {asked}: in groups of {settings.group_size} weights take {told} bits, scales "
+            "included"
         )
 
 

@@ -1,9 +1,11 @@
 """Calibrated rounding as a transform: what stock loading gets back, what is refused, what is left behind."""
 
+import json
 import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.models import FAMILY_NAMES, make_byte_tokenizer, make_texts, make_tiny_model, save_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -71,11 +73,15 @@ def test_stock_loading_gets_back_what_the_walk_rounded_to(scheme, rounding, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "nearest", "out"]
 
 
+@pytest.mark.parametrize("rounding", ["gptq", "gptaq"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_every_family(family, tmp_path):
+def test_every_family_in_every_precision_of_the_walk(family, dtype, rounding, tmp_path):
     model = make_tiny_model(family, vocab_size=320)
     folder = save_model(model, tmp_path / "base", tokenizer=make_byte_tokenizer())
-    facts = write_quantized(open_checkpoint(folder), settings(embeddings="off"), tmp_path / "out", evidence())
+    asked, given = settings(rounding=rounding), evidence()
+    given[BASE] = (None, ModelSource(folder="unused", dtype=dtype))
+    facts = write_quantized(open_checkpoint(folder), asked, tmp_path / "out", given)
     assert facts["generation_mismatches"] == 0
 
 
@@ -106,15 +112,38 @@ def test_refusals(tmp_path):
     write_quantized(source, settings(), tmp_path / "once", evidence())
     with pytest.raises(CheckpointError, match="already quantized"):
         write_quantized(open_checkpoint(tmp_path / "once"), settings(), tmp_path / "twice", evidence())
-    with pytest.raises(ValueError, match="rounding gptq is of a scheme"):
+    with pytest.raises(ValueError, match="rounding gptq needs a scheme, and it is off"):
         QuantizeSettings(rounding="gptq")
 
 
 def test_what_is_said_of_it_and_what_decides_it():
-    assert describe_rounding(settings()) == "int4 in groups of 16, gptq on 2,048 tokens"
+    assert describe_rounding(settings()) == "int4 in groups of 16, gptq on at most 2,048 tokens"
     assert key_rounding(settings()) == {"scheme": "int4", "group_size": 16, "rounding": "gptq", "tokens": 2048}
     # Results of before there was a rounding to choose are found again.
     assert key_rounding(settings(rounding="nearest")) == {"scheme": "int4", "group_size": 16}
+
+
+def test_layers_stored_in_several_precisions_keep_scales_in_their_own(tmp_path):
+    """As nearest does, where config.json names none for all."""
+    folder = save_model(make_tiny_model("llama"), tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    half = {name: value.bfloat16() if ".layers.0." in name else value for name, value in weights.items()}
+    save_file(half, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")})
+    )
+    write_quantized(open_checkpoint(folder), settings(rounding="gptaq"), tmp_path / "out", evidence())
+    kept = {n: info.dtype for n, info in open_checkpoint(tmp_path / "out").tensors.items() if n.endswith("_scale")}
+    assert {dtype for name, dtype in kept.items() if ".layers.0." in name} == {"BF16"}
+    assert {dtype for name, dtype in kept.items() if ".layers.0." not in name} == {"F32"}
+
+
+def test_what_was_looked_at_is_told_and_not_what_was_allowed(tmp_path):
+    source = open_checkpoint(save_model(make_tiny_model("llama"), tmp_path / "base"))
+    facts = write_quantized(source, settings(), tmp_path / "out", evidence())["rounding"]
+    text = sum(len(text.split()) for text in evidence()[CALIBRATION][0].texts)
+    assert facts == {"tokens": text // 128 * 128, "context": 128, "bits": {"int4": 1.0}}
 
 
 def mixed(bits, **more):
@@ -173,6 +202,34 @@ def test_a_budget_that_nothing_reaches_is_refused_with_what_there_is(tmp_path):
         settings("int4", "gptq", bits_per_weight=4)
     with pytest.raises(ValueError, match="scheme mixed looks at texts"):
         settings("mixed", "nearest", bits_per_weight=4)
+
+
+def test_the_ends_of_what_there_is_are_allowed_as_they_are_told(tmp_path):
+    """Of a width of 96 in groups of 48 and bfloat16 the smallest takes two and a third: no end is a round number."""
+    model = make_tiny_model("llama", hidden_size=96, intermediate_size=96, head_dim=24, dtype=torch.bfloat16)
+    source = open_checkpoint(save_model(model, tmp_path / "base"))
+    with pytest.raises(RecipeError, match=r"take 2\.334 to 8\.333 bits"):
+        check_quantizer(source, mixed(2.333).model_copy(update={"group_size": 48}), (BASE, CALIBRATION))
+    for bits in (2.334, 8.333, 2 + 16 / 48, 8 + 16 / 48):
+        check_quantizer(source, mixed(bits).model_copy(update={"group_size": 48}), (BASE, CALIBRATION))
+
+
+@pytest.mark.parametrize("dead", ["layers", "head"])
+def test_where_no_noise_costs_anything_the_fewest_bits_are_taken(dead, tmp_path):
+    model = make_tiny_model("llama")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ("proj" in name) if dead == "layers" else name == "lm_head.weight":
+                weight.zero_()
+    source = open_checkpoint(save_model(model, tmp_path / "base"))
+    found = write_quantized(source, mixed(6), tmp_path / "out", evidence())
+    assert found["rounding"]["bits"] == {"int2": 1.0}
+
+
+def test_where_it_runs_decides_what_is_stored_where_bits_are_mixed():
+    """Bits there are to mix are in the key; for one scheme an engine only refuses."""
+    assert key_rounding(mixed(5)) != key_rounding(mixed(5, serve_on="cuda"))
+    assert key_rounding(settings()) == key_rounding(settings(serve_on="cuda"))
 
 
 def test_an_engine_limits_what_is_mixed():

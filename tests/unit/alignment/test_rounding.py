@@ -23,7 +23,7 @@ def scheme_of(name):
 
 def round_model(model, scheme, follows, windows=WINDOWS):
     """A copy of a model with what the walk rounds its layers to, and the walk's values, layer by layer."""
-    walk = Rounding(model, windows, lambda *_: scheme_of(scheme), torch.float32, follows=follows)
+    walk = Rounding(model, windows, lambda *_: (scheme_of(scheme), torch.float32), follows=follows)
     found, rounded = list(walk.round_layers()), copy.deepcopy(model)
     with torch.no_grad():
         for layer, made in zip(rounded.model.layers, found):

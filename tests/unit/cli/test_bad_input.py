@@ -115,6 +115,9 @@ def flip(path, position):
         (["--tasks", "hellaswag=few"], "TASK=ITEMS"),
         (["--tasks", "hellaswag=40"], "no table"),
         (["--quantize", "int9"], "'int9'"),
+        (["--quantize", "mixed"], "scheme mixed and bits_per_weight go together"),
+        (["--quantize", "mixed", "--bits-per-weight", "4"], "give rounding: gptq or gptaq with it"),
+        (["--rounding", "gptq"], "rounding gptq needs a scheme, and it is off"),
         (
             ["--quantize", "int8", "--group-size", "24"],
             "does not divide the layer widths [32, 64]; sizes that do: 16, 32",

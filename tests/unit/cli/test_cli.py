@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -204,6 +205,37 @@ def test_a_dry_run_foresees_what_happens_and_writes_nothing(
     assert facts["candidate"]["parameters"] == made["candidate"]["parameters"]
     assert facts["candidate"]["bytes"] == pytest.approx(made["candidate"]["bytes"], rel=tolerance, abs=1)
     assert all(Path(file).is_file() for file in facts["files"])
+
+
+def test_mixed_bits_are_foreseen_at_most_and_told_of_in_card_and_report(
+    mka_, compress_arguments, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    mixed = ["--quantize", "mixed", "--rounding", "gptq", "--bits-per-weight", "4.5", "--group-size", 32]
+    arguments = [*compress_arguments, *mixed, "--output", "out"]
+    foreseen = json.loads(mka_(*arguments, "--dry-run", "--json"))["candidate"]["bytes"]
+    made = json.loads(mka_(*arguments, "--json"))["candidate"]["bytes"]
+    assert 0.9 * foreseen < made <= foreseen
+    card, report = ((tmp_path / "out" / name).read_text() for name in ("README.md", "evidence/report.html"))
+    said = "mixed 4.5 bits per weight in groups of 32, gptq on at most 32,768 tokens"
+    for page in (card, report):
+        assert said in page and "tokens of calibration text in windows of 128" in page
+        assert re.search(r"int\d [\d.]+%, int\d [\d.]+%", page)
+    # Which engine has kernels for every number of bits that is in it.
+    assert re.search(r"vLLM on CPU .*: no, it has weight-only kernels for 4 bits alone", card)
+    assert "where mixed is unpacked to floating point" in card
+
+
+def test_too_little_text_for_a_rounding_is_refused_before_anything_runs(
+    capsys, compress_arguments, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.jsonl").write_text("".join(json.dumps({"text": f"w{i}"}) + "\n" for i in range(3, 63)))
+    at = compress_arguments.index("--calibration")
+    arguments = [*compress_arguments[: at + 1], tmp_path / "short.jsonl", *compress_arguments[at + 2 :]]
+    arguments += ["--quantize", "int4", "--group-size", 32, "--rounding", "gptq", "--output", "out", "--dry-run"]
+    assert main([str(argument) for argument in arguments]) == 2
+    assert "the calibration texts make no window of 128 tokens; give more text" in capsys.readouterr().err
 
 
 def test_generation_needs_no_table_and_a_gate_without_rules_does_not_judge_it(

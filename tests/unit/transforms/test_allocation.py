@@ -51,3 +51,23 @@ def test_as_many_as_a_large_model_has():
     budget = 0.4 * (bits.min(axis=1).sum() + bits.max(axis=1).sum())
     found = allocate(damage, bits, budget)
     assert found.shape == (500,) and bits[np.arange(500), found].sum() <= budget
+
+
+def test_damage_that_is_nothing_or_measured_below_it_takes_the_fewest_bits():
+    bits = np.array([[2, 4, 8], [2, 4, 8]])
+    assert allocate(np.zeros((2, 3)), bits, 16).tolist() == [0, 0]
+    assert allocate(np.array([[-1e-9, -1e-9, -2e-9], [1.0, 0.5, 0.0]]), bits, 12).tolist() == [0, 2]
+
+
+def test_near_the_top_of_the_budget_small_damages_are_told_apart():
+    """Damage falls by four with every bit, so what is left to choose is a thousandth of the largest."""
+    random = np.random.default_rng(3)
+    damage = random.exponential(size=(6, 1)) * 4.0 ** -np.arange(2, 9)[None]
+    bits = np.broadcast_to(np.arange(2, 9), (6, 7))
+    found, rows = allocate(damage, bits, 46), np.arange(6)
+    least = min(
+        damage[rows, list(chosen)].sum()
+        for chosen in itertools.product(range(4, 7), repeat=6)
+        if bits[rows, list(chosen)].sum() <= 46
+    )
+    assert damage[rows, found].sum() == pytest.approx(least, rel=1e-9)
