@@ -351,7 +351,7 @@ def test_rounding_is_an_axis_with_sizes_and_a_rounded_cell_goes_on_from_the_merg
         "output": "page.md",
     }
     found = run(root, **changes)
-    rows = ["uidl", "uidl, int8 in groups of 16", "uidl, int3 in groups of 16, gptq on 512 tokens"]
+    rows = ["uidl", "uidl, int8 in groups of 16", "uidl, int3 in groups of 16, gptq on at most 512 tokens"]
     assert [(m.cell.row, m.cell.layers) for m in found.measured] == [(row, n) for n in (6, 4) for row in rows]
     whole, cut = found.measured[:3], found.measured[3:]
     for plain, eight, three in (whole, cut):

@@ -242,7 +242,7 @@ def base(tmp_path_factory):
 def list_stage_keys(recipe: Recipe, base: Any) -> dict[str, str]:
     """Return what keys the result of every stage that a recipe's job has, the report's apart: it shows the recipe."""
     table = AlignmentTable({"words": ["w1"]}, recipe.alignment) if recipe.alignment.enabled else None
-    texts = CalibrationSet(("w1",), ("words",), "digest", "texts.jsonl")
+    texts = CalibrationSet(("w1 " * 512,), ("words",), "digest", "texts.jsonl")  # a window of what rounds by texts
     healing = HealingTable({"words": ["w1"]}, recipe.heal)
     inputs = Inputs(texts, table, healing, {"words": ["w1"]}, recipe.evaluation.tasks, None, {})
     job = open_job(recipe, resolve_method(recipe.method), base, "revision", inputs)
