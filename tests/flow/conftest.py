@@ -39,12 +39,17 @@ def empty_store(tmp_path_factory):
         return store
 
 
+@pytest.fixture(autouse=True)
+def no_store_of_other_tests(monkeypatch):
+    """MLflow leaves the store it was set to in the environment, and a run would take it for the user's wish."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # so that what a test leaves there goes with it
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch, empty_store):
     made = Project(tmp_path)
     made.work.mkdir()
     shutil.copyfile(empty_store, made.work / empty_store.name)
     monkeypatch.setenv("MKA_WORK", str(made.work))
-    # MLflow leaves the store it was set to there, and a run would take it for the user's wish.
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return made
