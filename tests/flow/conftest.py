@@ -49,7 +49,7 @@ def no_store_of_other_tests(monkeypatch):
 @pytest.fixture
 def project(tmp_path, monkeypatch, empty_store):
     made = Project(tmp_path)
-    made.work.mkdir()
+    made.work.mkdir(0o700)
     shutil.copyfile(empty_store, made.work / empty_store.name)
     monkeypatch.setenv("MKA_WORK", str(made.work))
     return made

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import socket
 import stat
 import subprocess
@@ -367,6 +368,7 @@ def test_a_registry_that_cannot_be_locked_is_one_line(project, monkeypatch):
 
 
 def test_the_work_folder_is_its_owners(project):
+    shutil.rmtree(project.work)
     from tasks.machine.workplace import find_workplace
 
     find_workplace().prepare()
