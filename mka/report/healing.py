@@ -20,7 +20,7 @@ def describe_healing(facts: Mapping[str, Any]) -> dict[str, str]:
         "sources (windows)": ", ".join(f"{source} {count}" for source, count in facts["windows"].items()),
         "measured on": f"{facts['heldout_tokens']:,} tokens of {facts['heldout_source']}, which was not trained on",
         "divergence from the base": f"{_fall(facts)} nats per token",
-        "ended": f"{facts['ended']}; the {'start' if facts['kept'] == 'start' else 'best weights'} kept",
+        "ended": f"{facts['ended']}; {_kept(facts)}",
         "time": f"{facts['seconds']:,.0f} s, {facts['tokens'] / max(facts['seconds'], 1e-9):,.0f} tokens/s",
     }
     return rows | ({"more tokens": said} if (said := describe_prediction(facts)) else {})
@@ -31,7 +31,16 @@ def summarise_healing(facts: Mapping[str, Any]) -> str:
     return (
         f"healed on {facts['tokens']:,} tokens, divergence from the base {_fall(facts)} nats per token on "
         f"{facts['heldout_source']}, {facts['ended']}, in {facts['seconds']:,.0f} s"
+        + (f"; {_kept(facts)}" if facts["kept"] == "start" else "")
     )
+
+
+def _kept(facts: Mapping[str, Any]) -> str:
+    if facts["kept"] != "start":
+        return "the best weights kept"
+    # Steps that are too large look like text that teaches nothing.
+    rate = f"; try a heal.rate below {facts['rate']:g}" if facts.get("rate") else ""
+    return f"the start kept: nothing after it was nearer to the base{rate}"
 
 
 def describe_prediction(facts: Mapping[str, Any]) -> str:

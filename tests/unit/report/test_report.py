@@ -452,3 +452,4 @@ def test_a_local_healing_has_no_curve(tmp_path: Path) -> None:
     page = Page(write_report(report_data(healing=facts | {"mode": "local", "kept": "start"}), tmp_path).read_text())
     told = " ".join(page.text.split())
     assert "each layer follows the base's hidden states" in told and "the start kept" in told and "a guess" not in told
+    assert "nothing after it was nearer to the base" in told
