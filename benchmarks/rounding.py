@@ -10,7 +10,6 @@ perplexity that rounding to the nearest adds is left.
 
 import argparse
 import json
-import math
 import multiprocessing
 import resource
 import shutil
@@ -27,7 +26,9 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mka.evaluation.bootstrap import find_bounds, resample_means
+from mka.bench.statistics import BASE as THE_BASE
+from mka.bench.statistics import draw_scores
+from mka.bench.tables import format_estimate
 from mka.evaluation.perplexity import measure_perplexity
 from mka.evaluation.scores import Score
 from mka.model.checkpoint import open_checkpoint
@@ -55,13 +56,6 @@ def measure(folder: Path, texts: dict[str, list[str]], tokens: int) -> dict[str,
         return {
             name: measure_perplexity(model, tokenizer, given, name=name, **options) for name, given in texts.items()
         }
-
-
-def compare(base: Score, other: Score) -> tuple[float, float, float]:
-    """Return perplexity over the base's, and its bounds."""
-    means, drawn = resample_means([[other, base]], seed=0, resamples=10_000)
-    low, high = find_bounds(drawn[:, 0] - drawn[:, 1], len(base.items))
-    return math.exp(means[0] - means[1]), math.exp(low), math.exp(high)
 
 
 def count_bits(model: Path, scheme: str, group_size: int) -> float:
@@ -146,12 +140,12 @@ def main() -> None:
                     job |= {"model": str(given.model), "windows": windows, "output": str(output)}
                     cost = round_theirs(given.rival, job, Path(made))
                 found = {
-                    name: compare(base[name], score)
+                    name: draw_scores({THE_BASE: [base[name]], kind: [score]}, seed=0, resamples=10_000).ratio(kind)
                     for name, score in measure(output, texts, given.text_tokens).items()
                 }
-            nearest = nearest or {name: value for name, (value, *_) in found.items()}
-            cells = [f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in found.values()]
-            left = [f"{(value - 1) / (nearest[name] - 1):.2f}" for name, (value, *_) in found.items()]
+            nearest = nearest or {name: ratio.value for name, ratio in found.items()}
+            cells = [format_estimate(ratio) for ratio in found.values()]
+            left = [f"{(ratio.value - 1) / (nearest[name] - 1):.2f}" for name, ratio in found.items()]
             rows.append(
                 [scheme, who, kind, *cells, " / ".join(left), f"{cost['seconds']:.0f}", f"{cost['bytes'] / 1e9:.1f}"]
             )
