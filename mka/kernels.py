@@ -147,7 +147,7 @@ def refuse_unserved(serve_on: str | None, scheme: str, embeddings: bool) -> str 
     """
     if scheme == MIXED and (refusal := refuse_mixed(serve_on)):
         return refusal
-    for asked in [*([scheme] if scheme != MIXED else []), *([EMBEDDINGS] if embeddings else [])]:
+    for asked in ([] if scheme == MIXED else [scheme]) + ([EMBEDDINGS] if embeddings else []):
         row = find_row(serve_on, asked)
         if row.loads:
             continue

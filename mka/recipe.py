@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from mka.kernels import choose_scheme, refuse_unserved
+from mka.kernels import MIXED, choose_scheme, refuse_unserved
 from mka.outside.printable import hide_passwords
 from mka.sections import Option, Section
 
@@ -302,9 +302,9 @@ class QuantizeSettings(StageSettings):
             raise ValueError(
                 f"rounding {self.rounding} needs a scheme, and it is off; name one, or leave rounding nearest"
             )
-        if (self.scheme == "mixed") != (self.bits_per_weight is not None):
+        if (self.scheme == MIXED) != (self.bits_per_weight is not None):
             raise ValueError("scheme mixed and bits_per_weight go together; give both, or neither")
-        if self.scheme == "mixed" and self.rounding == "nearest":
+        if self.scheme == MIXED and self.rounding == "nearest":
             raise ValueError("scheme mixed looks at texts; give rounding: gptq or gptaq with it")
         if refusal := refuse_unserved(self.serve_on, self.scheme, self.embeddings != "off"):
             raise ValueError(refusal)

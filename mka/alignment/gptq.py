@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from mka.errors import CalibrationError
 from mka.model.checkpoint import Checkpoint
-from mka.model.parts import ATTENTION, MLP, check_parts
 from mka.model.tensors import TensorInfo, TensorReader, torch_dtype
 from mka.recipe import QuantizeSettings
 from mka.terminal import show_progress
@@ -38,11 +37,6 @@ if TYPE_CHECKING:
 CONTEXT = 512
 # Windows that noise is measured on; every linear layer costs a run of the layers behind it.
 MEASURED = 2
-
-
-def _check(source: Checkpoint, settings: QuantizeSettings) -> None:
-    check_roundable(source, settings)
-    check_parts(source.family.parts, (ATTENTION, MLP), f"quantize.rounding {settings.rounding}", str(source.path))
 
 
 def _apply(
@@ -123,15 +117,13 @@ def choose_bits(
     from mka.transforms.columns import measure_noise
 
     names, family = list_options(settings), source.family
+    schemes = [describe_scheme(name, settings.group_size) for name in names]
     with show_progress("measure noise", source.layers, "layer") as advance:
         dear = measure_sensitivity(decoder, windows, on_layer=advance)
     units = [[family.layer_tensor(index, f"{name}.weight") for name in own] for index, own in dear]
     infos = [[source.tensors[weight] for weight in unit] for unit in units]
     with source.reader() as read:
-        noise = []
-        for unit in infos:
-            schemes = [describe_scheme(name, settings.group_size) for name in names]
-            noise.append(measure_noise([read(info.name) for info in unit], schemes))
+        noise = [measure_noise([read(info.name) for info in unit], schemes) for unit in infos]
     damage = np.array(list(dear.values()))[:, None] * np.array(noise)  # (U, K)
     taken = [[8 * sum(count_kept(source, info, name, settings) for info in unit) for name in names] for unit in infos]
     weights = sum(info.parameters for unit in infos for info in unit)
@@ -180,5 +172,5 @@ def _round(
 
 
 TRANSFORM = Transform(
-    "gptq", "write rounded weights", _check, foresee_packed, _apply, needs=frozenset({BASE, CALIBRATION})
+    "gptq", "write rounded weights", check_roundable, foresee_packed, _apply, needs=frozenset({BASE, CALIBRATION})
 )

@@ -88,15 +88,17 @@ class Rounding(Alignment):
     def _round_readers(
         self, made: Any, part: Part, student: torch.Tensor, teacher: torch.Tensor, given: tuple[Any, torch.dtype]
     ) -> dict[str, Rounded]:
-        width = student.shape[-1]
-        moments = Moments(width, width, student.device)
+        width, moves = student.shape[-1], teacher is not student
+        moments = Moments(width, width if moves else 0, student.device)
         for rows in self.fitted:
-            seen, wanted = (read_norm(made, part, x[rows]).flatten(0, 1).float() for x in (student, teacher))
-            moments.add(seen, wanted)  # (s T, D)
+            seen = read_norm(made, part, student[rows])  # (s, T, D)
+            # As they are, weights ask for nothing but the moments of what they read.
+            wanted = read_norm(made, part, teacher[rows]) if moves else seen[..., :0]
+            moments.add(seen.flatten(0, 1).float(), wanted.flatten(0, 1).float())
         modules = [made.get_submodule(name) for name in part.readers]
         # They read the same, and are rounded as one.
         weight = torch.cat([module.weight.float() for module in modules])  # (rows of all, D)
-        if teacher is not student:
+        if moves:
             mapped = fit_ridge(moments, torch.eye(width, device=student.device), READERS)  # (D, D)
             weight = (weight.double() @ mapped.T).float()
         value, scale = self._round(weight, moments.gram, *given)
@@ -122,7 +124,6 @@ class Rounding(Alignment):
         moments = Moments(prior.shape[0], 0 if target is None else prior.shape[1], student.device)
         for rows in self.fitted:
             phi = features[rows]  # (s, T, F)
-            # As they are, weights ask for nothing but the moments of the features.
             wanted = (
                 phi[..., :0] if target is None else self._want(made, part, target[rows] - student[rows], phi, prior)
             )

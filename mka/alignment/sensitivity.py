@@ -51,7 +51,7 @@ def measure_sensitivity(
         base = [read_out(decoder, decoder.norm(x)) for x in states]  # (T, V) each
     found: dict[Unit, float] = {}
     for index in range(len(contexts)):
-        units = [names for part in decoder.family.parts for names in (part.readers, (part.writer,))]
+        units = [names for part in decoder.family.parts for names in part.fused]
         with decoder.hold(index):
             changed = [
                 run_layer(_add_noise(decoder.layers[index], names, generator), entering[index], contexts[index])

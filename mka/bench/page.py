@@ -62,7 +62,7 @@ def render_page(comparison: Comparison, picture: str | None, frontier: str | Non
             "",
             *_markdown(tabulate_duels(comparison.duels)),
         ]
-    if any(cell.is_rounded for cell in bench.recipe.cells):
+    if bench.recipe.rounds:
         size = f"{results.base.facts['bytes'] / 1e6:.1f}"
         lines += ["## Sizes", "", f"Megabytes of the tensors, and their share of the base's {size}.", ""]
         lines += _markdown(tabulate_sizes(comparison))
@@ -184,7 +184,7 @@ def _scores_table(comparison: Comparison, group: Group) -> Table:
 
 
 def _costs(comparison: Comparison) -> list[str]:
-    targets, rounds = comparison.targets, any(cell.is_rounded for cell in comparison.results.bench.recipe.cells)
+    targets, rounds = comparison.targets, comparison.results.bench.recipe.rounds
     rows, aligned, healed = [], [], []
     for row in comparison.rows:
         cells = [comparison.cells.get((row, target)) for target in targets]

@@ -20,7 +20,7 @@ from mka.texts.calibration import load_calibration
 from mka.texts.overlap import refuse_overlap
 from mka.texts.positions import check_context
 from mka.texts.rows import digest_texts, read_heldout, read_rows, read_texts
-from mka.transforms import CALIBRATION, get_quantizer
+from mka.transforms import looks_at_texts
 
 
 def prepare(recipe: BenchRecipe, work: Path, *, root: Path = Path(), write: bool = True, command: str = "") -> Bench:
@@ -100,7 +100,7 @@ def _read_text(text: TextSource) -> tuple[list[str], list[str]]:
 def _list_read(recipe: BenchRecipe, planners: Mapping[str, Planner]) -> dict[str, Any]:
     """Return the sections whose tables of texts are read, by their names in the recipe."""
     used: dict[str, Any] = {}
-    rounded = any(cell.is_rounded and CALIBRATION in get_quantizer(cell.rounded).needs for cell in recipe.cells)
+    rounded = any(looks_at_texts(cell.rounded) for cell in recipe.cells)
     if rounded or any(planner.needs or planner.reads_texts for planner in planners.values()):
         used["calibration"] = recipe.calibration
     if any(cell.aligned for cell in recipe.cells):

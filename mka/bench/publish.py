@@ -30,7 +30,7 @@ def publish_results(results: Results, readme: Path | None = None) -> Outcome:
 
             write_bytes(recipe.picture, draw_comparison(comparison))
             written.append(recipe.picture)
-            if any(cell.is_rounded for cell in recipe.cells):
+            if recipe.rounds:
                 written.append(recipe.picture.with_stem(f"{recipe.picture.stem}-bytes"))
                 write_bytes(written[-1], draw_frontiers(comparison))
         if recipe.output is not None:

@@ -172,6 +172,11 @@ class BenchRecipe(Section):
             for rounded in entry.quantize
         )
 
+    @property
+    def rounds(self) -> bool:
+        """Whether any cell is rounded."""
+        return any(cell.is_rounded for cell in self.cells)
+
     def recipe_for(self, cell: "Cell") -> Recipe:
         """Return the plain recipe of one cell."""
         return Recipe(

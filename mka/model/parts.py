@@ -52,6 +52,11 @@ class Part:
         """Its linear layers."""
         return (*self.readers, self.writer)
 
+    @property
+    def fused(self) -> tuple[tuple[str, ...], ...]:
+        """Its linear layers by what engines make one product of: those that read the norm, and the writer."""
+        return self.readers, (self.writer,)
+
     def owns(self, suffix: str) -> bool:
         """Whether a tensor of the layer, e.g. ``"mlp.up_proj.weight"``, belongs to this part."""
         names = (self.module, self.norm, *((self.post_norm,) if self.post_norm else ()))

@@ -9,7 +9,7 @@ from mka.model.checkpoint import open_checkpoint
 from mka.pipeline.foresee import list_control_nbytes
 from mka.pipeline.job import Job
 from mka.pipeline.merge import describe_model
-from mka.pipeline.quantize import describe_rounding, estimate_rounding, key_rounding, needs_aside, write_quantized
+from mka.pipeline.quantize import describe_rounding, estimate_rounding, key_rounding, write_quantized
 from mka.pipeline.stage import CONTROL_STAGE, MODEL_FOLDER, Cost, Found, Stage
 from mka.pipeline.transform import (
     describe_treatments,
@@ -18,7 +18,7 @@ from mka.pipeline.transform import (
     offer_evidence,
     write_transformed,
 )
-from mka.transforms import list_needs
+from mka.transforms import list_needs, looks_at_texts
 
 
 def has_control(job: Job) -> bool:
@@ -56,7 +56,9 @@ def _settings(job: Job) -> dict[str, Any]:
 
 def _foresee(job: Job) -> Cost:
     sizes = list_control_nbytes(job)
-    return Cost(memory=estimate_rounding(job), disk=sum(sizes) + (sizes[-1] if needs_aside(job) else 0))
+    return Cost(
+        memory=estimate_rounding(job), disk=sum(sizes) + (sizes[-1] if looks_at_texts(job.recipe.quantize) else 0)
+    )
 
 
 # Neither plan nor method is in its key: every run with the same base and rounding shares it.

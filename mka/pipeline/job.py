@@ -19,7 +19,7 @@ from mka.plan.target import Aim, resolve_target
 from mka.recipe import ModelSource, QuantizeSettings, Recipe, Target
 from mka.sources.fetch import materialize, resolve_revision
 from mka.texts.positions import check_context
-from mka.transforms import CALIBRATION, Treatment, get_quantizer, outline_treated, resolve_transforms
+from mka.transforms import Treatment, get_quantizer, looks_at_texts, outline_treated, resolve_transforms
 from mka.transforms.rewrite import refuse_quantized
 
 
@@ -169,7 +169,7 @@ def open_job(recipe: Recipe, planner: Planner, base: Checkpoint, revision: str, 
     inputs.refuse_marks(base.rowless)
     if inputs.heldout:
         check_context(recipe.evaluation.context, base.config.get("max_position_embeddings"))
-    if recipe.quantize.scheme != "off" and CALIBRATION in get_quantizer(recipe.quantize).needs:
+    if looks_at_texts(recipe.quantize):
         _require_windows(recipe.quantize, base, inputs)
     return Job(recipe, planner, base, revision, aim, inputs, resolve_transforms(recipe.transforms), **more)
 

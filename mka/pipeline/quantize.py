@@ -15,7 +15,7 @@ from mka.pipeline.merge import describe_model
 from mka.pipeline.stage import MODEL_FOLDER, Cost, Found, Stage, find_model
 from mka.pipeline.transform import apply_transform, check_transform, digest_evidence, key_evidence, offer_evidence
 from mka.recipe import QuantizeSettings
-from mka.transforms import CALIBRATION, MIXED, SCHEMES, get_quantizer, list_options
+from mka.transforms import MIXED, SCHEMES, get_quantizer, list_options, looks_at_texts
 
 
 def check_quantizer(checkpoint: Checkpoint, settings: QuantizeSettings, given: Collection[str] = ()) -> None:
@@ -90,7 +90,7 @@ def key_rounding(settings: QuantizeSettings) -> dict[str, Any]:
 def estimate_rounding(job: Job) -> int:
     """Bytes of what rounding holds: a layer; where it looks at texts, a layer more and what a walk of them needs."""
     settings, config, calibration = job.recipe.quantize, job.base.config, job.inputs.calibration
-    if settings.scheme == "off" or calibration is None or CALIBRATION not in _needs(job):
+    if calibration is None or not looks_at_texts(settings):
         return largest_layer(job)
     # A token is a byte or more.
     tokens = min(settings.tokens, sum(len(text.encode()) for text in calibration.texts))
@@ -102,11 +102,6 @@ def estimate_rounding(job: Job) -> int:
         kept = (job.base.layers + 8) * width * width_of(job) + (1 + LOGIT_COPIES / MEASURED) * config["vocab_size"] * 4
         walked = max(walked, round(measured * kept))
     return 2 * largest_layer(job) + walked
-
-
-def needs_aside(job: Job) -> bool:
-    """Whether what is rounded waits on the disk until it is written."""
-    return job.recipe.quantize.scheme != "off" and CALIBRATION in _needs(job)
 
 
 def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
@@ -122,8 +117,8 @@ def _needs(job: Job) -> frozenset[str]:
 
 
 def _foresee(job: Job) -> Cost:
-    # Verification unpacks the model once more.
-    written = candidate_nbytes(job) * (2 if needs_aside(job) else 1)
+    # Verification unpacks the model once more, and what is rounded by texts waits on the disk until it is written.
+    written = candidate_nbytes(job) * (2 if looks_at_texts(job.recipe.quantize) else 1)
     return Cost(memory=estimate_rounding(job), disk=written + treated_nbytes(job))
 
 

@@ -159,6 +159,11 @@ def get_quantizer(settings: QuantizeSettings) -> Transform:
     return get_transform(_ROUNDINGS[settings.rounding])
 
 
+def looks_at_texts(settings: QuantizeSettings) -> bool:
+    """Whether a recipe's ``quantize`` rounds, and looks at calibration texts for it."""
+    return settings.scheme != "off" and CALIBRATION in get_quantizer(settings).needs
+
+
 def list_needs(recipe: Recipe) -> frozenset[str]:
     """Return which kinds of evidence a recipe's ``transforms`` and ``quantize`` ask for."""
     asked = [treatment.transform for treatment in resolve_transforms(recipe.transforms)]

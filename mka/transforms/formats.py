@@ -99,7 +99,7 @@ def match_names(weights: Iterable[str], family: Family) -> list[str]:
 
 def find_fused(name: str, family: Family) -> tuple[str, ...]:
     """Return the linear layers that engines make one product of with this one, itself included."""
-    return next(names for part in family.parts for names in (part.readers, (part.writer,)) if name in names)
+    return next(names for part in family.parts for names in part.fused if name in names)
 
 
 def list_kept(info: TensorInfo, scheme: Any, dtype: str) -> list[TensorInfo]:

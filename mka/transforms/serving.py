@@ -33,7 +33,7 @@ def list_products(source: Checkpoint) -> list[tuple[int, int]]:
     found = []
     for layer in range(source.layers):
         for part in source.family.parts:
-            for fused in (part.readers, (part.writer,)):
+            for fused in part.fused:
                 names = (source.family.layer_tensor(layer, f"{name}.weight") for name in fused)
                 shapes = [source.tensors[name].shape for name in names if name in source.tensors]
                 if shapes:
