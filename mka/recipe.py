@@ -186,7 +186,10 @@ class HealFit(StageSettings):
         "to the former, or the last three with an untied head",
     )
     rate: Annotated[float | None, Option("--heal-rate")] = Field(
-        None, gt=0, description="Peak learning rate; null: what `train` usually takes"
+        None,
+        gt=0,
+        description="Peak learning rate; null: what `train` usually takes, and down to a tenth of it where the first "
+        "measurement is worse than the start",
     )
     context: int = Field(256, ge=16, description="Tokens per window of training text")
     batch: int = Field(4, ge=1, description="Windows per step")

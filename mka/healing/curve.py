@@ -46,6 +46,16 @@ def has_diverged(history: Sequence[Mapping[str, float]]) -> bool:
     )
 
 
+def is_worse(history: Sequence[Mapping[str, float]]) -> bool:
+    """Say whether the first measurement of the held-out source after the start is worse than the start.
+
+    Args:
+        history: of the Trainer.
+    """
+    measured = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    return len(measured) > 1 and not measured[1] <= measured[0]
+
+
 def fit_power_law(tokens: Sequence[float], losses: Sequence[float]) -> tuple[float, float, float]:
     """Fit ``loss = floor + scale * tokens^-exponent`` by least squares.
 

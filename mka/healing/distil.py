@@ -1,47 +1,36 @@
-"""Distillation: the student's weights follow the base's logits, carried by transformers' Trainer.
+"""Distillation: the student's weights follow the base's logits.
 
 The loss is the forward divergence KL(base || student) at temperature 1 (Hinton et al., arXiv 1503.02531), averaged over
-the positions or a share of them. Precision, accumulation, checkpoints and resuming are the Trainer's; what is trained,
-and that a source of text which is not trained on stops it, is said here.
+the positions or a share of them. What is trained and how fast is said here; `mka.healing.training` trains it.
 """
 
 import json
-import math
-import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
-from mka.errors import NumericsError, OutputError
-from mka.healing.curve import has_diverged, read_curve
 from mka.healing.student import Student
 from mka.healing.table import HealingWindows
+from mka.healing.training import MEASUREMENTS, RETREATED, run_trainer
 from mka.model.checkpoint import Checkpoint
 from mka.model.families import get_family
 from mka.model.loading import load_model
 from mka.model.parts import ATTENTION, MLP, check_parts
 from mka.plan.budget import LAST_TRAINED
 from mka.recipe import HealFit, ModelSource
-from mka.terminal import quiet_libraries, show_progress
 
-VERSION = 2
+VERSION = 3
 TREATS = (ATTENTION, MLP)
-# Peak learning rates by what is trained; they rise over the first steps and fall to a tenth along a cosine.
+# Peak learning rates by what is trained.
 RATES = {"changed": 3e-4, "all": 3e-4, "lora": 1e-3, "head-and-last": 3e-4}
-WARMUP, LOWEST = 0.1, 0.1
-# Of AdamW. Few steps: the second moment has to forget its first ones.
-BETAS = (0.9, 0.95)
+# Where the recipe names no rate and the first measurement is worse than the start, steps are too large for what a refit
+# has brought near: it begins again with a part of that rate, and once more.
+PARTS = (1.0, 1 / 3, 1 / 10)
+TRIED_FILE = "tried.json"
 RANK = 16
-# Measurements of the held-out source, each with a checkpoint to go on from.
-MEASUREMENTS = 8
-# Steps from one to the next: a checkpoint takes as long as a step.
-LEAST = 2
 
 
 @dataclass(frozen=True)
@@ -50,7 +39,8 @@ class Distilled:
 
     Attributes:
         tensors: tensor name -> trained values; empty if nothing was better than the start.
-        facts: tokens, rate, why it ended, the curve, seconds.
+        facts: tokens, rate, why it ended, the curve, seconds; under "tried" the rates given up before, each with its
+            own tokens and seconds and the held-out divergence it ended at.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -87,25 +77,31 @@ def distil(
     Raises:
         PlanError: if the layers have parts that cannot be healed.
         NumericsError: if the training diverges before anything is better than the start.
+        OutputError: if a checkpoint cannot be written.
     """
     check_parts(base.family.parts, TREATS, "healing", base.family.model_type)
     teacher, _ = load_model(base.path, source.dtype, source.trust_remote_code)
-    pupil, _ = load_model(student.path, "float32", source.trust_remote_code)
     first = find_first_trained(student.layers, settings.train, shared)
-    torch.manual_seed(seed)  # low-rank additions are drawn
-    trained, finish = choose_trained(pupil, settings.train, first)
-    module = Student(
-        teacher,
-        pupil,
-        None if shared is None else min(shared, first),
-        trained,
-        positions=settings.positions,
-        length=settings.context,
-    )
-    found = run_trainer(module, windows, settings, scratch, seed=seed, measurements=measurements)
-    finish()
-    tensors = {} if found["kept"] == "start" else _read_trained(pupil, trained)
-    return Distilled(tensors, {"train": settings.train, "first_layer": first} | found)
+    equal = None if shared is None else min(shared, first)
+
+    def train(rate: float, *, may_retreat: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        pupil, _ = load_model(student.path, "float32", source.trust_remote_code)
+        torch.manual_seed(seed)  # low-rank additions are drawn
+        trained, finish = choose_trained(pupil, settings.train, first)
+        module = Student(teacher, pupil, equal, trained, positions=settings.positions, length=settings.context)
+        options: dict[str, Any] = {"seed": seed, "measurements": measurements, "may_retreat": may_retreat}
+        found = run_trainer(module, windows, settings, rate, scratch, **options)
+        finish()
+        return found, {} if found["kept"] == "start" else _read_trained(pupil, trained)
+
+    rates, tried = list_rates(settings), read_tried(scratch)
+    while True:
+        found, tensors = train(rates[len(tried)], may_retreat=len(tried) + 1 < len(rates))
+        if found["ended"] != RETREATED:
+            return Distilled(tensors, {"train": settings.train, "first_layer": first, "tried": tried} | found)
+        last = found["curve"][-1].get("heldout")  # nothing, where the loss is not finite
+        tried.append({"rate": found["rate"], "tokens": found["tokens"], "heldout": last, "seconds": found["seconds"]})
+        _write_tried(scratch, tried)
 
 
 def find_first_trained(layers: int, train: str, shared: int | None) -> int:
@@ -158,176 +154,19 @@ def _read_trained(model: Any, trained: torch.nn.ModuleDict) -> dict[str, torch.T
     return {name: value.detach().cpu() for name, value in model.named_parameters() if id(value) in wanted}
 
 
-def run_trainer(
-    module: Student,
-    windows: HealingWindows,
-    settings: HealFit,
-    scratch: Path,
-    *,
-    seed: int = 0,
-    measurements: int = MEASUREMENTS,
-) -> dict[str, Any]:
-    """Train a student; its best weights are in it afterwards.
-
-    Args:
-        module: teacher and student.
-        windows: what it is trained and measured on.
-        settings: tokens, rate, windows per step, patience.
-        scratch: folder of checkpoints.
-        seed: of everything random.
-        measurements: of the held-out source after the start.
-
-    Returns:
-        The facts of the training: tokens, rate, why it ended, the curve, seconds, and under "kept" whether the best
-        measurement or the start is what is left.
-
-    Raises:
-        NumericsError: if it diverges before anything is better than the start.
-        OutputError: if a checkpoint cannot be written.
-    """
-    rate = settings.rate or RATES[settings.train]
-    batch = min(settings.batch, len(windows.train))
-    steps, tokens = len(windows.train) // batch, batch * windows.train.shape[1]
-    every = max(min(LEAST, steps), math.ceil(steps / measurements))
-    # Where the end alone is measured there is nothing to go back to, and no checkpoint is written.
-    keeping = every < steps
-    before = find_last(scratch)
-    # What had ended when it was killed is not trained on: without a window left the Trainer only loads the best.
-    last = find_end(before) or steps
-    started = time.perf_counter()
-    with quiet_libraries(), show_progress("heal", steps * tokens, "tok") as advance:
-        watch = _Watch(tokens, advance)
-        trainer = Trainer(
-            model=module,
-            args=_arguments(scratch, settings, batch, rate, last, every, seed, keeping=keeping, first=before is None),
-            train_dataset=[{"input_ids": row} for row in windows.train[: last * batch]],  # type: ignore[arg-type]
-            eval_dataset=[{"input_ids": row} for row in windows.heldout],  # type: ignore[arg-type]
-            callbacks=[watch, *([EarlyStoppingCallback(settings.patience)] if keeping else [])],
-        )
-        trainer.remove_callback(PrinterCallback)
-        try:
-            trainer.train(resume_from_checkpoint=None if before is None else str(before))
-        except RuntimeError as error:
-            if "inline_container" not in str(error):  # what torch calls a disk that is full
-                raise
-            raise OutputError(f"checkpoint in {scratch} cannot be written; is the disk full?") from None
-    state = trainer.state
-    curve = read_curve(state.log_history, tokens)
-    start = next(point["heldout"] for point in curve if point["step"] == 0)
-    best = math.inf if state.best_metric is None else state.best_metric
-    if watch.diverged and not best < start:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise NumericsError(
-            f"healing diverged at step {state.global_step} of {steps}: peak rate {rate:g}, held-out divergence "
-            f"{start:.4f} nats at the start and {curve[-1].get('heldout', math.nan):.4f} now; lower heal.rate"
-        )
-    ended = "diverged" if watch.diverged else "all text read" if state.global_step >= steps else "no more gain"
-    return {
-        "tokens": state.global_step * tokens,
-        "rate": rate,
-        "steps": state.global_step,
-        "ended": ended,
-        "kept": "best" if best < start else "start",
-        "start": start,
-        "best": min(best, start),
-        "curve": curve,
-        "seconds": round(time.perf_counter() - started, 1),
-    }
+def list_rates(settings: HealFit) -> list[float]:
+    """Return the peak rates to try, in order: the recipe's alone, or the usual one and two lower ones."""
+    usual = RATES[settings.train]
+    return [settings.rate] if settings.rate else [float(f"{usual * part:.1g}") for part in PARTS]
 
 
-def _arguments(
-    scratch: Path,
-    settings: HealFit,
-    batch: int,
-    rate: float,
-    steps: int,
-    every: int,
-    seed: int,
-    *,
-    keeping: bool,
-    first: bool,
-) -> TrainingArguments:
-    cuda = torch.cuda.is_available()
-    return TrainingArguments(
-        output_dir=str(scratch),
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        per_device_eval_batch_size=settings.batch,
-        learning_rate=rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": LOWEST},
-        # A step that warms up from nothing trains nothing; of a single one there would be no other.
-        warmup_steps=min(math.ceil(WARMUP * steps), steps - 1),
-        optim="adamw_torch",
-        adam_beta1=BETAS[0],
-        adam_beta2=BETAS[1],
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        bf16=cuda and torch.cuda.is_bf16_supported(),
-        use_cpu=not cuda,
-        activation_checkpointing=settings.checkpointing,
-        eval_strategy="steps",
-        eval_steps=every,
-        eval_on_start=first,
-        save_strategy="steps" if keeping else "no",
-        save_steps=every,
-        save_total_limit=2,
-        restore_callback_states_from_checkpoint=True,
-        load_best_model_at_end=keeping,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        label_names=["input_ids"],
-        prediction_loss_only=True,
-        remove_unused_columns=False,
-        logging_steps=max(1, every // 8),
-        logging_nan_inf_filter=False,
-        seed=seed,
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=cuda,
-    )
+def read_tried(scratch: Path) -> list[dict[str, Any]]:
+    """Return what a killed distillation had tried and left: of each rate its tokens, seconds and the divergence."""
+    path = scratch / TRIED_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
-class _Watch(TrainerCallback):
-    """Moves the bar, and stops a training that diverges."""
-
-    def __init__(self, tokens: int, advance: Callable[[int], Any]) -> None:
-        self.tokens, self.advance = tokens, advance
-        self.diverged = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.diverged = has_diverged(state.log_history)
-        self.advance(state.global_step * self.tokens)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.advance(self.tokens)
-
-    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if has_diverged(state.log_history):
-            self.diverged = control.should_training_stop = True
-
-
-def find_last(scratch: Path) -> Path | None:
-    """Return the last whole checkpoint of a training that was killed, and remove those after it; None if there is none.
-
-    The Trainer writes a checkpoint's state last.
-    """
-    there = sorted(scratch.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
-    while there and _read_state(there[-1]) is None:
-        shutil.rmtree(there.pop())
-    return there[-1] if there else None
-
-
-def find_end(checkpoint: Path | None) -> int | None:
-    """Return the step at which a training had stopped by itself when a checkpoint was written; None if it had not."""
-    state = None if checkpoint is None else _read_state(checkpoint)
-    if state is None or not state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
-        return None
-    return int(state["global_step"])
-
-
-def _read_state(checkpoint: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
+def _write_tried(scratch: Path, tried: list[dict[str, Any]]) -> None:
+    scratch.mkdir(parents=True, exist_ok=True)
+    (partial := scratch / f".{TRIED_FILE}").write_text(json.dumps(tried), encoding="utf-8")
+    partial.replace(scratch / TRIED_FILE)

@@ -23,6 +23,8 @@ def describe_healing(facts: Mapping[str, Any]) -> dict[str, str]:
         "ended": f"{facts['ended']}; {_kept(facts)}",
         "time": f"{facts['seconds']:,.0f} s, {facts['tokens'] / max(facts['seconds'], 1e-9):,.0f} tokens/s",
     }
+    if facts.get("tried"):
+        rows["rates given up"] = _describe_tried(facts)
     return rows | ({"more tokens": said} if (said := describe_prediction(facts)) else {})
 
 
@@ -32,7 +34,18 @@ def summarise_healing(facts: Mapping[str, Any]) -> str:
         f"healed on {facts['tokens']:,} tokens, divergence from the base {_fall(facts)} nats per token on "
         f"{facts['heldout_source']}, {facts['ended']}, in {facts['seconds']:,.0f} s"
         + (f"; {_kept(facts)}" if facts["kept"] == "start" else "")
+        + (f"; at rate {facts['rate']:g}, after {_describe_tried(facts)}" if facts.get("tried") else "")
     )
+
+
+def _describe_tried(facts: Mapping[str, Any]) -> str:
+    """Say which higher rates were begun with, and what they did."""
+
+    def describe(tried: Mapping[str, Any]) -> str:
+        came_to = "not finite" if tried["heldout"] is None else f"{tried['heldout']:.3f}"
+        return f"{tried['rate']:g} ({facts['start']:.3f} → {came_to} in {tried['tokens']:,} tokens)"
+
+    return ", ".join(map(describe, facts["tried"]))
 
 
 def _kept(facts: Mapping[str, Any]) -> str:

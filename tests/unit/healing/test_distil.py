@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from mka.errors import CalibrationError, CheckpointError, NumericsError, OutputError, RecipeError
 from mka.healing import distil as distilling
-from mka.healing.distil import choose_trained, distil, find_first_trained, find_last
+from mka.healing import training
+from mka.healing.distil import choose_trained, distil, find_first_trained, list_rates, read_tried
 from mka.healing.student import Student, check_student, count_shared
 from mka.healing.table import HealingTable, cut_healing
+from mka.healing.training import find_last
 from mka.model.checkpoint import open_checkpoint
 from mka.plan.plan import MergePlan, keep_layers
 from mka.recipe import HealFit, ModelSource
@@ -168,14 +170,14 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(pair, tmp_path, monk
             if state.global_step == self.at:
                 raise Killed
 
-    class Watch(distilling._Watch):
+    class Watch(training._Watch):
         at = 11
 
         def on_step_end(self, args, state, control, **options):
             Kill(self.at).on_step_end(args, state, control)
             super().on_step_end(args, state, control, **options)
 
-    monkeypatch.setattr(distilling, "_Watch", Watch)
+    monkeypatch.setattr(training, "_Watch", Watch)
     with pytest.raises(Killed):
         heal(base, student, tmp_path / "killed")
     # Killed once more in the middle of a checkpoint.
@@ -202,6 +204,60 @@ def test_a_rate_that_diverges_is_one_line(pair, tmp_path):
     base, student = pair
     with pytest.raises(NumericsError, match=r"diverged at step \d+ of 16: peak rate 10000.*lower heal\.rate"):
         heal(base, student, tmp_path / "scratch", rate=1e4)
+
+
+def test_rates_are_the_usual_one_and_two_lower_or_the_recipes_alone():
+    assert list_rates(HealFit()) == [3e-4, 1e-4, 3e-5]
+    assert list_rates(HealFit(train="lora")) == [1e-3, 3e-4, 1e-4]
+    assert list_rates(HealFit(rate=0.5)) == [0.5]
+
+
+def test_where_the_first_measurement_is_worse_it_begins_again_with_a_lower_rate(pair, tmp_path, monkeypatch):
+    base, student = pair
+    monkeypatch.setitem(distilling.RATES, "changed", 0.03)
+    made = heal(base, student, tmp_path / "scratch", rate=None)
+    (given_up,) = made.facts["tried"]
+    assert given_up["rate"] == 0.03 and given_up["heldout"] > made.facts["start"]
+    assert given_up["tokens"] == 2 * 64  # two steps, to the first measurement
+    # What it then is owes nothing to the rate before.
+    asked = heal(base, student, tmp_path / "asked", rate=0.01)
+    assert asked.facts["kept"] == "best" and asked.facts["tried"] == []
+    assert {**made.facts, "tried": [], "seconds": 0} == {**asked.facts, "seconds": 0}
+    assert all(torch.equal(value, made.tensors[name]) for name, value in asked.tensors.items())
+    # A rate that was asked for is held, however bad.
+    held = heal(base, student, tmp_path / "held", rate=0.03)
+    assert held.facts["rate"] == 0.03 and held.facts["tokens"] > given_up["tokens"]
+    assert held.facts["curve"][:2] == [point for point in held.facts["curve"] if point["tokens"] <= 64]
+
+
+def test_killed_after_it_gave_up_a_rate_it_does_not_try_it_again(pair, tmp_path, monkeypatch):
+    base, student = pair
+    monkeypatch.setitem(distilling.RATES, "changed", 0.03)
+    whole = heal(base, student, tmp_path / "whole", rate=None)
+    steps, at = [], [2 + 7]
+
+    class Watch(training._Watch):
+        def on_step_end(self, args, state, control, **options):
+            steps.append(state.global_step)
+            if len(steps) == at[0]:
+                raise Killed
+            super().on_step_end(args, state, control, **options)
+
+    monkeypatch.setattr(training, "_Watch", Watch)
+    with pytest.raises(Killed):
+        heal(base, student, tmp_path / "killed", rate=None)
+    assert [tried["rate"] for tried in read_tried(tmp_path / "killed")] == [0.03]
+    assert find_last(tmp_path / "killed").name == "checkpoint-6"
+    again = heal(base, student, tmp_path / "killed", rate=None)
+    assert steps == [1, 2, *range(1, 8), *range(7, whole.facts["steps"] + 1)]
+    assert all(torch.equal(value, again.tensors[name]) for name, value in whole.tensors.items())
+    assert [tried["rate"] for tried in again.facts["tried"]] == [0.03]
+
+
+def test_where_every_rate_diverges_the_last_is_named(pair, tmp_path, monkeypatch):
+    monkeypatch.setitem(distilling.RATES, "changed", 1e5)
+    with pytest.raises(NumericsError, match=r"diverged at step \d+ of 16: peak rate 10000.*lower heal\.rate"):
+        heal(*pair, tmp_path / "scratch", rate=None)
 
 
 def test_without_gain_the_start_is_kept(pair, tmp_path):
@@ -267,12 +323,12 @@ def test_fewer_windows_than_a_step_takes_are_one_step_that_trains(pair, tmp_path
 def kill_when_done(monkeypatch):
     """Have the process killed when the training is over and nothing of it is returned yet."""
 
-    class Killing(distilling.Trainer):
+    class Killing(training.Trainer):
         def train(self, *args, **options):
             super().train(*args, **options)
             raise Killed
 
-    monkeypatch.setattr(distilling, "Trainer", Killing)
+    monkeypatch.setattr(training, "Trainer", Killing)
 
 
 @pytest.mark.parametrize("changes", [{}, {"rate": 0.01, "patience": 1}])
@@ -295,12 +351,12 @@ def test_the_patience_that_was_used_up_is_remembered(pair, tmp_path, monkeypatch
     whole = heal(base, student, tmp_path / "whole", **changes)
     with monkeypatch.context() as patch, pytest.raises(Killed):
 
-        class Watch(distilling._Watch):
+        class Watch(training._Watch):
             def on_step_begin(self, args, state, control, **_):
                 if state.global_step == whole.facts["steps"] - 1:
                     raise Killed
 
-        patch.setattr(distilling, "_Watch", Watch)
+        patch.setattr(training, "_Watch", Watch)
         heal(base, student, tmp_path / "killed", **changes)
     again = heal(base, student, tmp_path / "killed", **changes)
     assert whole.facts["steps"] < 16
