@@ -58,9 +58,11 @@ from benchmarks.own_text import (
 from benchmarks.resumable import Record, TimeUp, limit_time, write_whole
 from mka.alignment.aligner import Aligner
 from mka.evaluation.perplexity import measure_perplexity
-from mka.healing.distil import distil, find_last, read_curve
+from mka.healing.curve import read_curve
+from mka.healing.distil import distil
 from mka.healing.student import count_shared
 from mka.healing.table import HealingWindows
+from mka.healing.training import find_last
 from mka.model.checkpoint import Checkpoint, open_checkpoint
 from mka.model.loading import load_model, load_tokenizer, open_decoder
 from mka.plan.plan import MergePlan, keep_layers

@@ -14,6 +14,14 @@ from mka.sections import Option, Section
 BASE_TEXT = Path("base")
 
 
+def parse_size(value: Any) -> Any:
+    """Return the bytes of a size like ``250MB``; anything else as it is, for a field to accept or refuse."""
+    given = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kMGT]?B)\s*", value) if isinstance(value, str) else None
+    if given is None:
+        return value
+    return float(given[1]) * 1000 ** ("", "k", "M", "G", "T").index(given[2].removesuffix("B"))
+
+
 class ModelSource(Section):
     """Where the base model comes from: exactly one of ``hub``, ``folder``, ``package`` and ``registered``."""
 
@@ -219,8 +227,16 @@ class HealSettings(HealFit):
         return "off" if value is False else value
 
 
+# What of a target says outright how many layers remain, and what bounds them.
+DEPTHS = ("layers", "layer_ratio", "size_ratio")
+BOUNDS = ("bytes", "cache_bytes_per_token", "decode_speed", "prefill_speed")
+
+
 class Target(Section):
-    """How much shall go: exactly one of ``layers``, ``layer_ratio``, ``size_ratio``; and what must stay."""
+    """What shall be reached, by removing as few layers as it takes; and what must stay.
+
+    At most one of ``layers``, ``layer_ratio`` and ``size_ratio`` says how many layers remain; the others bound that.
+    """
 
     layers: Annotated[int | None, Option()] = Field(None, description="Target: layers that remain")
     layer_ratio: Annotated[float | None, Option()] = Field(
@@ -229,15 +245,44 @@ class Target(Section):
     size_ratio: Annotated[float | None, Option()] = Field(
         None, gt=0, lt=1, description="Target: share of the bytes to remove before quantization, 0 to 1"
     )
+    bytes: Annotated[float | None, Option(is_size=True)] = Field(
+        None,
+        gt=0,
+        description="Target: most bytes of all tensors as they are written, e.g. 90MB; with scheme mixed what is left "
+        "beside the other tensors is shared out as bits",
+    )
+    cache_bytes_per_token: Annotated[float | None, Option(is_size=True)] = Field(
+        None, gt=0, description="Target: most bytes of keys and values that a token takes, in 16 bits, e.g. 20kB"
+    )
+    decode_speed: Annotated[float | None, Option()] = Field(
+        None,
+        gt=1,
+        description="Target: decoding at least so many times as fast as the base, by the bytes it reads",
+    )
+    prefill_speed: Annotated[float | None, Option()] = Field(
+        None, gt=1, description="Target: reading prompts at least so many times as fast, by the multiplications"
+    )
     protect_first: Annotated[int, Option()] = Field(2, ge=0, description="First layers never touched")
     protect_last: Annotated[int, Option()] = Field(1, ge=0, description="Last layers never touched")
 
+    @field_validator("bytes", "cache_bytes_per_token", mode="before")
+    @classmethod
+    def _sizes(cls, value: Any) -> Any:
+        return parse_size(value)
+
     @model_validator(mode="after")
-    def _one_target(self) -> Self:
-        given = [name for name in ("layers", "layer_ratio", "size_ratio") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"exactly one of layers, layer_ratio, size_ratio must be given, got {given or 'none'}")
+    def _something_is_asked_for(self) -> Self:
+        given = [name for name in DEPTHS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"at most one of {', '.join(DEPTHS)} may be given, got {given}")
+        if not given and not self.bounds:
+            raise ValueError(f"at least one of {', '.join(DEPTHS + BOUNDS)} must be given, got none")
         return self
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """What bounds the layers that remain, as asked for."""
+        return {name: value for name in BOUNDS if (value := getattr(self, name)) is not None}
 
 
 class TransformChoice(Section):
@@ -260,6 +305,9 @@ class QuantizeSettings(StageSettings):
     )
     bits_per_weight: Annotated[float | None, Option()] = Field(
         None, gt=0, description="Of mixed: bits of the linear layers' weights on average, those of scales included"
+    )
+    bytes: float | None = Field(
+        None, gt=0, description="Of mixed, in place of bits_per_weight: bytes of all tensors; null: those of the target"
     )
     rounding: Annotated[Literal["nearest", "gptq", "gptaq"], Option()] = Field(
         "nearest",
@@ -285,6 +333,11 @@ class QuantizeSettings(StageSettings):
         # YAML 1.1 reads a bare `off` as False.
         return "off" if value is False else value
 
+    @field_validator("bytes", mode="before")
+    @classmethod
+    def _size(cls, value: Any) -> Any:
+        return parse_size(value)
+
     @model_validator(mode="before")
     @classmethod
     def _choose(cls, values: Any) -> Any:
@@ -305,8 +358,14 @@ class QuantizeSettings(StageSettings):
             raise ValueError(
                 f"rounding {self.rounding} needs a scheme, and it is off; name one, or leave rounding nearest"
             )
-        if (self.scheme == MIXED) != (self.bits_per_weight is not None):
-            raise ValueError("scheme mixed and bits_per_weight go together; give both, or neither")
+        budgets = [name for name in ("bits_per_weight", "bytes") if getattr(self, name) is not None]
+        if budgets and self.scheme != MIXED:
+            raise ValueError(f"{budgets[0]} goes with scheme mixed, and it is {self.scheme}; give both, or neither")
+        if self.scheme == MIXED and len(budgets) != 1:
+            raise ValueError(
+                "scheme mixed takes exactly one of bits_per_weight and bytes, or the target's bytes, "
+                f"got {budgets or 'none'}"
+            )
         if self.scheme == MIXED and self.rounding == "nearest":
             raise ValueError("scheme mixed looks at texts; give rounding: gptq or gptaq with it")
         if refusal := refuse_unserved(self.serve_on, self.scheme, self.embeddings != "off"):
@@ -415,10 +474,7 @@ class GateRule(Section):
     @field_validator("most", "least", mode="before")
     @classmethod
     def _sizes(cls, value: Any) -> Any:
-        given = re.fullmatch(r"\s*([0-9.]+)\s*([kMGT]?B)\s*", value) if isinstance(value, str) else None
-        if given is None:
-            return value
-        return float(given[1]) * 1000 ** ("", "k", "M", "G", "T").index(given[2].removesuffix("B"))
+        return parse_size(value)
 
     @model_validator(mode="after")
     def _one_bound(self) -> Self:
@@ -508,6 +564,17 @@ class Recipe(Section):
         le=2**32 - 1,
         description="Draws the items of benchmarks, the resamples, and what the base writes itself",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share_out_bytes(cls, raw: Any) -> Any:
+        # Resolved here, so that whoever reads a recipe, records it or keys by it sees what will be done.
+        target, rounding = ({}, {}) if not isinstance(raw, dict) else (raw.get("target"), raw.get("quantize"))
+        if not isinstance(target, dict) or not isinstance(rounding, dict) or target.get("bytes") is None:
+            return raw
+        if rounding.get("scheme") != MIXED or any(rounding.get(name) for name in ("bits_per_weight", "bytes")):
+            return raw
+        return raw | {"quantize": rounding | {"bytes": target["bytes"]}}
 
     @field_validator("engines")
     @classmethod

@@ -45,6 +45,7 @@ class Option:
         help: what help says; default: the field's description.
         null: the word that is typed for null.
         shows_default: whether help names the field's default.
+        is_size: whether it is typed as a size, e.g. 90MB.
     """
 
     name: str | None = None
@@ -52,6 +53,7 @@ class Option:
     help: str | None = None
     null: str | None = None
     shows_default: bool = True
+    is_size: bool = False
 
 
 def explain_validation(error: ValidationError, model: type[BaseModel], where: str) -> str:

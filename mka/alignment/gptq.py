@@ -20,6 +20,7 @@ from mka.terminal import show_progress
 from mka.transforms import BASE, CALIBRATION, MIXED, Transform, list_options
 from mka.transforms.formats import describe_scheme, pack_rows
 from mka.transforms.packing import (
+    budget_linear,
     check_roundable,
     choose_alike,
     count_kept,
@@ -102,7 +103,7 @@ def _share_bits(source: Checkpoint, chosen: Mapping[str, str]) -> dict[str, floa
 def choose_bits(
     source: Checkpoint, settings: QuantizeSettings, decoder: "Decoder", windows: "torch.Tensor"
 ) -> dict[str, str]:
-    """Return the scheme of every linear layer's weight that together lose least within ``bits_per_weight``.
+    """Return the scheme of every linear layer's weight that together lose least within the budget.
 
     Args:
         source: what is rounded.
@@ -126,8 +127,7 @@ def choose_bits(
         noise = [measure_noise([read(info.name) for info in unit], schemes) for unit in infos]
     damage = np.array(list(dear.values()))[:, None] * np.array(noise)  # (U, K)
     taken = [[8 * sum(count_kept(source, info, name, settings) for info in unit) for name in names] for unit in infos]
-    weights = sum(info.parameters for unit in infos for info in unit)
-    found = allocate(damage, np.array(taken), (settings.bits_per_weight or 0.0) * weights)
+    found = allocate(damage, np.array(taken), 8 * budget_linear(source, settings))
     return {weight: names[option] for unit, option in zip(units, found) for weight in unit}
 
 

@@ -150,7 +150,7 @@ def make_option(key: str, help: str | None = None, own: str = "") -> RecipeOptio
     field, default = find_field(key), default_of(key)
     marker = find_marker(field)
     assert marker is not None, f"{key} has no Option in mka/recipe.py"
-    attributes = read_type(field.annotation)
+    attributes = {"type": str, "metavar": "SIZE"} if marker.is_size else read_type(field.annotation)
     if marker.metavar is not None:
         attributes["metavar"] = marker.metavar
     if marker.null is not None:

@@ -29,14 +29,15 @@ from mka.terminal import Outcome, quiet_libraries
 def plan(model: str, scores: Path | None, output: Path, asked: dict[str, Any]) -> Outcome:
     """Decide which layers of MODEL become one.
 
-    Give one target: --layers, --layer-ratio or --size-ratio. With --set selection=iterative or weights=line-search
-    the model is looked at again while planning, which needs --calibration. So do methods that fit something after a
-    deletion (replaceme, prune_and_comp, linearpatch): it is written beside the plan, to plan.folds.safetensors.
+    Give a target: --layers, --layer-ratio or --size-ratio, or what bounds the layers, --bytes and the like. With --set
+    selection=iterative or weights=line-search the model is looked at again while planning, which needs --calibration.
+    So do methods that fit something after a deletion (replaceme, prune_and_comp, linearpatch): it is written beside
+    the plan, to plan.folds.safetensors.
     """
     from mka.evidence.states import LayerScores
     from mka.methods import resolve_method
-    from mka.pipeline.job import resolve_aim
     from mka.pipeline.plan import fit_folds, open_planner_oracles, plan_layers
+    from mka.pipeline.target import resolve_aim
     from mka.plan.wording import describe_steps
     from mka.recipe import CalibrationSettings, MethodChoice, Target
     from mka.texts.calibration import load_calibration

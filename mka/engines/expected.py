@@ -1,17 +1,27 @@
 """How much faster a candidate can be than its base by what is left of it, before anything is timed."""
 
+from dataclasses import dataclass
+
 from mka.engines.subject import WIDTHS
 from mka.model.checkpoint import Checkpoint
 from mka.model.tensors import FLOATS, TensorInfo
 
 
+@dataclass(frozen=True)
+class Held:
+    """Bytes of a model's weights as an engine holds them.
+
+    Attributes:
+        layers: of all its layers.
+        head: of the head, which may be the embedding.
+    """
+
+    layers: float
+    head: float
+
+
 def expect_ratios(base: Checkpoint, candidate: Checkpoint, dtype: str, prompt_tokens: int) -> dict[str, float]:
     """Return figure of speed -> candidate / base, as fewer layers and smaller numbers allow it.
-
-    A step of decoding reads every weight of the layers and of the head once, so that bytes count: of floating-point
-    weights in the engine's dtype, of rounded ones as stored. Reading a prompt multiplies with the layers' weights for
-    each of its tokens and with the head's for the last one, so that multiplications count, and smaller numbers promise
-    nothing. Keys and values, norms' arithmetic and what an engine spends on each step are left out.
 
     Args:
         base: what it is timed beside.
@@ -19,18 +29,35 @@ def expect_ratios(base: Checkpoint, candidate: Checkpoint, dtype: str, prompt_to
         dtype: of floating-point weights in the engine.
         prompt_tokens: length of a prompt.
     """
-    (all_layers, head), (fewer_layers, new_head) = (_count_bytes(model, dtype) for model in (base, candidate))
-    # Bytes of the base in one dtype stand for its multiplications; layers of a model are alike.
-    left = all_layers * candidate.layers / base.layers
-    asked_once = head / prompt_tokens
+    held = [count_held(model, dtype) for model in (base, candidate)]
     return {
-        "prefill_tokens_per_second": (all_layers + asked_once) / (left + asked_once),
-        "decode_tokens_per_second": (all_layers + head) / (fewer_layers + new_head),
+        "prefill_tokens_per_second": expect_prefill(held[0], candidate.layers / base.layers, prompt_tokens),
+        "decode_tokens_per_second": expect_decode(*held),
     }
 
 
-def _count_bytes(model: Checkpoint, dtype: str) -> tuple[int, int]:
-    """Return the bytes of all layers and of the head, which may be the embedding, as an engine holds them."""
+def expect_prefill(base: Held, share: float, prompt_tokens: int) -> float:
+    """Return how many times as fast prompts are read where a share of the layers remains.
+
+    Reading a prompt multiplies with the layers' weights for each of its tokens and with the head's for the last one, so
+    that multiplications count, and smaller numbers promise nothing. Bytes of the base in one dtype stand for them;
+    layers of a model are alike. What an engine spends on each step is left out, here and below.
+    """
+    asked_once = base.head / prompt_tokens
+    return (base.layers + asked_once) / (base.layers * share + asked_once)
+
+
+def expect_decode(base: Held, candidate: Held) -> float:
+    """Return how many times as fast tokens are decoded.
+
+    A step reads every weight of the layers and of the head once, so that bytes count: of floating-point weights in the
+    engine's dtype, of rounded ones as stored. Keys and values and the arithmetic of norms are left out.
+    """
+    return (base.layers + base.head) / (candidate.layers + candidate.head)
+
+
+def count_held(model: Checkpoint, dtype: str) -> Held:
+    """Return the bytes of all layers and of the head with floating-point weights in an engine's dtype."""
     width, family = WIDTHS[dtype], model.family
 
     def held(tensor: TensorInfo) -> int:
@@ -40,4 +67,4 @@ def _count_bytes(model: Checkpoint, dtype: str) -> tuple[int, int]:
         return sum(held(tensor) for name, tensor in model.tensors.items() if name.startswith(f"{module}."))
 
     layers = sum(held(tensor) for name, tensor in model.tensors.items() if family.split_tensor(name))
-    return layers, total(family.head) or total(family.embedding)
+    return Held(layers, total(family.head) or total(family.embedding))

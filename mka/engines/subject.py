@@ -109,7 +109,7 @@ def prepare_subject(
         context=context,
         sequences=sequences,
         # Twice what is needed, so that no engine has to put a sequence off.
-        kv_bytes=2 * sequences * (context + 2 * _BLOCK) * _count_token_bytes(checkpoint, dtype),
+        kv_bytes=2 * sequences * (context + 2 * _BLOCK) * count_token_bytes(checkpoint, dtype),
         log=str(folder / "log"),
         texts=PROMPTS,
         prompts=prompts,
@@ -142,8 +142,8 @@ def _read_config(checkpoint: Checkpoint) -> Any:
     return build_config(checkpoint.config, checkpoint.path).get_text_config()
 
 
-def _count_token_bytes(checkpoint: Checkpoint, dtype: str) -> int:
-    """Count the bytes of one token's keys and values over all layers."""
+def count_token_bytes(checkpoint: Checkpoint, dtype: str) -> int:
+    """Count the bytes of one token's keys and values over all layers; one whose window has passed takes none there."""
     config = _read_config(checkpoint)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

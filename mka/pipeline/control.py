@@ -18,7 +18,9 @@ from mka.pipeline.transform import (
     offer_evidence,
     write_transformed,
 )
-from mka.transforms import list_needs, looks_at_texts
+from mka.recipe import QuantizeSettings
+from mka.transforms import list_needs, looks_at_texts, outline_treated
+from mka.transforms.packing import raise_bytes
 
 
 def has_control(job: Job) -> bool:
@@ -26,15 +28,20 @@ def has_control(job: Job) -> bool:
     return job.measured and job.recipe.treats_weights
 
 
+def choose_rounding(job: Job) -> QuantizeSettings:
+    """Return how all layers are rounded: like the candidate's, in as few bytes as they take if it has fewer."""
+    return raise_bytes(outline_treated(job.base, job.treatments)[-1], job.recipe.quantize)
+
+
 def describe_control(job: Job) -> str:
     """Say what is done to all layers, e.g. "int8 in groups of 64"."""
-    settings = job.recipe.quantize
+    settings = choose_rounding(job)
     rounding = "" if settings.scheme == "off" else describe_rounding(settings)
     return ", ".join(filter(None, (describe_treatments(job), rounding)))
 
 
 def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
-    settings, output, evidence = job.recipe.quantize, folder / MODEL_FOLDER, offer_evidence(job)
+    settings, output, evidence = choose_rounding(job), folder / MODEL_FOLDER, offer_evidence(job)
     if settings.scheme == "off":
         return describe_model(output, write_transformed(job.treatments, job.base, output, evidence))
     source, aside = job.base, folder / f"{MODEL_FOLDER}-transformed"
@@ -49,7 +56,7 @@ def _make(job: Job, found: Found, folder: Path) -> Mapping[str, Any]:
 def _settings(job: Job) -> dict[str, Any]:
     keyed = {
         "transforms": [treatment.key for treatment in job.treatments],
-        "quantize": key_rounding(job.recipe.quantize),
+        "quantize": key_rounding(choose_rounding(job)),
     }
     return keyed | key_evidence(job, list_needs(job.recipe))
 

@@ -6,8 +6,10 @@ from typing import Any
 from mka.alignment.table import walk_nbytes
 from mka.model.checkpoint import Checkpoint
 from mka.pipeline.job import Job
+from mka.pipeline.target import foresee_rounded
+from mka.recipe import QuantizeSettings
 from mka.texts.writing import BATCH, LONGEST
-from mka.transforms import get_quantizer, outline_treated
+from mka.transforms import outline_treated
 
 # Tokenizer, configuration, card and report: what a folder holds beside its weights.
 COMPANIONS_NBYTES = 64_000_000
@@ -127,13 +129,8 @@ def treated_nbytes(job: Job) -> int:
 
 def candidate_nbytes(job: Job) -> int:
     """Bytes of the candidate's tensors: transformed, and rounded, if they will be."""
-    settings, outline = job.recipe.quantize, outline_treated(job.base, job.treatments)[-1]
-    if settings.scheme == "off":
-        return _cut_nbytes(outline, job)
-    foresee = get_quantizer(settings).foresee
-    of_layers = outline.nbytes - foresee(outline, settings.model_copy(update={"embeddings": "off"}))
-    of_the_rest = outline.nbytes - foresee(outline, settings) - of_layers
-    return round(_cut_nbytes(outline, job) - of_layers * job.aim.layers_out / job.base.layers - of_the_rest)
+    outline = outline_treated(job.base, job.treatments)[-1]
+    return foresee_rounded(outline, job.recipe.quantize, job.aim.layers_out)
 
 
 def list_control_nbytes(job: Job) -> list[int]:
@@ -143,10 +140,8 @@ def list_control_nbytes(job: Job) -> list[int]:
     if settings.scheme == "off":
         return sizes
     # Verification unpacks what was rounded once more.
-    return [*sizes, outlines[-1].nbytes, get_quantizer(settings).foresee(outlines[-1], settings)]
+    return [*sizes, outlines[-1].nbytes, foresee_rounded(outlines[-1], settings, job.base.layers)]
 
 
 def _cut_nbytes(checkpoint: Checkpoint, job: Job) -> int:
-    """Bytes of a checkpoint with as many layers as remain, of the mean layer."""
-    mean = sum(checkpoint.layer_nbytes) / checkpoint.layers
-    return round(checkpoint.nbytes - mean * (checkpoint.layers - job.aim.layers_out))
+    return foresee_rounded(checkpoint, QuantizeSettings(), job.aim.layers_out)

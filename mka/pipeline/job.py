@@ -13,13 +13,15 @@ from mka.healing.table import cut_healing
 from mka.methods import Planner, check_alignment, resolve_method
 from mka.model.checkpoint import Checkpoint
 from mka.pipeline.inputs import Inputs, check_evaluation, read_inputs, want_own_text
+from mka.pipeline.target import resolve_aim
 from mka.pipeline.written import open_own_text
 from mka.plan.deleting import deletable_layers
-from mka.plan.target import Aim, resolve_target
-from mka.recipe import ModelSource, QuantizeSettings, Recipe, Target
+from mka.plan.target import Aim
+from mka.recipe import ModelSource, QuantizeSettings, Recipe
 from mka.sources.fetch import materialize, resolve_revision
 from mka.texts.positions import check_context
 from mka.transforms import Treatment, get_quantizer, looks_at_texts, outline_treated, resolve_transforms
+from mka.transforms.packing import raise_bytes
 from mka.transforms.rewrite import refuse_quantized
 
 
@@ -191,30 +193,14 @@ def check_feasible(recipe: Recipe, checkpoint: Checkpoint) -> Aim:
         RecipeError: if the target, a transform, the group size or a task cannot be had.
         CheckpointError: if the checkpoint is quantized already.
     """
-    aim = resolve_aim(recipe.target, checkpoint)
     refuse_quantized(checkpoint)
     treatments = resolve_transforms(recipe.transforms)
+    aim = resolve_aim(recipe.target, checkpoint, recipe.quantize, treatments)
     *outlines, treated = outline_treated(checkpoint, treatments)
     for treatment, outline in zip(treatments, outlines):
         treatment.transform.check(outline, treatment.settings)
     if recipe.quantize.scheme != "off":
-        get_quantizer(recipe.quantize).check(treated, recipe.quantize)
+        # Layers that go make room for the budget's bytes.
+        get_quantizer(recipe.quantize).check(treated, raise_bytes(treated, recipe.quantize))
     check_tasks(recipe.evaluation.tasks, recipe.evaluation.tasks_folder)
     return aim
-
-
-def resolve_aim(target: Target, checkpoint: Checkpoint) -> Aim:
-    """Turn a recipe's target into layers of this checkpoint.
-
-    Raises:
-        RecipeError: if the target is below 1, above the layer count, or out of reach.
-    """
-    layers_out = resolve_target(
-        checkpoint.layers,
-        checkpoint.layer_nbytes,
-        checkpoint.nbytes,
-        layers=target.layers,
-        layer_ratio=target.layer_ratio,
-        size_ratio=target.size_ratio,
-    )
-    return Aim(layers_out, target.protect_first, target.protect_last)

@@ -24,8 +24,10 @@ from mka.pipeline.report import REPORT
 from mka.pipeline.score import SCORE
 from mka.pipeline.serve import SERVE
 from mka.pipeline.stage import RunStage
+from mka.pipeline.target import expect_gains
 from mka.pipeline.transform import TRANSFORM, describe_treatments
 from mka.store.products import Product
+from mka.transforms import outline_treated
 
 _MAKE = (OBSERVE, SCORE, PLAN, MERGE, HEAL, TRANSFORM, QUANTIZE)
 _PROVE = (CONTROL, EVALUATE_BASE, EVALUATE, EVALUATE_CONTROL, SPEED, SERVE, GATE, REPORT)
@@ -62,8 +64,9 @@ def foresee(job: Job, output: Path) -> dict[str, Any]:
     """Say what a compression would do, from facts and arithmetic alone.
 
     Returns:
-        base, candidate and control (layers, parameters, bytes), tokens to write, to observe, to align and to heal on,
-        memory of the stage that needs most and disk of all of them in bytes, and the files that would be published.
+        base, candidate and control (layers, parameters, bytes; what the candidate gains by arithmetic), tokens to
+        write, to observe, to align and to heal on, memory of the stage that needs most and disk of all of them in
+        bytes, and the files that would be published.
     """
     from mka.model.checkpoint import describe_checkpoint
 
@@ -77,6 +80,7 @@ def foresee(job: Job, output: Path) -> dict[str, Any]:
             "parameters": round(facts["parameters"] * (1 - share * (1 - job.aim.layers_out / job.base.layers))),
             "bytes": candidate_nbytes(job),
             "quantize": recipe.quantize.scheme,
+            **expect_gains(outline_treated(job.base, job.treatments)[-1], recipe.quantize, job.aim.layers_out),
         },
         "control": _foresee_control(job),
         "transforms": describe_treatments(job),

@@ -65,7 +65,9 @@ def _ask(settings: QuantizeSettings) -> str:
 def describe_rounding(settings: QuantizeSettings) -> str:
     """Say what rounded weights are stored as, e.g. "int8 in groups of 64"."""
     if settings.scheme == MIXED:
-        scales, inputs = f"{settings.bits_per_weight:g} bits per weight in groups of {settings.group_size}", ""
+        asked = settings.bytes
+        budget = f"{settings.bits_per_weight:g} bits per weight" if asked is None else f"{asked / 1e6:.4g} MB in all"
+        scales, inputs = f"{budget} in groups of {settings.group_size}", ""
     else:
         row = SCHEMES[settings.scheme]
         scales = f"in groups of {settings.group_size}" if row.grouped else "by rows"
@@ -82,6 +84,7 @@ def key_rounding(settings: QuantizeSettings) -> dict[str, Any]:
     nearest = settings.rounding == "nearest"
     unused = {"serve_on": True, "embeddings": settings.embeddings == "off", "group_size": not grouped}
     unused |= {"rounding": nearest, "tokens": nearest, "bits_per_weight": settings.bits_per_weight is None}
+    unused |= {"bytes": settings.bytes is None}
     keyed = settings.model_dump(exclude={name for name, left_out in unused.items() if left_out})
     # Where bits are mixed, where it will run decides which there are.
     return keyed | ({"options": list_options(settings)} if settings.scheme == MIXED else {})

@@ -1,6 +1,7 @@
 """How far a plan has to go: the target in layers, and what cannot be reached. Pure."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +60,62 @@ def resolve_target(
             f"one must remain; at most {most:.3f} can be reached by depth alone"
         )
     return layers_in - removed
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a target allows at most, or asks for at least, of models with some of the layers.
+
+    Attributes:
+        name: as the recipe spells it.
+        asked: the number in the recipe.
+        reach: returns what a model of so many layers has.
+        at_most: whether it may not be above what was asked for; else not below.
+        unit: of the number, for people.
+    """
+
+    name: str
+    asked: float
+    reach: Callable[[int], float]
+    at_most: bool
+    unit: str = ""
+
+    def holds(self, layers: int) -> bool:
+        """Whether a model of so many layers keeps it."""
+        value = self.reach(layers)
+        return value <= self.asked if self.at_most else value >= self.asked
+
+    def refuse(self, layers: int, why: str) -> RecipeError:
+        """Return the refusal that names what so many layers have."""
+        nearest = self._show(self.reach(layers), math.ceil if self.at_most else math.floor)
+        asked = self._show(self.asked, round)
+        return RecipeError(f"target.{self.name} {asked} cannot be reached: with {layers} layers{why} it is {nearest}")
+
+    def _show(self, value: float, round_off: Callable[[float], int]) -> str:
+        """Three decimals, rounded so that what is told is allowed."""
+        unit, scale = self.unit, 1.0
+        if self.unit == "B":
+            unit, scale = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if value >= s), ("B", 1.0))
+        return f"{round_off(value / scale * 1000) / 1000:,.10g}{unit}"
+
+
+def fit_layers(bounds: Sequence[Bound], layers_in: int, fewest: int, layers: int | None = None) -> int:
+    """Return the most layers that keep every bound.
+
+    Args:
+        bounds: each is easier to keep with fewer layers.
+        layers_in: L of the base model.
+        fewest: that may remain.
+        layers: the number that was asked for outright; None: as many as there may be.
+
+    Raises:
+        RecipeError: if none does, naming what is nearest to a bound that is broken.
+    """
+    for count in [layers] if layers is not None else range(layers_in, fewest - 1, -1):
+        if all(bound.holds(count) for bound in bounds):
+            return count
+    least, why = (layers, "") if layers is not None else (fewest, ", the fewest that protection leaves,")
+    raise next(bound.refuse(least, why) for bound in bounds if not bound.holds(least))
 
 
 def refuse_unreachable(layers_out: int, reached: int, protect_first: int, protect_last: int) -> None:

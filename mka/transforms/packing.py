@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mka.errors import CheckpointError, RecipeError
+from mka.kernels import MIXED
 from mka.model.checkpoint import Checkpoint
 from mka.model.config import build_config, write_config
 from mka.model.parts import ATTENTION, MLP, check_parts
@@ -78,7 +79,7 @@ def check_roundable(source: Checkpoint, settings: QuantizeSettings) -> None:
     if any(SCHEMES[name].grouped for name in list_options(settings)):
         check_group_size(source, settings.group_size)
     check_kernels(source, settings)
-    if settings.bits_per_weight is not None:
+    if settings.scheme == MIXED:
         check_bits(source, settings)
     if settings.embeddings != "off":
         check_embeddings(source)
@@ -100,24 +101,55 @@ def check_group_size(source: Checkpoint, group_size: int) -> None:
 
 
 def check_bits(source: Checkpoint, settings: QuantizeSettings) -> None:
-    """Refuse fewer bits per weight than the smallest scheme takes with its scales, and more than the largest.
+    """Refuse a budget of mixed schemes below what the smallest takes with its scales, and bits above the largest's.
 
     Raises:
-        RecipeError: naming both.
+        RecipeError: naming what can be had.
     """
-    weights = find_linear(source)
-    total = sum(info.parameters for info in weights)
-    taken = [
-        8 * sum(count_kept(source, info, name, settings) for info in weights) / total for name in list_options(settings)
-    ]
-    asked, least, most = settings.bits_per_weight or 0.0, min(taken), max(taken)
-    if not least * (1 - TOLERANCE) <= asked <= most * (1 + TOLERANCE):
+    weights = sum(info.parameters for info in find_linear(source))
+    least, most = bound_linear(source, settings)
+    if settings.bytes is not None and settings.bytes < (needed := count_beside(source, settings) + least):
+        raise RecipeError(
+            f"quantize.bytes {settings.bytes:,.0f}: {source.layers} layers in groups of {settings.group_size} take "
+            f"{needed:,} at least; allow as many, or remove layers"
+        )
+    asked = settings.bits_per_weight
+    if asked is not None and not 8 * least * (1 - TOLERANCE) <= asked * weights <= 8 * most * (1 + TOLERANCE):
         # Rounded so that what is told is allowed.
-        told = f"{math.ceil(least * 1000) / 1000:.3f} to {math.floor(most * 1000) / 1000:.3f}"
+        told = f"{math.ceil(8000 * least / weights) / 1000:.3f} to {math.floor(8000 * most / weights) / 1000:.3f}"
         raise RecipeError(
             f"quantize.bits_per_weight {asked}: in groups of {settings.group_size} weights take {told} bits, scales "
             "included"
         )
+
+
+def bound_linear(source: Checkpoint, settings: QuantizeSettings) -> tuple[int, int]:
+    """Return the fewest and the most bytes that the linear layers' weights can take with their scales."""
+    weights, names = find_linear(source), list_options(settings)
+    least, most = (sum(count_kept(source, info, name, settings) for info in weights) for name in (names[-1], names[0]))
+    return least, most
+
+
+def count_beside(source: Checkpoint, settings: QuantizeSettings) -> int:
+    """Return the bytes of everything that is written beside the linear layers' weights and their scales."""
+    name = list_options(settings)[-1]
+    planned = plan_packed(source, settings, {info.name: name for info in find_linear(source)})
+    return sum(tensor.spec.nbytes for tensor in planned) - bound_linear(source, settings)[0]
+
+
+def budget_linear(source: Checkpoint, settings: QuantizeSettings) -> float:
+    """Return the most bytes that a budget of mixed schemes leaves the linear layers' weights and their scales."""
+    if settings.bytes is not None:
+        return settings.bytes - count_beside(source, settings)
+    return (settings.bits_per_weight or 0.0) * sum(info.parameters for info in find_linear(source)) / 8
+
+
+def raise_bytes(source: Checkpoint, settings: QuantizeSettings) -> QuantizeSettings:
+    """Return settings whose budget of bytes this checkpoint can be held to: their own, or the least that it takes."""
+    if settings.bytes is None:
+        return settings
+    least = count_beside(source, settings) + bound_linear(source, settings)[0]
+    return settings.model_copy(update={"bytes": max(settings.bytes, float(least))})
 
 
 def count_kept(source: Checkpoint, info: TensorInfo, scheme: str, settings: QuantizeSettings) -> int:
@@ -269,10 +301,7 @@ def _write_config(source: Checkpoint, settings: QuantizeSettings, chosen: Mappin
 
 def foresee_packed(source: Checkpoint, settings: QuantizeSettings) -> int:
     """Return the bytes of the tensors that will be written; of mixed schemes, what the budget allows at most."""
-    if settings.bits_per_weight is None:
+    if settings.scheme != MIXED:
         return sum(tensor.spec.nbytes for tensor in plan_packed(source, settings, choose_alike(source, settings)))
-    weights = find_linear(source)
-    alike = plan_packed(source, settings, {info.name: list_options(settings)[-1] for info in weights})
-    least = sum(count_kept(source, info, list_options(settings)[-1], settings) for info in weights)
-    budget = settings.bits_per_weight * sum(info.parameters for info in weights) / 8
-    return sum(tensor.spec.nbytes for tensor in alike) - least + int(budget)
+    most = bound_linear(source, settings)[1]
+    return count_beside(source, settings) + min(int(budget_linear(source, settings)), most)

@@ -15,12 +15,12 @@ from mka.evidence.states import HiddenStates
 from mka.methods import get_method, resolve_method
 from mka.model.checkpoint import open_checkpoint
 from mka.model.verification import inspect_checkpoint, require_sound
-from mka.pipeline.job import resolve_aim
 from mka.pipeline.merge import write_merged
 from mka.pipeline.observe import observe_checkpoint
 from mka.pipeline.plan import fit_folds, open_planner_oracles, plan_layers
 from mka.pipeline.quantize import write_quantized
 from mka.pipeline.score import score_layers
+from mka.pipeline.target import resolve_aim
 from mka.plan.plan import MergedLayer, MergePlan, identity_layers, keep_layers, take_layers
 from mka.plan.target import Aim
 from mka.recipe import AlignmentSettings, CalibrationSettings, MethodChoice, ModelSource, QuantizeSettings, Target

@@ -196,12 +196,42 @@ def test_a_budget_that_nothing_reaches_is_refused_with_what_there_is(tmp_path):
     for bits in (3.9, 10.1):
         with pytest.raises(RecipeError, match=r"in groups of 16 weights take 4\.000 to 10\.000 bits, scales included"):
             check_quantizer(source, mixed(bits), (BASE, CALIBRATION))
-    with pytest.raises(ValueError, match="scheme mixed and bits_per_weight go together"):
+    with pytest.raises(ValueError, match=r"scheme mixed takes exactly one of bits_per_weight and bytes, .*got none"):
         settings("mixed", "gptq")
-    with pytest.raises(ValueError, match="scheme mixed and bits_per_weight go together"):
+    with pytest.raises(ValueError, match="scheme mixed takes exactly one of bits_per_weight and bytes"):
+        settings("mixed", "gptq", bits_per_weight=4, bytes=99)
+    with pytest.raises(ValueError, match="bits_per_weight goes with scheme mixed, and it is int4"):
         settings("int4", "gptq", bits_per_weight=4)
+    with pytest.raises(ValueError, match="bytes goes with scheme mixed, and it is int4"):
+        settings("int4", "gptq", bytes="4MB")
     with pytest.raises(ValueError, match="scheme mixed looks at texts"):
         settings("mixed", "nearest", bits_per_weight=4)
+
+
+@pytest.mark.parametrize(("embeddings", "nbytes"), [("off", 90_000), ("int8", 70_000)])
+def test_a_budget_of_bytes_is_one_of_all_that_is_written(embeddings, nbytes, tmp_path):
+    source = open_checkpoint(save_model(make_tiny_model("llama"), tmp_path / "base"))
+    asked = settings("mixed", "gptaq", bytes=nbytes, embeddings=embeddings)
+    write_quantized(source, asked, tmp_path / "out", evidence())
+    made = open_checkpoint(tmp_path / "out")
+    # A unit of the tiny model holds up to 4,096 weights; none of the others could have a bit more.
+    assert nbytes - 4096 / 8 < made.nbytes <= nbytes
+    # More than the most bits take buys nothing more than the most bits.
+    write_quantized(source, asked.model_copy(update={"bytes": 1e9}), tmp_path / "most", evidence())
+    alike = asked.model_copy(update={"scheme": "int8", "bytes": None})
+    write_quantized(source, alike, tmp_path / "int8", evidence())
+    assert open_checkpoint(tmp_path / "most").nbytes == open_checkpoint(tmp_path / "int8").nbytes
+
+
+def test_bytes_that_no_bits_come_down_to_are_refused_with_what_is_needed(tmp_path):
+    source = open_checkpoint(save_model(make_tiny_model("llama"), tmp_path / "base"))
+    with pytest.raises(
+        RecipeError, match=r"quantize\.bytes 9,000: 6 layers in groups of 16 take [0-9,]+ at least"
+    ) as said:
+        check_quantizer(source, settings("mixed", "gptaq", bytes=9000), (BASE, CALIBRATION))
+    needed = float(str(said.value).split(" take ")[1].split()[0].replace(",", ""))
+    write_quantized(source, settings("mixed", "gptaq", bytes=needed), tmp_path / "out", evidence())
+    assert open_checkpoint(tmp_path / "out").nbytes == needed
 
 
 def test_the_ends_of_what_there_is_are_allowed_as_they_are_told(tmp_path):

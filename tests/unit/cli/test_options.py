@@ -7,12 +7,12 @@ import pytest
 from mka.cli.compress import resolve_recipe
 from mka.cli.main import cli
 from mka.cli.options import Command, RecipeOption, default_of, find_field, find_marker, list_keys
-from mka.recipe import Recipe
+from mka.recipe import BOUNDS, DEPTHS, Recipe
 
 # Command -> option -> key of the recipe; what people have typed into scripts since 0.1.
 MODEL = {"--dtype": "model.dtype", "--trust-remote-code": "model.trust_remote_code"}
 METHOD = {"--method": "method.name", "--set": "method.settings"}
-TARGET = {f"--{name.replace('_', '-')}": f"target.{name}" for name in ("layers", "layer_ratio", "size_ratio")}
+TARGET = {f"--{name.replace('_', '-')}": f"target.{name}" for name in DEPTHS + BOUNDS}
 TARGET |= {"--protect-first": "target.protect_first", "--protect-last": "target.protect_last"}
 QUANTIZE = {
     "--quantize": "quantize.scheme",

@@ -115,7 +115,7 @@ def test_every_mistake_is_listed_in_one_line():
     message = refusal(recipe_with(seeed=1, target__layers=None, calibration__samples=0))
     assert "'seeed' (did you mean 'seed'?)" in message
     assert "'calibration.samples': Input should be greater than or equal to 1, got 0" in message
-    assert "'target': exactly one of layers, layer_ratio, size_ratio must be given, got none" in message
+    assert "'target': at least one of layers, layer_ratio, size_ratio, bytes, cache_bytes_per_token, decode" in message
 
 
 @pytest.mark.parametrize("missing", ["name", "model", "target"])
@@ -227,9 +227,13 @@ def test_one_package_is_written_as_before():
         ({"size_ratio": 1.5}, "'target.size_ratio'"),
         ({"layers": 2.5}, "'target.layers'"),
         ({"layers": 3, "protect_last": -1}, "'target.protect_last'"),
+        ({"bytes": "many"}, "'target.bytes'"),
+        ({"bytes": 0}, "'target.bytes'"),
+        ({"decode_speed": 1.0}, "'target.decode_speed'"),
+        ({"prefill_speed": 0.5}, "'target.prefill_speed'"),
     ],
 )
-def test_exactly_one_possible_target(target, reason):
+def test_possible_targets(target, reason):
     assert reason in refusal(SMALLEST | {"target": target})
 
 

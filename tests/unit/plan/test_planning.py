@@ -1,5 +1,7 @@
 """Planning against matrices solved by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from mka.methods import resolve_method
 from mka.plan.deleting import delete_least_important
 from mka.plan.grouping import join_layers, merge_adjacent
 from mka.plan.plan import MergedLayer, Step
-from mka.plan.target import Aim, resolve_target
+from mka.plan.target import Aim, Bound, fit_layers, resolve_target
 from mka.recipe import MethodChoice
 
 
@@ -227,6 +229,38 @@ def test_a_size_that_depth_cannot_reach_is_refused_with_what_it_can():
 def test_no_target_at_all_is_refused():
     with pytest.raises(RecipeError, match="one of layers, layer_ratio, size_ratio must be given"):
         resolve_target(**TEN)
+
+
+# Of ten layers 60 MB each beside 400 MB, and a speed that falls with them.
+SMALL = Bound("bytes", 700e6, lambda layers: 400e6 + 60e6 * layers, True, "B")
+FAST = Bound("decode_speed", 1.5, lambda layers: 12 / (layers + 2), False)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "layers_out"), [([], 10), ([SMALL], 5), ([FAST], 6), ([FAST, SMALL], 5), ([SMALL, FAST], 5)]
+)
+def test_bounds_leave_the_most_layers_that_keep_all_of_them(bounds, layers_out):
+    assert fit_layers(bounds, 10, 3) == layers_out
+
+
+def test_layers_that_are_asked_for_have_to_keep_the_bounds():
+    assert fit_layers([SMALL, FAST], 10, 3, layers=4) == 4
+    with pytest.raises(RecipeError, match=r"target\.bytes 700MB cannot be reached: with 6 layers it is 760MB$"):
+        fit_layers([SMALL, FAST], 10, 3, layers=6)
+    with pytest.raises(RecipeError, match=r"target\.decode_speed 1\.5 cannot .*: with 7 layers it is 1\.333$"):
+        fit_layers([FAST], 10, 3, layers=7)
+
+
+def test_a_bound_that_nothing_keeps_is_refused_with_what_is_nearest():
+    with pytest.raises(RecipeError) as caught:
+        fit_layers([FAST, replace(SMALL, asked=500e6)], 10, 3)
+    assert "target.bytes 500MB cannot be reached: with 3 layers, the fewest that protection leaves, it is 580MB" in str(
+        caught.value
+    )
+    # What is told is allowed, though it is no round number.
+    third = replace(SMALL, asked=1.0, reach=lambda layers: 1000 * layers / 3)
+    with pytest.raises(RecipeError, match=r"1B cannot be reached: .* it is 333\.334B"):
+        fit_layers([third], 1, 1)
 
 
 def plan_with_mka(similarity, layers_out, *, divergence=None, **settings):

@@ -19,7 +19,7 @@ from mka.pipeline.inputs import Inputs
 from mka.pipeline.job import open_job
 from mka.pipeline.pipeline import PIPELINE
 from mka.pipeline.recipes import validate_recipe
-from mka.recipe import Bound, Recipe
+from mka.recipe import BOUNDS, DEPTHS, Bound, Recipe
 from mka.store.products import Product
 from mka.texts.calibration import CalibrationSet
 
@@ -65,6 +65,10 @@ OTHER: dict[str, Any] = {
     "target.layers": 5,
     "target.layer_ratio": {"target": {"layers": None, "layer_ratio": 0.5}},
     "target.size_ratio": {"target": {"layers": None, "size_ratio": 0.5}},
+    "target.bytes": {"target": {"layers": None, "bytes": "150kB"}},
+    "target.cache_bytes_per_token": {"target": {"layers": None, "cache_bytes_per_token": 200}},
+    "target.decode_speed": {"target": {"layers": None, "decode_speed": 1.5}},
+    "target.prefill_speed": {"target": {"layers": None, "prefill_speed": 1.5}},
     "target.protect_first": 0,
     "target.protect_last": 0,
     "alignment.enabled": False,
@@ -96,6 +100,7 @@ OTHER: dict[str, Any] = {
     "quantize.bits_per_weight": {
         "quantize": {"scheme": "mixed", "group_size": 32, "rounding": "gptq", "bits_per_weight": 4}
     },
+    "quantize.bytes": {"quantize": {"scheme": "mixed", "group_size": 32, "rounding": "gptq", "bytes": "150kB"}},
     "quantize.group_size": {"quantize": {"scheme": "int8", "group_size": 16}},
     "quantize.embeddings": {"quantize": {"scheme": "int8", "group_size": 32, "embeddings": "int8"}},
     "quantize.serve_on": "cpu",
@@ -179,6 +184,9 @@ OTHER_BENCH: dict[str, Any] = {key: value for key, value in OTHER.items() if key
     "methods.quantize.tokens": {"methods": [METHOD | {"quantize": [ROUNDED | {"rounding": "gptq", "tokens": 999}]}]},
     "methods.quantize.bits_per_weight": {
         "methods": [METHOD | {"quantize": [{"scheme": "mixed", "rounding": "gptq", "bits_per_weight": 4}]}]
+    },
+    "methods.quantize.bytes": {
+        "methods": [METHOD | {"quantize": [{"scheme": "mixed", "rounding": "gptq", "bytes": "150kB"}]}]
     },
     "methods.quantize.group_size": {"methods": [METHOD | {"quantize": [ROUNDED | {"group_size": 16}]}]},
     "methods.quantize.embeddings": {"methods": [METHOD | {"quantize": [ROUNDED | {"embeddings": "int8"}]}]},
@@ -329,6 +337,6 @@ def test_every_key_is_read_by_some_code(model, read_names):
         from mka.corpora.mixture import SOURCES
 
         unread = [key for key in unread if key.removeprefix("alignment.") not in SOURCES]
-    # A rule reads its bound by name: `getattr(rule, rule.bound)`.
-    known = read_by_spelling(model) | set(get_args(Bound))
+    # A rule reads its bound by name, `getattr(rule, rule.bound)`, and a target what it asks for.
+    known = read_by_spelling(model) | set(get_args(Bound)) | set(DEPTHS + BOUNDS)
     assert [key for key in unread if key.rpartition(".")[2] not in known] == []

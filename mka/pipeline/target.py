@@ -1,0 +1,136 @@
+"""The target of a recipe, as layers of its base: what was asked for outright, or the most that keep every bound."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from mka.engines.expected import Held, count_held, expect_decode, expect_prefill
+from mka.engines.subject import count_token_bytes
+from mka.errors import RecipeError
+from mka.model.checkpoint import Checkpoint
+from mka.plan.target import Aim, Bound, fit_layers, resolve_target
+from mka.recipe import DEPTHS, QuantizeSettings, Target
+from mka.transforms import Treatment, get_quantizer, list_options, outline_treated
+
+# What floating-point weights and the cache are served in, and the prompts that are read.
+SERVED, PROMPT_TOKENS = "bfloat16", 256
+# Bits per weight, scales included, down to which fewer bits lose less than fewer layers (DECISIONS.md): below them a
+# target in bytes takes layers out.
+WORTH_BITS = 3.0
+UNROUNDED = QuantizeSettings()
+# Bounds from above; the others are from below.
+AT_MOST = ("bytes", "cache_bytes_per_token")
+
+
+def resolve_aim(
+    target: Target, base: Checkpoint, rounding: QuantizeSettings = UNROUNDED, treatments: Sequence[Treatment] = ()
+) -> Aim:
+    """Turn a recipe's target into layers of this checkpoint.
+
+    Args:
+        target: what was asked for.
+        base: the opened base.
+        rounding: how what remains is rounded.
+        treatments: what is done to it before.
+
+    Raises:
+        RecipeError: if the target is below 1, above the layer count, or out of reach.
+    """
+    asked = {name: getattr(target, name) for name in DEPTHS}
+    outright = None
+    if any(value is not None for value in asked.values()):
+        outright = resolve_target(base.layers, base.layer_nbytes, base.nbytes, **asked)
+    fewest = max(1, min(base.layers, target.protect_first + target.protect_last))
+    outline = outline_treated(base, treatments)[-1]
+    try:
+        layers_out = fit_layers(list_bounds(target, outline, rounding, WORTH_BITS), base.layers, fewest, outright)
+    except RecipeError:
+        layers_out = fit_layers(list_bounds(target, outline, rounding), base.layers, fewest, outright)
+    return Aim(layers_out, target.protect_first, target.protect_last)
+
+
+def list_bounds(target: Target, outline: Checkpoint, rounding: QuantizeSettings, bits: float = 0.0) -> list[Bound]:
+    """Return what a target bounds, with what models of one to all layers of a checkpoint have.
+
+    Bytes, keys and values are those of the mean layer. Speeds are arithmetic: see `mka.engines.expected`.
+
+    Args:
+        target: what was asked for.
+        outline: the base after what is done to its weights.
+        rounding: how they are rounded then.
+        bits: fewest bits per weight, scales included, that a share of the target's bytes may come to.
+    """
+    least = [rounding]
+    if rounding.bytes is not None:
+        least = [rounding.model_copy(update={"bytes": 1.0}), _budget(rounding, bits)]
+
+    def reach(name: str, layers: int) -> float:
+        if name == "bytes":
+            return max(foresee_rounded(outline, one, layers) for one in least)
+        return expect_gains(outline, rounding, layers)[name]
+
+    return [
+        Bound(name, asked, partial(reach, name), name in AT_MOST, "B" if name in AT_MOST else "")
+        for name, asked in target.bounds.items()
+    ]
+
+
+def expect_gains(outline: Checkpoint, rounding: QuantizeSettings, layers: int) -> dict[str, float]:
+    """Return what a model of so many layers has by arithmetic: times the base's speed, bytes of keys and values.
+
+    Args:
+        outline: the base after what is done to its weights.
+        rounding: how they are rounded then.
+        layers: that remain.
+    """
+    served = count_held(outline, SERVED)
+    return {
+        "decode_speed": expect_decode(served, hold_rounded(outline, rounding, layers)),
+        "prefill_speed": expect_prefill(served, layers / outline.layers, PROMPT_TOKENS),
+        "cache_bytes_per_token": count_token_bytes(outline, SERVED) / outline.layers * layers,
+    }
+
+
+def foresee_rounded(outline: Checkpoint, settings: QuantizeSettings, layers: int) -> int:
+    """Return the bytes of the tensors of a checkpoint with so many layers, of the mean layer, once it is rounded."""
+    if settings.bytes is not None:
+        least, most = (_foresee_alike(outline, settings, name, layers) for name in _extremes(settings))
+        return min(max(int(settings.bytes), least), most)
+    share, of_layers = layers / outline.layers, sum(outline.layer_nbytes)
+    if settings.scheme == "off":
+        return round(outline.nbytes - of_layers * (1 - share))
+    foresee = get_quantizer(settings).foresee
+    left = of_layers - (outline.nbytes - foresee(outline, _without_embeddings(settings)))
+    return round(foresee(outline, settings) - left * (1 - share))
+
+
+def hold_rounded(outline: Checkpoint, settings: QuantizeSettings, layers: int) -> Held:
+    """Return what an engine holds of a checkpoint with so many layers once it is rounded, see `count_held`."""
+    held, family = count_held(outline, SERVED), outline.family
+    if settings.scheme == "off":
+        return Held(held.layers * layers / outline.layers, held.head)
+    alike = settings.model_copy(update={"scheme": _extremes(settings)[0], "bytes": None, "bits_per_weight": None})
+    beside = _without_embeddings(alike)
+    in_layers = foresee_rounded(outline, settings, layers) - foresee_rounded(outline, alike, 0)
+    if settings.embeddings == "off":
+        return Held(in_layers, held.head)
+    ends = [outline.tensors[name] for name in (family.embedding_tensor, family.head_tensor) if name in outline.tensors]
+    saved = foresee_rounded(outline, beside, 0) - foresee_rounded(outline, alike, 0)
+    return Held(in_layers, (sum(tensor.nbytes for tensor in ends) - saved) / len(ends))
+
+
+def _foresee_alike(outline: Checkpoint, settings: QuantizeSettings, scheme: str, layers: int) -> int:
+    return foresee_rounded(outline, settings.model_copy(update={"scheme": scheme, "bytes": None}), layers)
+
+
+def _extremes(settings: QuantizeSettings) -> tuple[str, str]:
+    """The smallest and the largest of the schemes that are mixed."""
+    names = list_options(settings)
+    return names[-1], names[0]
+
+
+def _budget(settings: QuantizeSettings, bits: float) -> QuantizeSettings:
+    return settings.model_copy(update={"bytes": None, "bits_per_weight": bits})
+
+
+def _without_embeddings(settings: QuantizeSettings) -> QuantizeSettings:
+    return settings.model_copy(update={"embeddings": "off"})
