@@ -8,18 +8,11 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from mka.kernels import MIXED, choose_scheme, refuse_unserved
 from mka.outside.printable import hide_passwords
+from mka.outside.sizes import parse_size
 from mka.sections import Option, Section
 
 # In the place of a table's path: text that the base writes itself.
 BASE_TEXT = Path("base")
-
-
-def parse_size(value: Any) -> Any:
-    """Return the bytes of a size like ``250MB``; anything else as it is, for a field to accept or refuse."""
-    given = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kMGT]?B)\s*", value) if isinstance(value, str) else None
-    if given is None:
-        return value
-    return float(given[1]) * 1000 ** ("", "k", "M", "G", "T").index(given[2].removesuffix("B"))
 
 
 class ModelSource(Section):

@@ -1,10 +1,10 @@
 """The picture of a comparison: figures over the base's against the layers that remain, a panel per metric and text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from mka.bench.frontier import find_frontier
+from mka.bench.frontier import COSTS, Point, find_frontier
 from mka.bench.statistics import BASE, Comparison
 from mka.bench.tables import format_ratio
 from mka.evaluation.metrics import HEADLINE
@@ -21,6 +21,9 @@ MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
 OURS_MARKS, OURS_LINES = ("*", "p", "d", "8"), ("-", "--", ":", "-.")
 PANEL, LEFT, RIGHT, GAP = 3.5, 0.75, 0.2, 0.35  # inches
 TOP, BOTTOM, TALL, LEGEND_ROW = 0.95, 0.5, 3.3, 0.2
+# Of a second row of panels.
+BELOW = 0.15
+EXPECTED = "time of a token, the base's is 1 (by arithmetic)"
 # Top of the axis: what is above it is no use as a model, and would press the rest together.
 HIGHEST = 40.0
 # Width over which the rows of one target are spread, of the distance to the next target.
@@ -103,51 +106,56 @@ def _panels(figure: "Figure", comparison: Comparison, lefts: Mapping[str, float]
 
 
 def draw_frontiers(comparison: Comparison, form: Format = "png") -> bytes:
-    """Draw every cell with its interval against its bytes, a panel per text; what something smaller equals is grey."""
+    """Draw every cell with its interval against bytes and against time, a panel per text; what is beaten is grey."""
     checks = [check for check, group in comparison.list_groups("texts").items() if group.metric == HEADLINE]
     rows = -(-len(comparison.rows) // _columns(len(checks)))
     wide = LEFT + len(checks) * PANEL + (len(checks) - 1) * GAP + RIGHT
-    size = (wide, TOP + TALL + BOTTOM + 0.15 + LEGEND_ROW * rows)
+    size = (wide, TOP + len(COSTS) * (TALL + BOTTOM) + BELOW + 0.15 + LEGEND_ROW * rows)
     return render_figure(lambda figure: _frontiers(figure, comparison, checks), size, form)
 
 
 def _frontiers(figure: "Figure", comparison: Comparison, checks: list[str]) -> None:
     wide, tall = figure.get_size_inches()
     looks, lines = _choose_looks(comparison), dict[str, Any]()
-    found = {check: find_frontier(comparison, check) for check in checks}
-    highest = max((point.ratio.upper for points in found.values() for point in points), default=1.2)
-    for place, (check, points) in enumerate(found.items()):
-        left = LEFT + place * (PANEL + GAP)
-        axes = figure.add_axes((left / wide, 1 - (TOP + TALL) / tall, PANEL / wide, TALL / tall))
-        axes.set_yscale("log")
-        axes.set_ylim(0.97, min(max(highest, 1.2), HIGHEST) * 1.12)
-        for point in points:
-            if point.row == BASE:
-                axes.plot([point.nbytes / 1e6], [1.0], "o", color=INK, markersize=6, zorder=5)
-                continue
-            look = looks[point.row] | {"linestyle": "none"} | ({"color": FAINT, "zorder": 2} if point.beaten_by else {})
-            bar = [[point.ratio.value - point.ratio.lower], [point.ratio.upper - point.ratio.value]]
-            drawn = axes.errorbar([point.nbytes / 1e6], [point.ratio.value], yerr=bar, label=point.row, **look)
-            lines[point.row] = lines.get(point.row, drawn) if point.beaten_by else drawn
-            axes.annotate(
-                str(point.layers),
-                (point.nbytes / 1e6, point.ratio.value),
-                (4, 3),
-                textcoords="offset points",
-                fontsize=6.5,
-                color=MUTED,
-            )
-        front = [(point.nbytes / 1e6, point.ratio.value) for point in points if not point.beaten_by]
-        axes.plot(*zip(*front), color=MUTED, linewidth=0.8, zorder=1, drawstyle="steps-post")
-        _dress_ratios(axes, f"{comparison.groups[check].on} (n = {comparison.draws[check].n} windows)")
-        axes.set_xlabel("megabytes of tensors")
-        if not place:
-            axes.set_ylabel(f"{HEADLINE.name} / base's (log scale)")
+    highest = max((ratio.upper for check in checks for ratio in comparison.ratios[check].values()), default=1.2)
+    for floor, (cost, told) in enumerate({"bytes": "megabytes of tensors", "time": EXPECTED}.items()):
+        for place, check in enumerate(checks):
+            left, top = LEFT + place * (PANEL + GAP), TOP + TALL + floor * (TALL + BOTTOM + BELOW)
+            axes = figure.add_axes((left / wide, 1 - top / tall, PANEL / wide, TALL / tall))
+            points = find_frontier(comparison, check, cost)
+            axes.set_yscale("log")
+            axes.set_ylim(0.97, min(max(highest, 1.2), HIGHEST) * 1.12)
+            _place_points(axes, points, looks, lines, cost)
+            axes.set_xlabel(told)
+            title = f"{comparison.groups[check].on} (n = {comparison.draws[check].n} windows)"
+            _dress_ratios(axes, "" if floor else title)
+            if not place:
+                axes.set_ylabel(f"{HEADLINE.name} / base's (log scale)")
     where = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.06 / tall), "ncols": _columns(len(checks))}
     shown = [row for row in comparison.rows if row in lines]
     figure.legend([lines[row] for row in shown], shown, **LEGEND, **where)
-    note = "Lower left is better. Numbers: layers. Grey: something no larger is no worse. Black: the base."
+    note = "Lower left is better. Numbers: layers. Grey: something no dearer is no worse. Black: the base."
     write_heading(figure, f"Depth and bits of {comparison.results.bench.recipe.model.label}", note)
+
+
+def _place_points(
+    axes: "Axes", points: Sequence[Point], looks: Mapping[str, Any], lines: dict[str, Any], cost: str
+) -> None:
+    """Draw the points of one panel; ``lines`` gets what the legend shows of each row, in colour if it has any."""
+    scale = 1e6 if cost == "bytes" else 1.0
+    for point in points:
+        x, y = COSTS[cost](point) / scale, point.ratio.value
+        if point.row == BASE:
+            axes.plot([x], [1.0], "o", color=INK, markersize=6, zorder=5)
+            continue
+        look = looks[point.row] | {"linestyle": "none"} | ({"color": FAINT, "zorder": 2} if point.beaten_by else {})
+        bar = [[y - point.ratio.lower], [point.ratio.upper - y]]
+        drawn = axes.errorbar([x], [y], yerr=bar, label=point.row, **look)
+        lines[point.row] = lines.get(point.row, drawn) if point.beaten_by else drawn
+        nudge: dict[str, Any] = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 6.5}
+        axes.annotate(str(point.layers), (x, y), **nudge, color=MUTED)
+    front = [(COSTS[cost](point) / scale, point.ratio.value) for point in points if not point.beaten_by]
+    axes.plot(*zip(*front), color=MUTED, linewidth=0.8, zorder=1, drawstyle="steps-post")
 
 
 def _choose_looks(comparison: Comparison) -> dict[str, dict[str, Any]]:

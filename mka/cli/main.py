@@ -15,6 +15,7 @@ from mka.cli.compress import compress
 from mka.cli.console import ARGUMENTS, examples
 from mka.cli.evaluate import evaluate
 from mka.cli.export import export
+from mka.cli.frontier import frontier
 from mka.cli.heal import heal
 from mka.cli.merge import merge
 from mka.cli.methods import methods
@@ -113,6 +114,7 @@ for command in (
     verify,
     publish,
     bench,
+    frontier,
     clean,
 ):
     cli.add_command(command)

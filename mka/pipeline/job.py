@@ -13,7 +13,7 @@ from mka.healing.table import cut_healing
 from mka.methods import Planner, check_alignment, resolve_method
 from mka.model.checkpoint import Checkpoint
 from mka.pipeline.inputs import Inputs, check_evaluation, read_inputs, want_own_text
-from mka.pipeline.target import resolve_aim
+from mka.pipeline.target import refuse_bytes, resolve_aim
 from mka.pipeline.written import open_own_text
 from mka.plan.deleting import deletable_layers
 from mka.plan.target import Aim
@@ -202,5 +202,6 @@ def check_feasible(recipe: Recipe, checkpoint: Checkpoint) -> Aim:
     if recipe.quantize.scheme != "off":
         # Layers that go make room for the budget's bytes.
         get_quantizer(recipe.quantize).check(treated, raise_bytes(treated, recipe.quantize))
+        refuse_bytes(treated, recipe.quantize, aim.layers_out)
     check_tasks(recipe.evaluation.tasks, recipe.evaluation.tasks_folder)
     return aim

@@ -9,6 +9,7 @@ from mka.alignment.gptq import CONTEXT, MEASURED
 from mka.alignment.table import walk_nbytes
 from mka.model.checkpoint import Checkpoint, open_checkpoint
 from mka.model.verification import verify_checkpoint
+from mka.outside.sizes import format_size
 from mka.pipeline.foresee import LOGIT_COPIES, candidate_nbytes, largest_layer, treated_nbytes, width_of
 from mka.pipeline.job import Job
 from mka.pipeline.merge import describe_model
@@ -66,7 +67,7 @@ def describe_rounding(settings: QuantizeSettings) -> str:
     """Say what rounded weights are stored as, e.g. "int8 in groups of 64"."""
     if settings.scheme == MIXED:
         asked = settings.bytes
-        budget = f"{settings.bits_per_weight:g} bits per weight" if asked is None else f"{asked / 1e6:.4g} MB in all"
+        budget = f"{settings.bits_per_weight:g} bits per weight" if asked is None else f"{format_size(asked)} in all"
         scales, inputs = f"{budget} in groups of {settings.group_size}", ""
     else:
         row = SCHEMES[settings.scheme]

@@ -69,7 +69,7 @@ def list_bounds(target: Target, outline: Checkpoint, rounding: QuantizeSettings,
         return expect_gains(outline, rounding, layers)[name]
 
     return [
-        Bound(name, asked, partial(reach, name), name in AT_MOST, "B" if name in AT_MOST else "")
+        Bound(f"target.{name}", asked, partial(reach, name), name in AT_MOST, name in AT_MOST)
         for name, asked in target.bounds.items()
     ]
 
@@ -101,6 +101,23 @@ def foresee_rounded(outline: Checkpoint, settings: QuantizeSettings, layers: int
     foresee = get_quantizer(settings).foresee
     left = of_layers - (outline.nbytes - foresee(outline, _without_embeddings(settings)))
     return round(foresee(outline, settings) - left * (1 - share))
+
+
+def least_bytes(outline: Checkpoint, settings: QuantizeSettings, layers: int) -> int:
+    """Return the bytes of the tensors with so many layers under the smallest of the schemes that are mixed."""
+    return foresee_rounded(outline, settings.model_copy(update={"bytes": 1.0}), layers)
+
+
+def refuse_bytes(outline: Checkpoint, settings: QuantizeSettings, layers: int) -> None:
+    """Refuse a budget of mixed bits that is less than the fewest bits take.
+
+    Raises:
+        RecipeError: naming what they take.
+    """
+    if settings.bytes is not None:
+        bound = Bound("quantize.bytes", settings.bytes, partial(least_bytes, outline, settings), True, True)
+        if not bound.holds(layers):
+            raise bound.refuse(layers, "")
 
 
 def hold_rounded(outline: Checkpoint, settings: QuantizeSettings, layers: int) -> Held:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mka.errors import PlanError, RecipeError
+from mka.outside.sizes import format_size
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,14 @@ class Bound:
         asked: the number in the recipe.
         reach: returns what a model of so many layers has.
         at_most: whether it may not be above what was asked for; else not below.
-        unit: of the number, for people.
+        is_size: whether it counts bytes.
     """
 
     name: str
     asked: float
     reach: Callable[[int], float]
     at_most: bool
-    unit: str = ""
+    is_size: bool = False
 
     def holds(self, layers: int) -> bool:
         """Whether a model of so many layers keeps it."""
@@ -89,14 +90,11 @@ class Bound:
         """Return the refusal that names what so many layers have."""
         nearest = self._show(self.reach(layers), math.ceil if self.at_most else math.floor)
         asked = self._show(self.asked, round)
-        return RecipeError(f"target.{self.name} {asked} cannot be reached: with {layers} layers{why} it is {nearest}")
+        return RecipeError(f"{self.name} {asked} cannot be reached: with {layers} layers{why} it is {nearest}")
 
     def _show(self, value: float, round_off: Callable[[float], int]) -> str:
         """Three decimals, rounded so that what is told is allowed."""
-        unit, scale = self.unit, 1.0
-        if self.unit == "B":
-            unit, scale = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if value >= s), ("B", 1.0))
-        return f"{round_off(value / scale * 1000) / 1000:,.10g}{unit}"
+        return format_size(value, round_off) if self.is_size else f"{round_off(value * 1000) / 1000:,.10g}"
 
 
 def fit_layers(bounds: Sequence[Bound], layers_in: int, fewest: int, layers: int | None = None) -> int:

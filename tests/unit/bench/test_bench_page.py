@@ -149,12 +149,21 @@ def test_what_something_smaller_equals_is_off_the_frontier(sized):
 def test_the_page_shows_sizes_and_frontiers_where_something_is_rounded(sized, comparison):
     page = render_page(sized, None, "bytes.png")
     row = "v, int8 in groups of 16"
-    assert f"| {row} | 20.0 (0.200) |" in page and "![Perplexity over the base's against megabytes](bytes.png)" in page
-    prose = page.partition("## Quality against bytes")[2].partition("### prose")[2].partition("\n## ")[0]
+    assert (
+        f"| {row} | 20.0 (0.200) |" in page
+        and "![Perplexity over the base's against megabytes and time](bytes.png)" in page
+    )
+    prose = page.partition("## Quality against bytes and time")[2].partition("### prose")[2].partition("\n## ")[0]
     lines = [line for line in prose.splitlines() if line.startswith("| ")][2:]
-    assert lines[0].startswith(f"| **20.0** | **{row}** | **5** | **1.649 [") and lines[0].endswith("| – |")
-    assert lines[2].startswith("| 50.0 | u, ") and lines[2].endswith("| t, int8 in groups of 16, 5 layers |")
-    assert lines[-1] == "| **100.0** | **base** | **6** | **1** | – |"
+    # int8 in groups of 16, scales in 32 bits: ten bits for sixteen, norms and head as they are.
+    assert lines[0].startswith("| **20.0** | **1.") and f"** | **{row}** | **5** | **1.649 [" in lines[0]
+    assert lines[0].endswith("| – |")
+    assert (
+        lines[2].startswith("| 50.0 | 1.")
+        and " | u, " in lines[2]
+        and lines[2].endswith("| t, int8 in groups of 16, 5 layers |")
+    )
+    assert lines[-1] == "| **100.0** | **1.00** | **base** | **6** | **1** | – |"
     assert "2.0" in page.partition("## Costs")[2] and "| round |" in page
     plain = render_page(comparison, None)
     assert "Quality against bytes" not in plain and "## Sizes" not in plain and "| round |" not in plain
@@ -165,10 +174,28 @@ def test_the_picture_of_frontiers_names_every_row_and_marks_layers(sized):
 
     drawn = draw_frontiers(sized, "svg").decode()
     assert drawn == draw_frontiers(sized, "svg").decode()
-    for said in ("Depth and bits of", "megabytes of tensors", "v, int8 in groups of 16", "Grey: something"):
+    for said in (
+        "Depth and bits of",
+        "megabytes of tensors",
+        "by arithmetic",
+        "v, int8 in groups of 16",
+        "Grey: something",
+    ):
         assert said in drawn
     wide, tall = Image.open(io.BytesIO(draw_frontiers(sized))).size
-    assert wide > 1000 and tall > 600
+    assert wide > 1000 and tall > 1200
+
+
+def test_against_time_models_are_placed_by_what_is_read_for_a_token(sized):
+    """All four have as many layers in as many bits, so the best of them alone is left beside the base."""
+    points = find_frontier(sized, "perplexity words", "time")
+    assert [p.row[0] for p in points] == ["s", "u", "t", "v", "b"]
+    assert {p.row[0]: p.beaten_by and p.beaten_by[0] for p in points} == {
+        **dict.fromkeys("utv", "s"),
+        "s": None,
+        "b": None,
+    }
+    assert len({p.decode_speed for p in points[:-1]}) == 1 and points[0].decode_speed > points[-1].decode_speed == 1.0
 
 
 def test_ours_meets_the_best_of_the_others_at_every_target_and_text(comparison):

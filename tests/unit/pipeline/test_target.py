@@ -58,7 +58,7 @@ def test_speeds_are_those_of_what_is_read_and_multiplied(base):
 def test_every_bound_is_kept(base):
     assert aim(base, cache_bytes_per_token=5 * KEYS_AND_VALUES, bytes=4 * (4 * LAYER + HEAD + NORM)) == 4
     assert aim(base, layer_ratio=0.5, cache_bytes_per_token=3 * KEYS_AND_VALUES) == 3
-    with pytest.raises(RecipeError, match=r"cache_bytes_per_token 200B cannot be reached: with 3 layers it is 384B"):
+    with pytest.raises(RecipeError, match=r"cache_bytes_per_token 200 B cannot be reached: with 3 layers it is 384 B"):
         aim(base, layer_ratio=0.5, cache_bytes_per_token=200)
 
 
@@ -106,9 +106,9 @@ def test_bytes_for_mixed_bits_come_from_bits_first_and_from_layers_where_those_a
     # With the fewest layers, and where layers are asked for outright, there may be as few bits as there are.
     assert aim(base, asked, bytes=total(2, 2.5)) == 2
     assert aim(base, asked, layers=6, bytes=total(6, 2.5)) == 6
-    with pytest.raises(RecipeError, match=r"target\.bytes 76\.3\d*kB cannot be reached: with 6 layers it is"):
+    with pytest.raises(RecipeError, match=r"target\.bytes 76\.3\d* kB cannot be reached: with 6 layers it is"):
         aim(base, asked, layers=6, bytes=total(6, 2.5) - 1)
-    with pytest.raises(RecipeError, match=r"target\.bytes 1kB cannot be reached: with 2 layers, the fewest"):
+    with pytest.raises(RecipeError, match=r"target\.bytes 1 kB cannot be reached: with 2 layers, the fewest"):
         aim(base, asked, bytes=1000)
 
 

@@ -232,8 +232,8 @@ def test_no_target_at_all_is_refused():
 
 
 # Of ten layers 60 MB each beside 400 MB, and a speed that falls with them.
-SMALL = Bound("bytes", 700e6, lambda layers: 400e6 + 60e6 * layers, True, "B")
-FAST = Bound("decode_speed", 1.5, lambda layers: 12 / (layers + 2), False)
+SMALL = Bound("target.bytes", 700e6, lambda layers: 400e6 + 60e6 * layers, True, True)
+FAST = Bound("target.decode_speed", 1.5, lambda layers: 12 / (layers + 2), False)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_bounds_leave_the_most_layers_that_keep_all_of_them(bounds, layers_out):
 
 def test_layers_that_are_asked_for_have_to_keep_the_bounds():
     assert fit_layers([SMALL, FAST], 10, 3, layers=4) == 4
-    with pytest.raises(RecipeError, match=r"target\.bytes 700MB cannot be reached: with 6 layers it is 760MB$"):
+    with pytest.raises(RecipeError, match=r"target\.bytes 700 MB cannot be reached: with 6 layers it is 760 MB$"):
         fit_layers([SMALL, FAST], 10, 3, layers=6)
     with pytest.raises(RecipeError, match=r"target\.decode_speed 1\.5 cannot .*: with 7 layers it is 1\.333$"):
         fit_layers([FAST], 10, 3, layers=7)
@@ -254,12 +254,13 @@ def test_layers_that_are_asked_for_have_to_keep_the_bounds():
 def test_a_bound_that_nothing_keeps_is_refused_with_what_is_nearest():
     with pytest.raises(RecipeError) as caught:
         fit_layers([FAST, replace(SMALL, asked=500e6)], 10, 3)
-    assert "target.bytes 500MB cannot be reached: with 3 layers, the fewest that protection leaves, it is 580MB" in str(
-        caught.value
+    assert (
+        "target.bytes 500 MB cannot be reached: with 3 layers, the fewest that protection leaves, it is 580 MB"
+        in str(caught.value)
     )
     # What is told is allowed, though it is no round number.
     third = replace(SMALL, asked=1.0, reach=lambda layers: 1000 * layers / 3)
-    with pytest.raises(RecipeError, match=r"1B cannot be reached: .* it is 333\.334B"):
+    with pytest.raises(RecipeError, match=r"1 B cannot be reached: .* it is 333\.334 B"):
         fit_layers([third], 1, 1)
 
 
