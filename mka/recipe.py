@@ -351,6 +351,10 @@ class QuantizeSettings(StageSettings):
             raise ValueError(
                 f"rounding {self.rounding} needs a scheme, and it is off; name one, or leave rounding nearest"
             )
+        if self.rounding == "nearest" and self.tokens != type(self).model_fields["tokens"].default:
+            raise ValueError(
+                f"tokens {self.tokens} are of rounding gptq and gptaq; name one of them, or leave tokens out"
+            )
         budgets = [name for name in ("bits_per_weight", "bytes") if getattr(self, name) is not None]
         if budgets and self.scheme != MIXED:
             raise ValueError(f"{budgets[0]} goes with scheme mixed, and it is {self.scheme}; give both, or neither")

@@ -58,10 +58,10 @@ def _apply(
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.rounded-") as aside:
         with open_decoder(source, model.dtype, model.trust_remote_code) as (decoder, tokenizer):
             windows = cut_windows(source, settings, tokenizer, texts)
-            chosen = choose_alike(source, settings)
+            chosen, lost = choose_alike(source, settings), {}
             if settings.scheme == MIXED:
-                chosen = choose_bits(source, settings, decoder, windows[:MEASURED])
-            files = _round(source, settings, decoder, windows, chosen, Path(aside))
+                chosen, lost["expected"] = choose_bits(source, settings, decoder, windows[:MEASURED])
+            files, lost["measured"] = _round(source, settings, decoder, windows, chosen, Path(aside))
 
         def pack(spec: TensorInfo, info: TensorInfo, read: TensorReader) -> Iterator["torch.Tensor"]:
             with safe_open(files[info.name], "pt") as file:
@@ -69,6 +69,7 @@ def _apply(
 
         found = write_packed(source, output, settings, chosen, pack, on_tensor=on_tensor, **options)
     facts = {"tokens": windows.numel(), "context": windows.shape[1], "bits": _share_bits(source, chosen)}
+    facts |= {"lost": lost | {"tokens": windows[:MEASURED].numel()}}
     return found | {"rounding": facts} if isinstance(found, dict) else found
 
 
@@ -102,8 +103,10 @@ def _share_bits(source: Checkpoint, chosen: Mapping[str, str]) -> dict[str, floa
 
 def choose_bits(
     source: Checkpoint, settings: QuantizeSettings, decoder: "Decoder", windows: "torch.Tensor"
-) -> dict[str, str]:
-    """Return the scheme of every linear layer's weight that together lose least within the budget.
+) -> tuple[dict[str, str], float]:
+    """Return the scheme of every linear layer's weight that together lose least within the budget, and what they lose.
+
+    That is in nats per token, as expected of rounding to the nearest.
 
     Args:
         source: what is rounded.
@@ -128,7 +131,8 @@ def choose_bits(
     damage = np.array(list(dear.values()))[:, None] * np.array(noise)  # (U, K)
     taken = [[8 * sum(count_kept(source, info, name, settings) for info in unit) for name in names] for unit in infos]
     found = allocate(damage, np.array(taken), 8 * budget_linear(source, settings))
-    return {weight: names[option] for unit, option in zip(units, found) for weight in unit}
+    expected = float(damage[np.arange(len(units)), found].clip(min=0.0).sum())
+    return {weight: names[option] for unit, option in zip(units, found) for weight in unit}, expected
 
 
 def _round(
@@ -138,8 +142,8 @@ def _round(
     windows: "torch.Tensor",
     chosen: Mapping[str, str],
     folder: Path,
-) -> dict[str, Path]:
-    """Round layer after layer, a file each; returns the file that holds each weight.
+) -> tuple[dict[str, Path], float]:
+    """Round layer after layer, a file each; returns the file that holds each weight, and the nats per token lost.
 
     Raises:
         NumericsError: if the model gives numbers that are not finite.
@@ -155,7 +159,7 @@ def _round(
         dtype = torch_dtype(replace(info, dtype=loaded_dtype(source, info)))
         return describe_scheme(chosen[info.name], settings.group_size), dtype
 
-    walk = Rounding(decoder, windows, describe, follows=settings.rounding == "gptaq")
+    walk = Rounding(decoder, windows, describe, follows=settings.rounding == "gptaq", compared=MEASURED)
     with show_progress("round layers", source.layers, "layer") as advance:
         for index, made in enumerate(walk.round_layers(advance)):
             file = folder / f"{index}.safetensors"
@@ -168,7 +172,7 @@ def _round(
                 kept |= {f"{stem}.{leaf}": value for leaf, value in packed.items()}
                 files[f"{stem}.weight"] = file
             save_file(kept, file)
-    return files
+    return files, walk.measure_loss()
 
 
 TRANSFORM = Transform(

@@ -23,6 +23,8 @@ from mka.alignment.lockstep import READERS, WRITERS, Alignment
 from mka.alignment.refit import token_weights, undo_post_norm
 from mka.alignment.ridge import Moments, fit_ridge
 from mka.model.parts import Part, read_features, read_norm, run_part, write_features
+from mka.model.readout import read_out, sum_divergence
+from mka.model.walk import run_layer
 from mka.transforms.columns import fit_scales, round_columns
 
 # Rounded weight, (R, F) float32, and its scales, (R, G).
@@ -39,6 +41,7 @@ class Rounding(Alignment):
         describe: Callable[[int, str], tuple[Any, torch.dtype]],
         *,
         follows: bool,
+        compared: int = 0,
     ) -> None:
         """Prepare a walk.
 
@@ -48,12 +51,14 @@ class Rounding(Alignment):
             describe: ``describe(layer, name)`` returns the scheme of compressed-tensors that a linear layer has, and
                 the dtype of its scales; those that read one norm have the same scheme.
             follows: whether weights are first moved to where they give what the teacher's gave: `gptaq`.
+            compared: windows at the start that the model also walks through as it is, for `measure_loss`.
 
         Raises:
             PlanError: if the layers have parts that cannot be rounded so.
         """
         super().__init__(model, windows)
         self.describe, self.follows = describe, follows
+        self.unrounded = self.start[:compared]
 
     @torch.inference_mode()
     def round_layers(self, on_layer: Callable[[int], Any] | None = None) -> Iterator[Mapping[str, Rounded]]:
@@ -80,10 +85,26 @@ class Rounding(Alignment):
                     student, rounded = self._round_writer(made, part, student, target, context, writer)
                     found |= rounded
                     teacher = student if target is None else target
+                if len(self.unrounded) and not self.follows:
+                    self.unrounded = run_layer(self.decoder.layers[index], self.unrounded, self.contexts[index])
                 self.decoder.tidy()
+            if self.follows:
+                self.unrounded = teacher[: len(self.unrounded)]
+            self.students = [student]
             yield found
             if on_layer:
                 on_layer(1)
+
+    @torch.inference_mode()
+    def measure_loss(self) -> float:
+        """Return KL(as it was || rounded) on the windows compared, nats per token, after the walk.
+
+        They are of those that the rounding was fitted on.
+        """
+        with self.decoder.hold_head():
+            pairs = zip(self.unrounded, self.students[0])
+            total = sum(sum_divergence(*(read_out(self.decoder, self.decoder.norm(x)) for x in pair)) for pair in pairs)
+        return total / self.unrounded[..., 0].numel()
 
     def _round_readers(
         self, made: Any, part: Part, student: torch.Tensor, teacher: torch.Tensor, given: tuple[Any, torch.dtype]

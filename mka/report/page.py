@@ -129,6 +129,9 @@ def describe_rounded(facts: Mapping[str, Any]) -> dict[str, str]:
         rows["looked at"] = f"{facts['tokens']:,} tokens of calibration text in windows of {facts['context']}"
     if len(facts.get("bits", ())) > 1:
         rows["of their weights"] = ", ".join(f"{scheme} {share:.1%}" for scheme, share in facts["bits"].items())
+    if lost := facts.get("lost"):
+        expected = f"; {lost['expected']:.3g} expected of rounding to the nearest" if "expected" in lost else ""
+        rows["lost by it"] = f"{lost['measured']:.3g} nats per token on {lost['tokens']:,} of those{expected}"
     return rows
 
 

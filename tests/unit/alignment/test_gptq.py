@@ -13,16 +13,19 @@ from transformers import AutoModelForCausalLM
 from mka.alignment.rounding import Rounding
 from mka.errors import CalibrationError, CheckpointError, RecipeError
 from mka.model.checkpoint import open_checkpoint
+from mka.model.loading import load_tokenizer
 from mka.pipeline.quantize import check_quantizer, describe_rounding, key_rounding, write_quantized
 from mka.recipe import ModelSource, QuantizeSettings
 from mka.texts.calibration import CalibrationSet
+from mka.texts.windows import pack_windows
 from mka.transforms import BASE, CALIBRATION, get_transform, list_options
 from mka.transforms.packing import find_linear
 from mka.transforms.rtn import quantize_checkpoint
 
 
 def settings(scheme="int4", rounding="gptq", **more):
-    return QuantizeSettings(scheme=scheme, rounding=rounding, group_size=16, tokens=2048, **more)
+    looked_at = {} if rounding == "nearest" else {"tokens": 2048}
+    return QuantizeSettings(scheme=scheme, rounding=rounding, group_size=16, **looked_at, **more)
 
 
 def evidence(count=120, low=5, high=24):
@@ -114,6 +117,8 @@ def test_refusals(tmp_path):
         write_quantized(open_checkpoint(tmp_path / "once"), settings(), tmp_path / "twice", evidence())
     with pytest.raises(ValueError, match="rounding gptq needs a scheme, and it is off"):
         QuantizeSettings(rounding="gptq")
+    with pytest.raises(ValueError, match="tokens 999 are of rounding gptq and gptaq"):
+        QuantizeSettings(scheme="int4", tokens=999)
 
 
 def test_what_is_said_of_it_and_what_decides_it():
@@ -143,7 +148,27 @@ def test_what_was_looked_at_is_told_and_not_what_was_allowed(tmp_path):
     source = open_checkpoint(save_model(make_tiny_model("llama"), tmp_path / "base"))
     facts = write_quantized(source, settings(), tmp_path / "out", evidence())["rounding"]
     text = sum(len(text.split()) for text in evidence()[CALIBRATION][0].texts)
+    lost = facts.pop("lost")
     assert facts == {"tokens": text // 128 * 128, "context": 128, "bits": {"int4": 1.0}}
+    assert lost.keys() == {"measured", "tokens"} and lost["tokens"] == 2 * 128
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "gptaq"])
+@pytest.mark.parametrize("scheme", ["int2", "mixed"])
+def test_what_is_said_to_be_lost_is_the_divergence_of_the_stock_models(scheme, rounding, tmp_path):
+    folder = save_model(make_tiny_model("llama"), tmp_path / "base")
+    asked = settings(scheme, rounding, **({"bits_per_weight": 4.5} if scheme == "mixed" else {}))
+    lost = write_quantized(open_checkpoint(folder), asked, tmp_path / "out", evidence())["rounding"]["lost"]
+    windows = torch.tensor(pack_windows(load_tokenizer(folder), evidence()[CALIBRATION][0].texts, 128, 2))
+    models = [AutoModelForCausalLM.from_pretrained(at, dtype=torch.float32).eval() for at in (folder, tmp_path / "out")]
+    with torch.no_grad():
+        p, q = (torch.log_softmax(model(windows).logits.double(), -1) for model in models)
+    measured = float((p.exp() * (p - q)).sum(-1).mean())
+    assert lost["measured"] == pytest.approx(measured, rel=1e-3) and measured > 1e-5
+    # Rounding to the nearest, with the noise of each layer adding up; of the order of what it is.
+    assert ("expected" in lost) is (scheme == "mixed")
+    if scheme == "mixed" and rounding == "gptq":
+        assert 0.2 < lost["expected"] / measured < 20
 
 
 def mixed(bits, **more):
