@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _TRANSFORMS = {
     "cast": "mka.transforms.cast",
     "gptq": "mka.alignment.gptq",
+    "higgs": "mka.transforms.higgs",
     "merge": "mka.transforms.merge",
     "rtn": "mka.transforms.rtn",
 }
