@@ -16,7 +16,7 @@ class Point:
         row: of the tables; `BASE` for the base.
         layers: that remain.
         nbytes: of its tensors.
-        decode_speed: times as fast as the base by what is read for a token, see `mka.engines.expected`; not measured.
+        decode_speed: times as fast as the base by what is read for a token, see `mka.pipeline.target`; not measured.
         ratio: its figure over the base's.
         beaten_by: a model that is no dearer and no worse, and better in one of these: of several the best; None if
             there is none.

@@ -120,8 +120,8 @@ def _frontiers(comparison: Comparison, picture: str | None) -> list[str]:
         "## Quality against bytes and time",
         "",
         "By size. Bold: nothing that is no larger is better, by the point estimates. Decodes: times as fast as the "
-        "base, by arithmetic over the bytes that are read for a token (floating point in 16 bits, rounded weights as "
-        "they are stored), not measured.",
+        "base, by arithmetic over the bytes that are read for a token (16 bits a weight; rounded weights as they are "
+        "stored where `serve_on` names an engine that has kernels for them), not measured.",
         "",
     ]
     if picture:

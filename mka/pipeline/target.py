@@ -121,9 +121,12 @@ def refuse_bytes(outline: Checkpoint, settings: QuantizeSettings, layers: int) -
 
 
 def hold_rounded(outline: Checkpoint, settings: QuantizeSettings, layers: int) -> Held:
-    """Return what an engine holds of a checkpoint with so many layers once it is rounded, see `count_held`."""
+    """Return what an engine holds of a checkpoint with so many layers once it is rounded, see `count_held`.
+
+    Without an engine that has kernels for it, what was rounded is unpacked before it is read.
+    """
     held, family = count_held(outline, SERVED), outline.family
-    if settings.scheme == "off":
+    if settings.scheme == "off" or settings.serve_on is None:
         return Held(held.layers * layers / outline.layers, held.head)
     alike = settings.model_copy(update={"scheme": _extremes(settings)[0], "bytes": None, "bits_per_weight": None})
     beside = _without_embeddings(alike)

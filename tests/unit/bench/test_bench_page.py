@@ -155,7 +155,7 @@ def test_the_page_shows_sizes_and_frontiers_where_something_is_rounded(sized, co
     )
     prose = page.partition("## Quality against bytes and time")[2].partition("### prose")[2].partition("\n## ")[0]
     lines = [line for line in prose.splitlines() if line.startswith("| ")][2:]
-    # int8 in groups of 16, scales in 32 bits: ten bits for sixteen, norms and head as they are.
+    # Five layers of six; no engine is named that would read eight bits.
     assert lines[0].startswith("| **20.0** | **1.") and f"** | **{row}** | **5** | **1.649 [" in lines[0]
     assert lines[0].endswith("| – |")
     assert (
@@ -187,7 +187,7 @@ def test_the_picture_of_frontiers_names_every_row_and_marks_layers(sized):
 
 
 def test_against_time_models_are_placed_by_what_is_read_for_a_token(sized):
-    """All four have as many layers in as many bits, so the best of them alone is left beside the base."""
+    """All four have as many layers, so the best of them alone is left beside the base."""
     points = find_frontier(sized, "perplexity words", "time")
     assert [p.row[0] for p in points] == ["s", "u", "t", "v", "b"]
     assert {p.row[0]: p.beaten_by and p.beaten_by[0] for p in points} == {

@@ -83,9 +83,15 @@ def test_rounded_bytes_are_those_that_are_written(rounding, layers, tmp_path):
     in_layers = sum(made.layer_nbytes)
     rounded_head = [info.nbytes for name, info in made.tensors.items() if name.startswith("model.embed_tokens.")]
     head = sum(rounded_head) if settings.embeddings != "off" else 2 * HEAD
-    found = expect_gains(base, settings, layers)["decode_speed"]
+    served = settings.model_copy(update={"serve_on": "cpu"})
+    found = expect_gains(base, served, layers)["decode_speed"]
     # Unrounded norms are counted as stored.
     assert found == pytest.approx(2 * (6 * LAYER + HEAD) / (in_layers + head), rel=0.02)
+
+
+def test_what_no_named_engine_runs_is_unpacked_and_no_faster(base):
+    gains = [expect_gains(base, QuantizeSettings(**one), 4) for one in ({}, {"scheme": "int8", "group_size": 32})]
+    assert gains[0] == gains[1]
 
 
 MIXED = {"scheme": "mixed", "rounding": "gptq", "group_size": 32}
