@@ -30,8 +30,10 @@ from mka.transforms.packing import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
+    from mka.alignment.sensitivity import Unit
     from mka.model.decoder import Decoder
 
 # Tokens per window, where the model has so many positions.
@@ -114,25 +116,48 @@ def choose_bits(
         decoder: of the source.
         windows: token ids that noise is measured on, (S, T).
     """
+    from mka.transforms.allocation import allocate
+
+    names, family = list_options(settings), source.family
+    units, damage, taken = measure_damage(source, settings, decoder, windows)
+    found = allocate(damage, taken, 8 * budget_linear(source, settings))
+    chosen = {
+        family.layer_tensor(index, f"{name}.weight"): names[option]
+        for (index, own), option in zip(units, found)
+        for name in own
+    }
+    return chosen, float(damage[range(len(units)), found].clip(min=0.0).sum())
+
+
+def measure_damage(
+    source: Checkpoint, settings: QuantizeSettings, decoder: "Decoder", windows: "torch.Tensor"
+) -> tuple[list["Unit"], "np.ndarray", "np.ndarray"]:
+    """Return what is rounded alike, what each loses under every scheme, and the bits it takes, scales included.
+
+    Args:
+        source: what is rounded.
+        settings: the group size, and which schemes there are.
+        decoder: of the source.
+        windows: token ids that noise is measured on, (S, T).
+
+    Returns:
+        U units; nats per token, as expected of rounding to the nearest, (U, K); bits, (U, K).
+    """
     import numpy as np
 
     from mka.alignment.sensitivity import measure_sensitivity
-    from mka.transforms.allocation import allocate
     from mka.transforms.columns import measure_noise
 
     names, family = list_options(settings), source.family
     schemes = [describe_scheme(name, settings.group_size) for name in names]
     with show_progress("measure noise", source.layers, "layer") as advance:
         dear = measure_sensitivity(decoder, windows, on_layer=advance)
-    units = [[family.layer_tensor(index, f"{name}.weight") for name in own] for index, own in dear]
-    infos = [[source.tensors[weight] for weight in unit] for unit in units]
+    infos = [[source.tensors[family.layer_tensor(index, f"{name}.weight")] for name in own] for index, own in dear]
     with source.reader() as read:
         noise = [measure_noise([read(info.name) for info in unit], schemes) for unit in infos]
-    damage = np.array(list(dear.values()))[:, None] * np.array(noise)  # (U, K)
+    damage = np.array(list(dear.values()))[:, None] * np.array(noise)
     taken = [[8 * sum(count_kept(source, info, name, settings) for info in unit) for name in names] for unit in infos]
-    found = allocate(damage, np.array(taken), 8 * budget_linear(source, settings))
-    expected = float(damage[np.arange(len(units)), found].clip(min=0.0).sum())
-    return {weight: names[option] for unit, option in zip(units, found) for weight in unit}, expected
+    return list(dear), damage, np.array(taken)
 
 
 def _round(

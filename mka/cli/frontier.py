@@ -8,7 +8,7 @@ import click
 from mka.cli.bench import show_foresight
 from mka.cli.console import examples, reports
 from mka.cli.models import find_work
-from mka.cli.options import FILE
+from mka.cli.options import FILE, SIZE
 from mka.store.publishing import make_work, write_text
 from mka.terminal import Outcome, quiet_libraries, say
 
@@ -24,7 +24,7 @@ from mka.terminal import Outcome, quiet_libraries, say
     "--bytes",
     "budgets",
     multiple=True,
-    metavar="SIZE",
+    type=SIZE,
     help="Bytes of all tensors that bits are mixed for, e.g. 80MB; may be repeated.  [default: two, between 4 and 2 "
     "bits for all layers]",
 )
@@ -39,7 +39,7 @@ from mka.terminal import Outcome, quiet_libraries, say
 @click.option("--output", type=FILE, required=True, metavar="DIR", help="Folder of the page; may exist.")
 @click.option("--dry-run", is_flag=True, help="Check everything and list the models: stored, or about how long.")
 @reports
-def frontier(recipe: Path, budgets: tuple[str, ...], depths: tuple[int, ...], output: Path, dry_run: bool) -> Outcome:
+def frontier(recipe: Path, budgets: tuple[float, ...], depths: tuple[int, ...], output: Path, dry_run: bool) -> Outcome:
     """Draw quality against bytes and against time for the moves that RECIPE allows.
 
     Its base is compared with itself in 8, 4 and 3 bits and in the best mixture of bits for each budget, with fewer
@@ -58,12 +58,11 @@ def frontier(recipe: Path, budgets: tuple[str, ...], depths: tuple[int, ...], ou
     from mka.pipeline.recipes import load_recipe
 
     loaded = load_recipe(recipe)
-    sizes = [read_size(text) for text in budgets]
     if not dry_run:
         make_work(find_work())
     with quiet_libraries():
         base, _ = fetch_base(loaded.model, find_work())
-        laid_out = lay_out_moves(loaded, base, sizes, depths, output)
+        laid_out = lay_out_moves(loaded, base, budgets, depths, output)
         file = output / "frontier.yaml"
         command = shlex.join(["mka", "bench", str(file)])
         prepared = prepare(laid_out, find_work(), write=not dry_run, command=command)
@@ -72,21 +71,3 @@ def frontier(recipe: Path, budgets: tuple[str, ...], depths: tuple[int, ...], ou
         output.mkdir(parents=True, exist_ok=True)
         write_text(file, yaml.safe_dump(laid_out.model_dump(mode="json", exclude_unset=True), sort_keys=False))
         return publish_results(run_bench(prepared, say=say))
-
-
-def read_size(text: str) -> float:
-    """Read a size as recipes spell it.
-
-    Raises:
-        UsageError: if it is none.
-    """
-    from mka.outside.sizes import parse_size
-
-    size = parse_size(text)
-    try:
-        value = float(size)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise click.BadParameter(f"{text!r} is no size, e.g. 80MB", param_hint="--bytes")
-    return value

@@ -10,6 +10,7 @@ import click
 
 import mka
 from mka.cli.bench import bench
+from mka.cli.budget import budget
 from mka.cli.clean import clean
 from mka.cli.compress import compress
 from mka.cli.console import ARGUMENTS, examples
@@ -114,6 +115,7 @@ for command in (
     verify,
     publish,
     bench,
+    budget,
     frontier,
     clean,
 ):

@@ -37,7 +37,26 @@ class FileName(click.Path):
         return super().convert(value, parameter, context)
 
 
+class Size(click.ParamType):
+    """Bytes as people write them, e.g. 80MB."""
+
+    name = "size"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
+        """Read what was typed."""
+        from mka.outside.sizes import parse_size
+
+        try:
+            size = float(parse_size(value))
+        except ValueError:
+            size = 0.0
+        if not 0 < size < float("inf"):
+            self.fail(f"{one_line(value, 60)!r} is no size, e.g. 80MB", parameter, context)
+        return size
+
+
 FILE = FileName(path_type=Path)
+SIZE = Size()
 
 model_argument = click.argument("model")
 output_folder = click.option(

@@ -30,7 +30,7 @@ SAMPLES = 60
 HEAVY = {"torch", "transformers", "pandas", "scipy", "matplotlib", "datasets", "lm_eval", "mlflow", "prefect"}
 STAGES = (
     *("compress", "methods", "write", "observe", "score", "plan", "merge", "heal", "evaluate", "report", "export"),
-    *("serve-check", "sign", "verify", "publish", "bench", "frontier", "clean"),
+    *("serve-check", "sign", "verify", "publish", "bench", "budget", "frontier", "clean"),
 )
 
 

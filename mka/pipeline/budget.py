@@ -1,0 +1,168 @@
+"""What bytes buy: for every number of layers what depth loses, and what the bits lose that are left for them.
+
+Both in nats per token on calibration text: of depth the divergence that a plan leaves, refitted if the recipe refits;
+of bits the sum that mixed bits are chosen by (docs/method.md, 8), with the noise of the base's own layers. That damages
+of both kinds add up is an assumption; `mka frontier` measures.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mka.alignment.gptq import MEASURED, cut_windows, measure_damage
+from mka.errors import CalibrationError, RecipeError
+from mka.pipeline.job import Job
+from mka.pipeline.pipeline import run
+from mka.pipeline.plan import open_plan
+from mka.pipeline.target import foresee_rounded, least_bytes
+from mka.plan.target import Aim
+from mka.recipe import QuantizeSettings
+from mka.terminal import show_progress
+from mka.transforms.allocation import allocate
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mka.alignment.sensitivity import Unit
+    from mka.plan.plan import MergedLayer, MergePlan
+
+# Windows that a plan is refitted on before it is measured.
+FITTED = 8
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a number of layers comes to in so many bytes.
+
+    Attributes:
+        layers: that remain.
+        nbytes: of all tensors.
+        bits: per weight of the linear layers, scales included; None if even the fewest take more.
+        depth: nats per token that fewer layers lose.
+        rounding: nats per token that those bits lose, as expected; None without bits.
+    """
+
+    layers: int
+    nbytes: float
+    bits: float | None
+    depth: float
+    rounding: float | None
+
+    @property
+    def total(self) -> float | None:
+        """Both together."""
+        return None if self.rounding is None else self.depth + self.rounding
+
+
+def propose(job: Job, store: Path, depths: Sequence[int], budgets: Sequence[float], refit: bool) -> list[Offer]:
+    """Return what every number of layers comes to within every budget.
+
+    Plans are made and stored as the pipeline does.
+
+    Args:
+        job: of a recipe whose `quantize` mixes schemes, with calibration texts.
+        store: folder of all results.
+        depths: numbers of layers.
+        budgets: bytes of all tensors.
+        refit: whether plans are measured refitted in closed form.
+
+    Raises:
+        PlanError: if the method cannot reach a depth.
+        CalibrationError: if there is too little text.
+        MkaError: whatever a stage refuses.
+    """
+    from mka.model.loading import open_decoder
+
+    plans = {layers: _plan(job, store, layers) for layers in depths}
+    settings, source, calibration = job.recipe.quantize, job.recipe.model, job.inputs.calibration
+    assert calibration is not None
+    with open_decoder(job.base, source.dtype, source.trust_remote_code) as (decoder, tokenizer):
+        windows = cut_windows(job.base, settings, tokenizer, calibration.texts)
+        if len(windows) <= MEASURED:
+            raise CalibrationError(
+                f"the calibration texts make {len(windows)} windows of {windows.shape[1]} tokens, {MEASURED + 1} are "
+                "needed; give more text"
+            )
+        lost = _measure_depth(job, plans, decoder, windows, refit)
+        units, damage, taken = measure_damage(job.base, settings, decoder, windows[:MEASURED])
+    return [
+        _offer(job, plans[layers], lost[layers], nbytes, units, damage, taken)
+        for nbytes in budgets
+        for layers in depths
+    ]
+
+
+def _plan(job: Job, store: Path, layers: int) -> "MergePlan":
+    aim = Aim(layers, job.aim.protect_first, job.aim.protect_last)
+    found = run(replace(job, aim=aim), lambda stage, one, before: stage.produce(one, before, store), until="plan")
+    plan, folds = open_plan(found)
+    if folds:
+        raise RecipeError(
+            f"method {job.planner.name!r} folds a correction into the model, which is not measured here; name another"
+        )
+    return plan
+
+
+def _measure_depth(
+    job: Job, plans: "dict[int, MergePlan]", decoder: Any, windows: Any, refit: bool
+) -> dict[int, float]:
+    from mka.evidence.repairs import MeasuredRepairs
+
+    measured, fitted = windows[:MEASURED], windows[MEASURED : MEASURED + FITTED]
+    repairs = MeasuredRepairs(decoder, measured, fitted)
+
+    def measure(layers: "tuple[MergedLayer, ...]") -> float:
+        if len(layers) == job.base.layers:
+            return 0.0
+        return repairs.aligned(layers) if refit else repairs.divergence(layers, measured.numel())
+
+    found = {}
+    with show_progress("measure depths", len(plans), "plan") as advance:
+        for layers, plan in plans.items():
+            found[layers] = measure(plan.layers)
+            advance(1)
+    return found
+
+
+def _offer(
+    job: Job,
+    plan: "MergePlan",
+    lost: float,
+    nbytes: float,
+    units: Sequence["Unit"],
+    damage: "np.ndarray",
+    taken: "np.ndarray",
+) -> Offer:
+    settings: QuantizeSettings = job.recipe.quantize
+    layers = len(plan.layers)
+    if nbytes < least_bytes(job.base, settings, layers):
+        return Offer(layers, nbytes, None, lost, None)
+    kept = {layer.leader for layer in plan.layers}
+    rows = [place for place, (index, _) in enumerate(units) if index in kept]
+    # What is written beside them: all, less what the smallest scheme takes of them.
+    beside = least_bytes(job.base, settings, layers) - taken[rows].min(axis=1).sum() / 8
+    found = allocate(damage[rows], taken[rows], 8 * (nbytes - beside))
+    bits = float(taken[rows, found].sum()) / sum(_count_weights(job, units[row]) for row in rows)
+    return Offer(layers, nbytes, bits, lost, float(damage[rows, found].clip(min=0.0).sum()))
+
+
+def _count_weights(job: Job, unit: "Unit") -> int:
+    index, names = unit
+    return sum(job.base.tensors[job.base.family.layer_tensor(index, f"{name}.weight")].parameters for name in names)
+
+
+def list_depths(job: Job) -> list[int]:
+    """Return numbers of layers worth a look where none is named: all, and four fewer ones down to two thirds."""
+    count = job.base.layers
+    fewest = max(job.aim.protect_first + job.aim.protect_last + 1, round(2 * count / 3))
+    return sorted({round(count - (count - fewest) * step / 4) for step in range(5)}, reverse=True)
+
+
+def list_budgets(job: Job) -> list[float]:
+    """Return bytes where none are named: of all layers in 4, 3 and 2 bits, and half way between the last two."""
+    alike = [
+        job.recipe.quantize.model_copy(update={"scheme": name, "bytes": None}) for name in ("int4", "int3", "int2")
+    ]
+    four, three, two = (foresee_rounded(job.base, settings, job.base.layers) for settings in alike)
+    return [float(four), float(three), float(round((three + two) / 2)), float(two)]
