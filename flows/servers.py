@@ -43,6 +43,7 @@ def act(action: str) -> None:
         print("\nfrom another terminal, in this folder:")
         print(f"  export PREFECT_API_URL={running['prefect'].address}/api")
         print("  .venv/bin/prefect deployment run recompress/default --watch")
+        print("  .venv/bin/prefect deployment schedule resume --all    # the watch looks every hour; it is off so far")
         print("stop them: make down")
     elif action == "down":
         print("\n".join(f"stopped {server.name} (pid {server.pid})" for server in servers.down()) or "nothing runs")

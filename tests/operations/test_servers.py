@@ -35,7 +35,7 @@ def test_everything_listens_on_this_machine_only(stack):
     assert found == {"127.0.0.1"}
 
 
-def test_all_deployments_are_there_and_the_watch_is_scheduled(stack, client):
+def test_all_deployments_are_there_and_the_watch_is_scheduled_once_somebody_switches_it_on(stack, client):
     names = {f"{client.read_flow(d.flow_id).name}/{d.name}" for d in client.read_deployments()}
     assert names == {
         "recompress/default",
@@ -45,7 +45,9 @@ def test_all_deployments_are_there_and_the_watch_is_scheduled(stack, client):
         "sweep/default",
     }
     watch = client.read_deployment_by_name("watch-base-models/default")
-    assert [(s.active, s.schedule.cron) for s in watch.schedules] == [(True, "17 * * * *")]
+    assert [(s.active, s.schedule.cron) for s in watch.schedules] == [(False, "17 * * * *")]
+    assert not [run for run in client.read_flow_runs() if run.deployment_id == watch.id and run.auto_scheduled]
+    client.update_deployment_schedule(watch.id, watch.schedules[0].id, active=True)
     deadline = time.monotonic() + 90
     while not (runs := [r for r in client.read_flow_runs() if r.deployment_id == watch.id and r.auto_scheduled]):
         assert time.monotonic() < deadline, "the scheduler made no run of a cron schedule"
