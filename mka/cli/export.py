@@ -1,5 +1,6 @@
 """`mka export`: a model in the form that somebody else reads."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -8,7 +9,7 @@ from mka.cli.console import examples, reports
 from mka.cli.models import open_model
 from mka.cli.options import model_argument, output_folder
 from mka.store.publishing import check_free
-from mka.terminal import Outcome
+from mka.terminal import Outcome, align
 
 
 @click.command(
@@ -31,6 +32,7 @@ def export(model: str, form: str, file_type: str | None, output: Path) -> Outcom
     MODEL is a folder, a hub id org/name[@revision], or package:NAME==VERSION. It is checked before anything is written,
     and DIR is published whole or not at all. The format `folder` is a stock safetensors folder; `gguf` is one file for
     llama.cpp, with a Modelfile for Ollama beside it; its weights are in a type from f32 to q4_0, q8_0 if none is named.
+    Weights that are rounded already keep their whole numbers, each tensor in the type that holds them (`rounded`).
     """
     from mka.export import get_export
     from mka.model.checkpoint import describe_checkpoint
@@ -40,14 +42,22 @@ def export(model: str, form: str, file_type: str | None, output: Path) -> Outcom
     chosen = get_export(form, file_type)
     checkpoint, _ = open_model(model, {})
     with publish(output, needed_bytes=chosen.foresee(checkpoint)) as partial:
-        chosen.write(checkpoint.path, partial)
+        found = chosen.write(checkpoint, partial)
     written = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    facts = describe_checkpoint(checkpoint) | {
+    facts = describe_checkpoint(checkpoint) | found
+    facts |= {
         "path": str(output),
         "format": form,
-        "type": chosen.file_type,
+        "type": chosen.choose_type(checkpoint),
         "written_bytes": written,
     }
-    named = f"{form} {chosen.file_type}" if chosen.file_type else form
+    named = f"{form} {facts['type']}" if facts["type"] else form
     said = f"{facts['layers']} layers, {facts['parameters'] / 1e6:,.1f} M parameters, {facts['bytes'] / 1e6:,.1f} MB"
-    return Outcome(facts, f"{said}\n{output} ({named}, {written / 1e6:,.1f} MB)")
+    lines = [said, *_list_types(found.get("types", {})), f"{output} ({named}, {written / 1e6:,.1f} MB)"]
+    return Outcome(facts, "\n".join(lines))
+
+
+def _list_types(types: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Lay out what tensors are stored as, where the form says so."""
+    rows = [[kind, f"{found['share']:.1%}", f"{found['bytes'] / 1e6:,.1f}"] for kind, found in types.items()]
+    return [align(rows, ["type", "of the weights", "MB"], "lrr")] if rows else []

@@ -18,35 +18,44 @@ class Form:
 
     Attributes:
         module: holds its EXPORT, called with the model folder and an empty folder to fill, then with the type where
-            there are types; and, if it writes more or fewer bytes than the model has, ``foresee_bytes``, called with
-            the checkpoint and alike.
+            there are types, which may return facts; and, if it writes more or fewer bytes than the model has,
+            ``foresee_bytes``, called with the checkpoint and alike.
         types: of the weights it writes, the default first; none: it has them as they are.
+        rounded: the default among them for a folder of rounded weights, if that is another.
     """
 
     module: str
     types: tuple[str, ...] = ()
+    rounded: str | None = None
+
+    def choose_type(self, checkpoint: "Checkpoint", asked: str | None) -> str | None:
+        """Return the type that a folder's weights get; None where there are none."""
+        default = self.rounded if checkpoint.is_quantized else None
+        return asked or default or next(iter(self.types), None)
 
 
 # A row per form: its name in `mka export --format`.
 _EXPORTS = {
     "folder": Form("mka.export.folder"),
-    "gguf": Form("mka.export.gguf", ("q8_0", "f32", "f16", "bf16", "q6_k", "q5_k_m", "q4_k_m", "q4_0")),
+    "gguf": Form(
+        "mka.export.gguf", ("q8_0", "f32", "f16", "bf16", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "rounded"), "rounded"
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Export:
-    """A form with its type chosen.
+    """A form with its type chosen, as far as no folder has to be seen for it.
 
     Attributes:
-        write: called with a model folder and an empty folder to fill.
+        write: called with a checkpoint and an empty folder to fill; returns facts.
         foresee: returns the bytes that will be written of a checkpoint, and refuses what cannot be.
-        file_type: of the weights; None: as they are.
+        choose_type: returns the type that a checkpoint's weights get; None: they stay as they are.
     """
 
-    write: Callable[[Path, Path], None]
+    write: "Callable[[Checkpoint, Path], dict[str, Any]]"
     foresee: "Callable[[Checkpoint], int]"
-    file_type: str | None
+    choose_type: "Callable[[Checkpoint], str | None]"
 
 
 def export_names() -> list[str]:
@@ -59,7 +68,7 @@ def get_export(name: str, file_type: str | None = None) -> Export:
 
     Args:
         name: of the form.
-        file_type: of the weights; None: the form's default.
+        file_type: of the weights; None: the form's default for what it is given.
 
     Raises:
         RecipeError: if there is no such form or type; the nearest name is suggested.
@@ -73,12 +82,15 @@ def get_export(name: str, file_type: str | None = None) -> Export:
     if file_type is not None and file_type not in form.types:
         close = nearest(file_type, form.types)
         raise RecipeError(f"unknown type {file_type!r}{close}; types of {name!r}: {', '.join(form.types)}")
-    chosen = file_type or next(iter(form.types), None)
-    asked: tuple[Any, ...] = () if chosen is None else (chosen,)
     module = importlib.import_module(form.module)
     foresee = getattr(module, "foresee_bytes", lambda checkpoint: checkpoint.nbytes)
+
+    def list_asked(checkpoint: "Checkpoint") -> list[Any]:
+        chosen = form.choose_type(checkpoint, file_type)
+        return [] if chosen is None else [chosen]
+
     return Export(
-        lambda source, target: module.EXPORT(source, target, *asked),
-        lambda checkpoint: foresee(checkpoint, *asked),
-        chosen,
+        lambda checkpoint, target: module.EXPORT(checkpoint.path, target, *list_asked(checkpoint)) or {},
+        lambda checkpoint: foresee(checkpoint, *list_asked(checkpoint)),
+        lambda checkpoint: form.choose_type(checkpoint, file_type),
     )

@@ -68,6 +68,8 @@ FILE_TYPES = {
     # Its head is q6_k with llama.cpp's quantizer; the package gguf cannot round to that.
     "q4_0": FileType(LlamaFileType.MOSTLY_Q4_0, Kind.Q4_0, Kind.Q8_0),
 }
+# Asked for as a type is: whole numbers that the folder has stay what they are, each tensor in the type that holds them.
+ROUNDED = "rounded"
 # Of a type whose groups do not fill a row evenly.
 _SUBSTITUTES = {Kind.Q6_K: Kind.Q8_0, Kind.Q5_K: Kind.Q5_1, Kind.Q4_K: Kind.Q5_0}
 # Types only llama.cpp itself rounds to.

@@ -1,16 +1,19 @@
 """A GGUF file, as llama.cpp and Ollama read it: weights, config, tokenizer and chat template; and a Modelfile."""
 
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFWriter
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFWriter, LlamaFileType
 from gguf.constants import GGML_QUANT_VERSION
 
 from mka.errors import CheckpointError, RecipeError, nearest
 from mka.export.architectures import Architecture, describe_config, get_architecture
-from mka.export.ggml import FILE_TYPES, require_quantizer, round_rows
+from mka.export.carrying import CARRIERS, carry_rows
+from mka.export.ggml import FILE_TYPES, ROUNDED, Kind, require_quantizer, round_rows
 from mka.export.ollama import list_stops, write_modelfile
 from mka.export.placing import FileTensor, place_tensors
 from mka.export.readback import check_file
@@ -29,6 +32,7 @@ class FilePlan:
     """All a file will hold.
 
     Attributes:
+        file_type: that was asked for.
         architecture: llama.cpp's.
         facts: what is said of the model, by the names of `gguf.GGUFWriter`'s methods.
         tensors: in the order they are written.
@@ -36,6 +40,7 @@ class FilePlan:
         tokenizer: transformers'.
     """
 
+    file_type: str
     architecture: Architecture
     facts: dict[str, Any]
     tensors: list[FileTensor]
@@ -48,6 +53,30 @@ class FilePlan:
         spelled = sum(4 * len(text) + 24 for text in (*self.vocabulary.tokens, *(self.vocabulary.merges or ())))
         return spelled + sum(tensor.nbytes + GGUF_DEFAULT_ALIGNMENT + 128 for tensor in self.tensors)
 
+    @property
+    def number(self) -> LlamaFileType:
+        """What readers are told the file is: of kept weights the type that most of them are in."""
+        if self.file_type != ROUNDED:
+            return FILE_TYPES[self.file_type].number
+        counted = _count_weights(tensor for tensor in self.tensors if tensor.rounded is not None)
+        return CARRIERS[counted.most_common(1)[0][0]].number if counted else LlamaFileType.MOSTLY_F16
+
+    @property
+    def types(self) -> dict[str, dict[str, float]]:
+        """What tensors are stored as -> the share of all weights that is, and its bytes; the most first."""
+        counted, found = _count_weights(self.tensors), {}
+        for kind, count in counted.most_common():
+            nbytes = sum(tensor.nbytes for tensor in self.tensors if tensor.kind == kind)
+            found[kind.name] = {"share": count / counted.total(), "bytes": nbytes}
+        return found
+
+
+def _count_weights(tensors: Iterable[FileTensor]) -> Counter[Kind]:
+    counted: Counter[Kind] = Counter()
+    for tensor in tensors:
+        counted[tensor.kind] += tensor.weights
+    return counted
+
 
 def write_gguf(source: Path, target: Path, file_type: str) -> Path:
     """Write a model folder as one GGUF file, and read it back before it gets its name.
@@ -57,7 +86,7 @@ def write_gguf(source: Path, target: Path, file_type: str) -> Path:
     Args:
         source: the folder.
         target: an existing folder.
-        file_type: a key of `FILE_TYPES`.
+        file_type: a key of `FILE_TYPES`, or `ROUNDED`.
 
     Returns:
         The file, ``NAME-TYPE.gguf`` in ``target``.
@@ -69,12 +98,15 @@ def write_gguf(source: Path, target: Path, file_type: str) -> Path:
         OutputError: if the disk is full, or the file does not hold what was written.
     """
     checkpoint = open_checkpoint(source, verify=False)
-    plan = plan_file(checkpoint, file_type)
-    file = target / f"{name_model(checkpoint.path)}-{file_type.upper()}.gguf"
+    return _write_planned(checkpoint, plan_file(checkpoint, file_type), target)
+
+
+def _write_planned(checkpoint: Checkpoint, plan: FilePlan, target: Path) -> Path:
+    file = target / f"{name_model(checkpoint.path)}-{plan.file_type.upper()}.gguf"
     check_room(file, plan.nbytes)
 
     def write(aside: Path) -> None:
-        _write(aside, checkpoint, plan, file_type)
+        _write(aside, checkpoint, plan)
         with checkpoint.reader() as read:
             check_file(aside, file.name, plan.tensors, read)
 
@@ -82,15 +114,21 @@ def write_gguf(source: Path, target: Path, file_type: str) -> Path:
     return file
 
 
-def export_gguf(source: Path, target: Path, file_type: str) -> None:
+def export_gguf(source: Path, target: Path, file_type: str) -> dict[str, Any]:
     """Fill an empty folder with a GGUF file, the Modelfile that Ollama wants beside it, licences, and sums.
 
     Arguments and refusals are those of `write_gguf`.
+
+    Returns:
+        ``types`` of the `FilePlan`.
     """
-    file = write_gguf(source, target, file_type)
+    checkpoint = open_checkpoint(source, verify=False)
+    plan = plan_file(checkpoint, file_type)
+    file = _write_planned(checkpoint, plan, target)
     write_modelfile(target / "Modelfile", file.name, source)
     copy_licences(source, target)
     write_sums(target)
+    return {"types": plan.types}
 
 
 def foresee_bytes(checkpoint: Checkpoint, file_type: str) -> int:
@@ -111,30 +149,35 @@ def name_model(folder: Path) -> str:
 
 def plan_file(checkpoint: Checkpoint, file_type: str) -> FilePlan:
     """Decide what a file will hold, without reading a weight; refusals are those of `write_gguf`."""
-    if file_type not in FILE_TYPES:
-        raise RecipeError(f"unknown type {file_type!r}{nearest(file_type, FILE_TYPES)}; types: {', '.join(FILE_TYPES)}")
-    require_quantizer(file_type)
-    where = str(checkpoint.path)
+    types, where = [*FILE_TYPES, ROUNDED], str(checkpoint.path)
+    if file_type not in types:
+        raise RecipeError(f"unknown type {file_type!r}{nearest(file_type, types)}; types: {', '.join(types)}")
+    if file_type != ROUNDED:
+        require_quantizer(file_type)
     architecture = get_architecture(checkpoint.family.model_type)
-    if checkpoint.is_quantized:
+    if checkpoint.is_quantized and file_type != ROUNDED:
         raise CheckpointError(
-            f"{where}: its weights are rounded already, and would be rounded a second time to other steps; export the "
-            "folder it was rounded from"
+            f"{where}: its weights are rounded already, and type {file_type!r} would unpack them or round them again; "
+            f"take type {ROUNDED!r}, which keeps them, or export the folder it was rounded from"
+        )
+    if file_type == ROUNDED and not checkpoint.is_quantized:
+        raise CheckpointError(
+            f"{where}: its weights are not rounded, and type {ROUNDED!r} keeps those that are; types: "
+            f"{', '.join(FILE_TYPES)}"
         )
     config = build_config(checkpoint.config, where)
     rows = checkpoint.tensors[checkpoint.family.embedding_tensor].shape[0]
     facts = describe_config(config, architecture, rows)
     tokenizer = load_tokenizer(checkpoint.path)
     vocabulary = read_vocabulary(tokenizer, rows, where)
-    return FilePlan(
-        architecture, facts, place_tensors(checkpoint, config, architecture, file_type), vocabulary, tokenizer
-    )
+    tensors = place_tensors(checkpoint, config, architecture, file_type)
+    return FilePlan(file_type, architecture, facts, tensors, vocabulary, tokenizer)
 
 
-def _write(path: Path, checkpoint: Checkpoint, plan: FilePlan, file_type: str) -> None:
+def _write(path: Path, checkpoint: Checkpoint, plan: FilePlan) -> None:
     writer = GGUFWriter(path, plan.architecture.name)
     try:
-        _describe(writer, checkpoint, plan, file_type)
+        _describe(writer, checkpoint, plan)
         for tensor in plan.tensors:
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.kind)
         writer.write_header_to_file()
@@ -152,17 +195,26 @@ def _round(tensor: FileTensor, read: TensorReader) -> np.ndarray:
     count = tensor.shape[0] if len(tensor.shape) > 1 else 1
     data = np.empty((count, tensor.nbytes // count), dtype=np.uint8)
     first = 0
-    for rows in tensor.read(read):
-        data[first : first + len(rows)] = round_rows(rows, tensor.kind, tensor.source or tensor.name)
+    for rows in _store(tensor, read):
+        data[first : first + len(rows)] = rows
         first += len(rows)
     return data
 
 
-def _describe(writer: GGUFWriter, checkpoint: Checkpoint, plan: FilePlan, file_type: str) -> None:
+def _store(tensor: FileTensor, read: TensorReader) -> Iterator[np.ndarray]:
+    """Yield some rows as they are stored, then the next."""
+    name = tensor.source or tensor.name
+    if tensor.rounded is None:
+        yield from (round_rows(rows, tensor.kind, name) for rows in tensor.read(read))
+    else:
+        yield from (carry_rows(numbers, scales, tensor.kind, name) for numbers, scales in tensor.rounded(read))
+
+
+def _describe(writer: GGUFWriter, checkpoint: Checkpoint, plan: FilePlan) -> None:
     """Say what the file is: of a model, its config, its tokenizer."""
     writer.add_type("model")
     writer.add_name(name_model(checkpoint.path))
-    writer.add_file_type(FILE_TYPES[file_type].number)
+    writer.add_file_type(plan.number)
     writer.add_quantization_version(GGML_QUANT_VERSION)
     for fact, value in plan.facts.items():
         getattr(writer, f"add_{fact}")(value)

@@ -1,5 +1,6 @@
 """Where each tensor of a folder goes in a GGUF file, and in which order its rows are there."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,15 @@ from gguf.constants import MODEL_ARCH_NAMES
 
 from mka.errors import CheckpointError
 from mka.export.architectures import Architecture, list_factors, query_factor
-from mka.export.ggml import FILE_TYPES, Kind, choose_kind, count_row_bytes
+from mka.export.carrying import choose_carrier, restore_numbers
+from mka.export.ggml import FILE_TYPES, ROUNDED, Kind, choose_kind, count_row_bytes
 from mka.model.checkpoint import Checkpoint
 from mka.model.shards import BLOCK_BYTES
-from mka.model.tensors import TensorReader
+from mka.model.tensors import TensorInfo, TensorReader
+from mka.transforms.unpacking import RoundedTensor, find_rounded, list_unpacked
+
+# What an unrounded matrix of a rounded folder is stored as, by what the folder has.
+_KEPT = {"BF16": Kind.BF16, "F16": Kind.F16}
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,8 @@ class FileTensor:
         kind: what it is stored as.
         source: the folder's tensor; None: made of the config.
         read: yields its rows, (R, W) float32, some at a time; of a vector the one row, (1, W).
+        rounded: of weights that are stored rounded: yields rows of whole numbers, (R, W) int8, and their scales,
+            (R, groups) float32, which a type of the file holds as they are.
     """
 
     name: str
@@ -33,6 +41,12 @@ class FileTensor:
     kind: Kind
     source: str | None
     read: Callable[[TensorReader], Iterator[np.ndarray]]
+    rounded: Callable[[TensorReader], Iterator[tuple[np.ndarray, np.ndarray]]] | None = None
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -48,18 +62,19 @@ def place_tensors(checkpoint: Checkpoint, config: Any, architecture: Architectur
         checkpoint: the folder; a head that is tied is left out.
         config: its, of transformers.
         architecture: its.
-        file_type: a key of `FILE_TYPES`.
+        file_type: a key of `FILE_TYPES`, or `ROUNDED` of a folder of rounded weights.
 
     Raises:
-        CheckpointError: if llama.cpp would not read one of them.
+        CheckpointError: if llama.cpp would not read one of them, or they are rounded to what is not read here.
     """
     family, layers = checkpoint.family, checkpoint.layers
     number = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture.name)
     names = get_tensor_name_map(number, layers)
     tied, factor = bool(config.tie_word_embeddings), query_factor(config, architecture)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    rounded = find_rounded(checkpoint) if file_type == ROUNDED else {}
     tensors = []
-    for name, info in checkpoint.tensors.items():
+    for name, info in list_unpacked(checkpoint, rounded).items():
         if tied and name == family.head_tensor:
             continue  # held against the embedding when the folder was opened
         found = _name_tensor(names, name, architecture)
@@ -69,11 +84,29 @@ def place_tensors(checkpoint: Checkpoint, config: Any, architecture: Architectur
             factor=factor if module == architecture.scaled else 1.0,
             heads=heads.get(module, 0) if architecture.interleaved else 0,
         )
-        kind = choose_kind(found, info.shape, FILE_TYPES[file_type], layers, tied)
-        tensors.append(FileTensor(found, info.shape, kind, name, treatment.bind(name)))
+        if file_type == ROUNDED:
+            tensors.append(_keep(found, info, rounded.get(name), treatment))
+        else:
+            kind = choose_kind(found, info.shape, FILE_TYPES[file_type], layers, tied)
+            tensors.append(FileTensor(found, info.shape, kind, name, treatment.bind(name)))
     for found, values in list_factors(config, architecture).items():
         tensors.append(FileTensor(found, (len(values),), Kind.F32, None, _say(values)))
     return tensors
+
+
+def _keep(found: str, info: TensorInfo, rounded: RoundedTensor | None, treatment: "_Treatment") -> FileTensor:
+    """Place a tensor of a rounded folder in the type that holds it as it is; float16 where there is none."""
+    if rounded is None:
+        kind = _KEPT.get(info.dtype, Kind.F32) if len(info.shape) > 1 else Kind.F32
+        return FileTensor(found, info.shape, kind, info.name, treatment.bind(info.name))
+    read, carrier = treatment.bind_rounded(rounded), choose_carrier(rounded.bits, rounded.group, info.shape[1])
+
+    def restore(reader: TensorReader) -> Iterator[np.ndarray]:
+        return (restore_numbers(numbers, scales) for numbers, scales in read(reader))
+
+    if carrier is None:
+        return FileTensor(found, info.shape, Kind.F16, info.name, restore)
+    return FileTensor(found, info.shape, carrier, info.name, restore, read)
 
 
 def _say(values: list[float]) -> Callable[[TensorReader], Iterator[np.ndarray]]:
@@ -113,6 +146,16 @@ class _Treatment:
     def bind(self, name: str) -> Callable[[TensorReader], Iterator[np.ndarray]]:
         """Return what reads a tensor and treats it, some rows at a time."""
         return lambda read: self._read(read, name)
+
+    def bind_rounded(self, tensor: RoundedTensor) -> Callable[[TensorReader], Iterator[tuple[np.ndarray, np.ndarray]]]:
+        """Return what reads the whole numbers and scales of a matrix and treats them, some rows at a time."""
+        return lambda read: self._read_rounded(read, tensor)
+
+    def _read_rounded(self, read: TensorReader, tensor: RoundedTensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        # Offsets are those of norms, which are never rounded.
+        for numbers, scales in tensor.blocks(read, 4 * tensor.info.parameters if self.heads else BLOCK_BYTES):
+            found = numbers.numpy(), scales.numpy() * np.float32(self.factor)
+            yield (_interleave(found[0], self.heads), _interleave(found[1], self.heads)) if self.heads else found
 
     def _read(self, read: TensorReader, name: str) -> Iterator[np.ndarray]:
         # A head's rows lie apart, and queries and keys are among the smaller matrices.

@@ -1,12 +1,14 @@
 """A GGUF file read back before it gets its name: every tensor is there, in its shape, with its values."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from gguf import GGUFReader
 
 from mka.errors import OutputError
+from mka.export.carrying import is_carried
 from mka.export.ggml import count_row_bytes, is_within, restore_rows
 from mka.export.placing import FileTensor
 from mka.model.tensors import TensorReader
@@ -41,12 +43,20 @@ def check_file(path: Path, name: str, tensors: Sequence[FileTensor], read: Tenso
                 )
             width = count_row_bytes(tensor.shape[-1], tensor.kind)
             file.seek(int(place.data_offset))
-            for rows in tensor.read(read):
-                data = np.fromfile(file, dtype=np.uint8, count=len(rows) * width)
-                if data.size < len(rows) * width or not is_within(
-                    rows, restore_rows(data.reshape(len(rows), width), tensor.kind), tensor.kind
-                ):
+            for is_held, count in _list_blocks(tensor, read):
+                data = np.fromfile(file, dtype=np.uint8, count=count * width)
+                if data.size < count * width or not is_held(restore_rows(data.reshape(count, width), tensor.kind)):
                     raise OutputError(
                         f"{name}: {tensor.name} reads back further from {tensor.source or 'its values'} than "
                         f"{tensor.kind.name} rounds; nothing was kept: try again, and on another disk"
                     )
+
+
+def _list_blocks(tensor: FileTensor, read: TensorReader) -> Iterator[tuple[Callable[[np.ndarray], bool], int]]:
+    """Yield what tells of rows that were read back whether they are the folder's, and how many; block after block."""
+    if tensor.rounded is None:
+        for rows in tensor.read(read):
+            yield partial(is_within, rows, kind=tensor.kind), len(rows)
+    else:
+        for numbers, scales in tensor.rounded(read):
+            yield partial(is_carried, numbers, scales, kind=tensor.kind), len(numbers)

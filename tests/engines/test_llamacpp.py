@@ -11,8 +11,12 @@ import gguf
 import pytest
 import torch
 from support.models import FAMILY_NAMES, make_byte_tokenizer, make_sentencepiece_tokenizer, make_tiny_model, save_model
+from transformers import AutoModelForCausalLM
 
 from mka.export.gguf import write_gguf
+from mka.model.checkpoint import open_checkpoint
+from mka.recipe import QuantizeSettings
+from mka.transforms.rtn import quantize_checkpoint
 
 pytestmark = pytest.mark.engines
 xllamacpp = pytest.importorskip("xllamacpp")
@@ -89,14 +93,18 @@ def compute_choices(model):
         return model(torch.tensor([PROMPT])).logits[0, -1].log_softmax(-1)
 
 
+def is_said(tokenizer, choices):
+    """llama.cpp holds a token back, and its probabilities with it, while it is part of a character."""
+    return tokenizer.decode([int(choices.argmax())], skip_special_tokens=True).strip("\ufffd").isalnum()
+
+
 @pytest.mark.parametrize(("family", "overrides"), MODELS)
 def test_llama_cpp_computes_what_the_folder_does(family, overrides, export, ask):
     tokenizer = make_byte_tokenizer()
     for seed in range(20):
         model = make_tiny_model(family, seed=seed, vocab_size=VOCABULARY, **overrides)
         expected = compute_choices(model)
-        # llama.cpp holds a token back, and its probabilities with it, while it is part of a character.
-        if tokenizer.decode([int(expected.argmax())], skip_special_tokens=True).strip("\ufffd").isalnum():
+        if is_said(tokenizer, expected):
             break
     found = read_choices(ask, export(model))
     # Its GELU is a table of float16.
@@ -124,6 +132,40 @@ def test_rounded_files_load_and_err_little(name, kinds, export, ask):
     expected, found = compute_choices(model), read_choices(ask, file)
     most = {"q8_0": 0.1, "q6_k": 0.25, "q5_k_m": 0.5, "q4_k_m": 0.9, "q4_0": 0.9}[name]
     assert (found - expected).std() < most * expected.std()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kind", "most"),
+    [
+        ("int8", "Q8_0", 0.1),
+        ("int6", "Q6_K", 0.15),
+        ("int5", "Q5_0", 0.1),
+        ("int4", "Q4_0", 0.1),
+        ("int3", "Q3_K", 0.15),
+        ("int2", "Q2_K", 0.25),
+    ],
+)
+def test_whole_numbers_that_were_kept_are_read_as_they_are(scheme, kind, most, ask, tmp_path):
+    """All bits give what stock loading makes of the folder; what rounding itself moved is several times as much.
+
+    llama.cpp rounds what goes into a product to 8 bits, and the scales of the types with K are whole numbers.
+    """
+    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "num_hidden_layers": 2}
+    settings = QuantizeSettings(scheme=scheme, group_size=32, embeddings="int8" if scheme == "int8" else "off")
+    tokenizer = make_byte_tokenizer()
+    for seed in range(20):
+        model = make_tiny_model("llama", seed=seed, vocab_size=VOCABULARY, **sizes)
+        base, folder = save_model(model, tmp_path / f"base-{seed}", tokenizer=tokenizer), tmp_path / f"rounded-{seed}"
+        quantize_checkpoint(open_checkpoint(base), folder, settings)
+        expected = compute_choices(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+        if is_said(tokenizer, expected):
+            break
+    file = write_gguf(folder, tmp_path, "rounded")
+    assert kind in {tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors if ".ffn_up" in tensor.name}
+    found = read_choices(ask, file)
+    assert (found - expected).std() < most * expected.std()
+    if scheme != "int8":
+        assert (compute_choices(model) - expected).std() > 2 * (found - expected).std()
 
 
 @pytest.mark.parametrize("cut", ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "tekken", "gpt-4o"])

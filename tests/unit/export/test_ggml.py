@@ -5,11 +5,11 @@ import pytest
 from gguf import quantize
 
 from mka.export import _EXPORTS
-from mka.export.ggml import FILE_TYPES, Kind, choose_kind, is_within, restore_rows, round_rows
+from mka.export.ggml import FILE_TYPES, ROUNDED, Kind, choose_kind, is_within, restore_rows, round_rows
 
 
 def test_the_types_that_can_be_asked_for_are_those_there_are():
-    assert set(_EXPORTS["gguf"].types) == FILE_TYPES.keys()
+    assert set(_EXPORTS["gguf"].types) == {*FILE_TYPES, ROUNDED}
 
 
 def test_layers_that_get_more_bits_are_those_of_llama_cpps_mixture():

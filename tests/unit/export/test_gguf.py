@@ -7,9 +7,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from support.gguf_files import REGULAR, load_by_hand, logits_of, read_fields, read_logits, read_tensors
 from support.models import FAMILY_NAMES, make_byte_tokenizer, make_tiny_model, save_model
-from transformers import AutoModelForCausalLM
-from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from mka.cli.main import main
 from mka.errors import CheckpointError, NumericsError, OutputError, RecipeError
@@ -19,17 +18,13 @@ from mka.export.gguf import write_gguf
 from mka.model.checkpoint import open_checkpoint
 from mka.store.sums import verify_sums
 
-# Kinds of layers as llama.cpp takes them: every p-th looks at everything.
-_REGULAR = {"gemma3_text": {"layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2}}
-TEXT = torch.arange(3, 60).reshape(3, 19)
-
 
 @pytest.fixture
 def make(tmp_path):
     """Make a folder of a tiny model with a byte-level tokenizer; the embedding has rows that no token uses."""
 
     def make(family="llama", *, tokenizer=None, **overrides):
-        model = make_tiny_model(family, **{"vocab_size": 320, **_REGULAR.get(family, {}), **overrides})
+        model = make_tiny_model(family, **{"vocab_size": 320, **REGULAR.get(family, {}), **overrides})
         return model, save_model(model, tmp_path / f"tiny-{family}", tokenizer=tokenizer or make_byte_tokenizer())
 
     return make
@@ -40,40 +35,6 @@ def target(tmp_path):
     path = tmp_path / "out"
     path.mkdir()
     return path
-
-
-def read_logits(file, config=None):
-    """What a stock loader computes of a file, by its own reading of the config where none is given."""
-    options = {"config": config} if config is not None else {}
-    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **options)
-    return logits_of(loaded)
-
-
-def logits_of(model):
-    with torch.no_grad():
-        return model.eval()(TEXT).logits
-
-
-def read_fields(file):
-    return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
-
-
-def read_tensors(file):
-    return {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(file).tensors}
-
-
-def load_by_hand(file, model):
-    """A model with a file's weights, put back by another's inverse of the order that rotary has there."""
-    config = model.config
-    undo = LlamaTensorProcessor(config.to_dict())
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.SMOLLM3, config.num_hidden_layers)
-    found = {name: undo.process(weights, name).weights for name, weights in read_tensors(file).items()}
-    places = {name: names.get_name(name, try_suffixes=(".weight",)) for name in model.state_dict()}
-    state = {name: torch.tensor(found[place]) for name, place in places.items() if place in found}
-    twin = type(model)(config)
-    assert set(twin.load_state_dict(state, strict=False).missing_keys) <= {"lm_head.weight"}
-    twin.tie_weights()
-    return twin
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
