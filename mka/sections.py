@@ -15,6 +15,8 @@ from mka.outside.reading import LARGEST, UnreadableError, quote, read_within
 LONGEST_YAML = 250_000
 # Values of a recipe, with aliases written out.
 MOST_VALUES = 50_000
+# Digits of a whole number; longer ones are for no computer word.
+MOST_DIGITS = 20
 # Mistakes that one refusal lists.
 MOST_TOLD = 4
 
@@ -99,6 +101,18 @@ class _UniqueLoader(yaml.SafeLoader):
             said.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        # Before it is one: in base 60 (1:30:00) the time to make a number grows with the square of its digits.
+        if len(node.value) > MOST_DIGITS:
+            raise yaml.MarkedYAMLError(
+                problem=f"a number of {len(node.value)} digits; the largest allowed is {LARGEST}",
+                problem_mark=node.start_mark,
+            )
+        return super().construct_yaml_int(node)
+
+
+_UniqueLoader.add_constructor("tag:yaml.org,2002:int", _UniqueLoader.construct_yaml_int)
+
 
 def parse_yaml(text: str) -> Any:
     """Read YAML of a length a person writes.
@@ -128,7 +142,7 @@ def _count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
         children = [] if isinstance(node, yaml.ScalarNode) else [child for part in inner for child in part]
         known[id(node)] = 1 + sum(_count_nodes(child, known) for child in children)
         if known[id(node)] >= MOST_VALUES:
-            raise UnreadableError(f"its aliases make more than {MOST_VALUES} values of it")
+            raise UnreadableError(f"it has more than {MOST_VALUES} values, those behind an alias counted each time")
     return known[id(node)]
 
 

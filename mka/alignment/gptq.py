@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mka.errors import CalibrationError
+from mka.errors import CalibrationError, NumericsError
 from mka.model.checkpoint import Checkpoint
-from mka.model.tensors import TensorInfo, TensorReader, torch_dtype
+from mka.model.tensors import TensorInfo, TensorReader, is_finite, torch_dtype
 from mka.recipe import QuantizeSettings
 from mka.terminal import show_progress
 from mka.transforms import BASE, CALIBRATION, MIXED, Transform, list_options
@@ -171,7 +171,7 @@ def _round(
     """Round layer after layer, a file each; returns the file that holds each weight, and the nats per token lost.
 
     Raises:
-        NumericsError: if the model gives numbers that are not finite.
+        NumericsError: if the model gives numbers that are not finite, or a rounded weight is beyond the stored dtype.
     """
     from safetensors.torch import save_file
 
@@ -192,12 +192,23 @@ def _round(
             for name, (weight, scale) in made.items():
                 stem = source.family.layer_tensor(index, name)
                 scheme, dtype = describe(index, name)
+                _refuse_overflow(weight, f"{stem}.weight", dtype)
                 packed = pack_rows(weight.contiguous(), scale.to(dtype).float(), scheme)
                 packed["weight_scale"] = scale.to(dtype).contiguous()
                 kept |= {f"{stem}.{leaf}": value for leaf, value in packed.items()}
                 files[f"{stem}.weight"] = file
             save_file(kept, file)
     return files, walk.measure_loss()
+
+
+def _refuse_overflow(weight: "torch.Tensor", name: str, dtype: "torch.dtype") -> None:
+    # What a loader unpacks, in the dtype that it unpacks to.
+    if not is_finite(weight.to(dtype)):
+        held = str(dtype).removeprefix("torch.")
+        raise NumericsError(
+            f"{name}: rounded, its values reach {float(weight.abs().max()):.6g}, beyond {held}, which it unpacks to; "
+            "put `name: cast` with `settings: {dtype: bfloat16}` among the recipe's transforms"
+        )
 
 
 TRANSFORM = Transform(

@@ -23,10 +23,11 @@ from mka.alignment.lockstep import READERS, WRITERS, Alignment
 from mka.alignment.refit import token_weights, undo_post_norm
 from mka.alignment.ridge import Moments, fit_ridge
 from mka.model.parts import Part, read_features, read_norm, run_part, write_features
-from mka.model.readout import read_out, sum_divergence
+from mka.model.readout import read_out, refuse_overflow, sum_divergence
 from mka.model.walk import run_layer
 from mka.transforms.columns import fit_scales, round_columns
 
+DAMAGED = "the model is damaged, mka evaluate says how far"
 # Rounded weight, (R, F) float32, and its scales, (R, G).
 Rounded = tuple[torch.Tensor, torch.Tensor]
 
@@ -71,20 +72,25 @@ class Rounding(Alignment):
             NumericsError: if hidden states are not finite.
         """
         teacher = student = self.start
+        refuse_overflow(self.start, "rounding: hidden states behind the embedding", DAMAGED)
         for index in range(len(self.contexts)):
             with self.decoder.hold(index):
                 made = copy.deepcopy(self.decoder.layers[index])
                 found: dict[str, Rounded] = {}
                 for part in (self.family.attention, self.family.mlp):
                     module, context = self.decoder.layers[index], self.contexts[index]
+                    where = f"hidden states behind layer {index}'s {part.kind}"
                     target = (
                         self._map(partial(run_part, module, part, context=context), teacher) if self.follows else None
                     )
+                    if target is not None:  # before anything is fitted to it
+                        refuse_overflow(target, f"rounding: {where}", DAMAGED)
                     readers, writer = (self.describe(index, name) for name in (part.readers[0], part.writer))
                     found |= self._round_readers(made, part, student, teacher, readers)
                     student, rounded = self._round_writer(made, part, student, target, context, writer)
                     found |= rounded
                     teacher = student if target is None else target
+                    refuse_overflow(student, f"rounding: the rounded model's {where}", DAMAGED)
                 if len(self.unrounded) and not self.follows:
                     self.unrounded = run_layer(self.decoder.layers[index], self.unrounded, self.contexts[index])
                 self.decoder.tidy()

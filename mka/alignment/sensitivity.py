@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mka.model.decoder import as_decoder
-from mka.model.readout import read_out, sum_divergence
+from mka.model.readout import read_out, refuse_overflow, sum_divergence
 from mka.model.walk import run_layer
 
 # Relative squared size of the noise: some three bits' rounding.
@@ -37,7 +37,7 @@ def measure_sensitivity(
         on_layer: called with 1 for every layer that was measured, for a progress bar.
 
     Raises:
-        NumericsError: if logits are not finite.
+        NumericsError: if hidden states or logits are not finite.
     """
     decoder = as_decoder(model)
     generator = torch.Generator().manual_seed(seed)
@@ -47,6 +47,7 @@ def measure_sensitivity(
         entering.append(states)
         with decoder.hold(index):
             states = run_layer(decoder.layers[index], states, context)
+        refuse_overflow(states, f"mixed bits: hidden states behind layer {index}", "the model is damaged")
     with decoder.hold_head():
         base = [read_out(decoder, decoder.norm(x)) for x in states]  # (T, V) each
     found: dict[Unit, float] = {}

@@ -4,23 +4,28 @@ A definition is text for lm-eval to format and score by; one that would run Pyth
 elsewhere, is refused.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mka.errors import RecipeError
-from mka.outside.reading import UnreadableError, quote, read_within
-from mka.sections import parse_yaml
+from pydantic import ValidationError
 
-LARGEST_DEFINITION = 1_000_000
-# The first of these that a definition asks for is its score.
-SCORED = ("acc_norm", "acc", "exact_match")
-# What a definition says of where its data are; said anew, of the tables in the folder.
-_DATA = ("dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset")
-_SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
+from mka.errors import RecipeError
+from mka.evaluation.task_keys import SCORED_BY, TaskKeys
+from mka.outside.reading import UnreadableError, quote, read_within
+from mka.sections import explain_validation, parse_yaml
+
+# Bytes; the longest of lm-eval's own, with a prompt in Thai, has 63 thousand.
+LARGEST_DEFINITION = 150_000
+# A task's name stands in options (`--task NAME=200`), tables and reports.
+_NAME = re.compile(r"[\w.+-]{1,100}")
+# Said anew, of the tables in the folder and of the version alone; and what lm-eval does nothing with here.
+_LEFT_OUT = frozenset({"dataset_path", "dataset_name", "dataset_kwargs", "metadata"})
+_LEFT_OUT |= {"should_decontaminate", "doc_to_decontamination_query", "tag"}
 # What lm-eval would follow to files and code that stand elsewhere.
-_ELSEWHERE = ("include", "class", "custom_dataset", "unsafe_code", "use_prompt")
+_ELSEWHERE = ("include", "class", "custom_dataset", "unsafe_code", "use_prompt", "process_docs", "process_results")
 
 
 @dataclass(frozen=True)
@@ -31,19 +36,15 @@ class Definition:
         name: of the task.
         file: the YAML.
         body: what it says, without where its data are.
+        metric: what is measured.
         tables: split -> JSON lines in the same folder; the first is what is measured on.
     """
 
     name: str
     file: Path
     body: Mapping[str, Any]
+    metric: str
     tables: Mapping[str, Path]
-
-    @property
-    def metric(self) -> str:
-        """What is measured."""
-        asked = [entry["metric"] for entry in self.body["metric_list"]]
-        return next(name for name in SCORED if name in asked)
 
 
 def read_definitions(folder: Path | None) -> dict[str, tuple[Definition, ...]]:
@@ -63,8 +64,10 @@ def read_definitions(folder: Path | None) -> dict[str, tuple[Definition, ...]]:
     for file in sorted(folder.glob("*.yaml")):
         body = _read(file)
         name = body.get("group", body.get("task"))
-        if not isinstance(name, str) or not name.isprintable() or not name.strip():
+        if not isinstance(name, str):
             raise RecipeError(f"{file}: defines no task; lm-eval's key for its name is `task`, or `group`")
+        if not _NAME.fullmatch(name):
+            raise RecipeError(f"{file}: a task's name is at most 100 letters, digits and _.+-, got {quote(name)}")
         if name in tasks or name in groups:
             raise RecipeError(f"{file}: task {name!r} is defined twice in its folder; give one another name")
         if "group" in body:
@@ -82,6 +85,8 @@ def read_definitions(folder: Path | None) -> dict[str, tuple[Definition, ...]]:
 
 
 def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():  # a pipe would be waited for
+        raise RecipeError(f"{file}: cannot be read as a task definition: it is no file")
     try:
         text = read_within(file, LARGEST_DEFINITION).decode()
         if "!function" in text:
@@ -107,34 +112,43 @@ def _list_members(file: Path, members: Any) -> list[str]:
 
 
 def _define(name: str, file: Path, body: dict[str, Any]) -> Definition:
-    metrics = body.get("metric_list")
-    named = [entry.get("metric") for entry in metrics if isinstance(entry, dict)] if isinstance(metrics, list) else []
-    if not named or len(named) < len(metrics or ()) or not any(metric in SCORED for metric in named):
+    try:
+        keys = TaskKeys.model_validate(body)
+    except ValidationError as error:
+        raise RecipeError(explain_validation(error, TaskKeys, str(file))) from None
+    if not keys.scored:
+        allowed = SCORED_BY[keys.output_type]
         raise RecipeError(
-            f"{file}: metric_list asks for none of {', '.join(SCORED)}, which are what a score is made of"
+            f"{file}: metric_list asks for none of {', '.join(allowed)}, which are what a score of output_type "
+            f"{keys.output_type} is made of"
         )
-    if body.get("dataset_path") != "json":
-        given = quote(body.get("dataset_path"))
+    kept = {key: value for key, value in body.items() if key not in _LEFT_OUT}
+    kept |= {"metric_list": keys.scored}
+    kept |= {"metadata": {"version": keys.metadata.version}} if keys.metadata.version is not None else {}
+    return Definition(name, file, kept, keys.scored[0]["metric"], _find_tables(file, keys))
+
+
+def _find_tables(file: Path, keys: TaskKeys) -> dict[str, Path]:
+    if keys.dataset_path != "json":
+        given = quote(keys.dataset_path)
         raise RecipeError(f"{file}: dataset_path is {given}; allowed: json, with data_files beside the definition")
-    kwargs = body.get("dataset_kwargs")
-    files = kwargs.get("data_files") if isinstance(kwargs, dict) else None
+    files = keys.dataset_kwargs.get("data_files") if isinstance(keys.dataset_kwargs, dict) else None
     files = {"train": files} if isinstance(files, str) else files
     if not isinstance(files, dict) or not files:
         raise RecipeError(f"{file}: dataset_kwargs has no data_files, the JSON lines of each split")
-    wanted = {body[key] for key in _SPLITS if isinstance(body.get(key), str)}
-    measured = body.get("test_split") or body.get("validation_split")
-    if not isinstance(measured, str) or not wanted <= files.keys():
-        asked = ", ".join(sorted(wanted)) or "no split to measure on"
+    measured = keys.test_split or keys.validation_split
+    if not measured or not keys.splits <= files.keys():
+        asked = ", ".join(sorted(keys.splits)) or "no split to measure on"
         raise RecipeError(f"{file}: data_files has {', '.join(map(str, files))}, asked for: {asked}")
-    tables = {split: _find_table(file, files[split]) for split in sorted(wanted, key=lambda split: split != measured)}
-    kept = {key: value for key, value in body.items() if key not in _DATA}
-    return Definition(name, file, kept, tables)
+    return {split: _find_table(file, files[split]) for split in sorted(keys.splits, key=lambda s: (s != measured, s))}
 
 
 def _find_table(file: Path, given: Any) -> Path:
     """Find a table by its name: where the folder was written down, it may be copied from since."""
     one = given[0] if isinstance(given, list) and len(given) == 1 else given
-    name = Path(one).name if isinstance(one, str) and one.isprintable() and len(one) < 1024 else ""
-    if not name or not (table := file.parent / name).is_file():
+    name = Path(one).name if isinstance(one, str) and one.isprintable() else ""
+    # Among what is there: a name may be longer than the system takes one.
+    found = next((path for path in file.parent.iterdir() if path.name == name and path.is_file()), None)
+    if found is None:
         raise RecipeError(f"{file}: its table {quote(given)} is not in {file.parent}; put it beside the definition")
-    return table
+    return found

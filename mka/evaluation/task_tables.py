@@ -23,6 +23,8 @@ TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
 MMLU = "mmlu"
 MMLU_FOLDER = "mmlu/default"
 MMLU_LETTERS = "ABCD"
+# Of lists and objects within one another; the library that holds the rows takes twice as long for each.
+DEEPEST_VALUE = 8
 MMLU_COLUMNS = ("question", "choices", "answer")
 
 
@@ -51,14 +53,7 @@ def define_task(definition: Definition) -> dict[str, Any]:
 
 
 def name_tables(name: str, folder: Path, shots: int = 0) -> dict[str, Path]:
-    """Say where the tables of a task lie: split -> file. Of MMLU as a whole the subject is ``*``.
-
-    A task that is defined in the folder has its definition among them, and a group those of its tasks.
-    """
-    if (defined := find_definitions(name, folder)) is not None:
-        tables = {f"{task.name} {split}": file for task in defined for split, file in task.tables.items()}
-        measured = {key: tables.pop(key) for task in defined for key in [f"{task.name} {next(iter(task.tables))}"]}
-        return measured | tables | {f"{task.name} definition": task.file for task in defined}
+    """Say where the tables of a task of lm-eval's own lie: split -> file. Of all MMLU the subject is ``*``."""
     if name in TASKS:
         files = {"validation": folder / f"{name}.jsonl"}
         return files | ({"train": folder / f"{name}.train.jsonl"} if shots else {})
@@ -67,7 +62,7 @@ def name_tables(name: str, folder: Path, shots: int = 0) -> dict[str, Path]:
 
 
 def list_tables(folder: Path, task: str, *, every: bool = False, shots: int = 0) -> list[Path]:
-    """List the tables of a task that are there: of its items, or every one that decides a score.
+    """List the tables of a task that are there: of its items, or every one that decides a score, with its definition.
 
     Args:
         folder: holds them.
@@ -75,9 +70,12 @@ def list_tables(folder: Path, task: str, *, every: bool = False, shots: int = 0)
         every: few-shot examples too.
         shots: few-shot examples per item; with any, the train table is one of every.
     """
+    if defined := find_definitions(task, folder):
+        measured = [next(iter(one.tables.values())) for one in defined]
+        all_tables = [table for one in defined for table in one.tables.values()]
+        return sorted([*all_tables, *(one.file for one in defined)] if every else measured)
     files = list(name_tables(task, folder, shots).values())
-    measured = len(find_definitions(task, folder) or (task,))
-    wanted = files if every else files[:measured]
+    wanted = files if every else files[:1]
     return sorted(found for file in wanted for found in file.parent.glob(file.name))
 
 
@@ -157,22 +155,31 @@ def read_table(name: str, path: Path, columns: Sequence[str] = ()) -> list[dict[
             )
         if not isinstance(row, dict):
             raise RecipeError(f"task {name!r}: {path} item {number} is no object with columns, got {quote(row)}")
+        if deep := [column for column, value in row.items() if _is_deeper(value, DEEPEST_VALUE)]:
+            raise RecipeError(
+                f"task {name!r}: {path} item {number}: {quote(deep[0])} is nested deeper than {DEEPEST_VALUE} levels"
+            )
         for column in columns:
             if not _fits(row, column):
                 raise RecipeError(f"task {name!r}: {path} item {number}: {column} cannot be {quote(row[column])}")
     return rows
 
 
+def _is_deeper(value: Any, most: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return most < 0 or any(_is_deeper(one, most - 1) for one in inner)
+
+
 def _fits(row: dict[str, Any], column: str) -> bool:
     """Whether a column holds what lm-eval's definitions make of it: a text, options, or which of them is right."""
     value = row[column]
     if column == "endings":
-        return _are_options(value)
+        return are_options(value)
     if column == "choices":  # of ARC with their letters, of MMLU the four texts alone
         if "answerKey" not in row:
-            return _are_options(value) and len(value) == len(MMLU_LETTERS)
+            return are_options(value) and len(value) == len(MMLU_LETTERS)
         texts, letters = (value.get(key) if isinstance(value, dict) else None for key in ("text", "label"))
-        return _are_options(texts) and _are_options(letters) and len(texts) == len(letters)
+        return are_options(texts) and are_options(letters) and len(texts) == len(letters)
     if column == "answerKey":
         return isinstance(row["choices"], dict) and value in (row["choices"].get("label") or ())
     if column in ("label", "answer"):
@@ -182,5 +189,6 @@ def _fits(row: dict[str, Any], column: str) -> bool:
     return isinstance(value, str)
 
 
-def _are_options(value: Any) -> TypeGuard[list[str]]:
+def are_options(value: Any) -> TypeGuard[list[str]]:
+    """Whether a value is two or more texts to choose from."""
     return isinstance(value, list) and len(value) > 1 and all(isinstance(option, str) for option in value)

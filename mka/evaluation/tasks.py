@@ -4,25 +4,29 @@ import hashlib
 import importlib.util
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mka.errors import NumericsError, RecipeError, nearest
-from mka.evaluation.definitions import SCORED, read_definitions
+from mka.evaluation.definitions import read_definitions
 from mka.evaluation.metrics import Subject
 from mka.evaluation.scores import Score
+from mka.evaluation.task_keys import SCORED
 from mka.evaluation.task_tables import (
     MMLU,
     MMLU_FOLDER,
     TASKS,
+    are_options,
     define_task,
     find_definitions,
     is_built_in,
     override_tables,
 )
 from mka.outside.printable import describe_error
+from mka.outside.reading import quote
 from mka.terminal import quiet_lm_eval
 
 LONGEST_PROMPT = 2048
@@ -112,7 +116,7 @@ def run_tasks(
 
     members = {name: _list_members(name, tasks_folder) for name in tasks}
     with quiet_lm_eval(progress):
-        manager, built = _build_tasks([m for names in members.values() for m in names], tasks_folder, shots)
+        manager, built = _build_tasks([m for names in members.values() for m in names], tasks_folder, shots, seed)
         samples: dict[str, list[int]] = {}
         for name, limit in tasks.items():
             samples |= choose_items({m: len(built[m].eval_docs) for m in members[name]}, limit, seed)
@@ -184,7 +188,7 @@ def _list_members(name: str, folder: Path | None) -> list[str]:
     return [task.name for task in defined] if defined else list_mmlu() if name == MMLU else [name]
 
 
-def _build_tasks(wanted: Sequence[str], folder: Path | None, shots: int) -> tuple[Any, dict[str, Any]]:
+def _build_tasks(wanted: Sequence[str], folder: Path | None, shots: int, seed: int) -> tuple[Any, dict[str, Any]]:
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
 
@@ -198,7 +202,10 @@ def _build_tasks(wanted: Sequence[str], folder: Path | None, shots: int) -> tupl
     try:
         built = manager.load([group])["tasks"] if names else {}
         fields = {name: define_task(found[0]) for name, found in own.items() if found}
-        return manager, built | {name: ConfigurableTask(config=config) for name, config in fields.items()}
+        defined = {name: ConfigurableTask(config=config) for name, config in fields.items()}
+        for task in defined.values():
+            _rehearse(task, shots, seed)
+        return manager, built | defined
     except RecipeError:
         raise
     # The hub's client raises from many libraries; a person needs the data set and the reason, in one line.
@@ -211,14 +218,51 @@ def _build_tasks(wanted: Sequence[str], folder: Path | None, shots: int) -> tupl
         ) from None
 
 
+def _rehearse(task: Any, shots: int, seed: int) -> None:
+    """Have every item asked and scored once, by answers that are made up: a template may fail on the last of them."""
+    if task.get_config("num_fewshot") != 0:  # lm-eval lets a definition keep its 0
+        task.set_config("num_fewshot", shots)
+    task.set_fewshot_seed(seed)
+    task.build_all_requests()
+    for request in task.instances:
+        request.resps = ["" if task.OUTPUT_TYPE == "generate_until" else (-1.0, False)] * request.repeats
+    task.apply_filters()
+    asked = groupby(sorted(task.instances, key=lambda r: (r.doc_id, r.idx)), key=lambda r: r.doc_id)
+    for _, requests in asked:
+        answers = list(requests)
+        if task.OUTPUT_TYPE == "multiple_choice" and not are_options(made := task.doc_to_choice(answers[0].doc)):
+            raise RecipeError(
+                f"task {task.task_name!r}: doc_to_choice makes {quote(made)} of item {answers[0].doc_id + 1}; "
+                "needed: a list of two or more texts"
+            )
+        for name in answers[0].filtered_resps:
+            task.process_results(answers[0].doc, [request.filtered_resps[name] for request in answers])
+
+
 def _wrap_model(model: Any, tokenizer: Any, batch_size: int, max_length: int) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     class Wrapped(HFLM):  # type: ignore[misc, valid-type]
         """lm-eval's wrapper that also counts cut prompts and refuses what is not a number."""
 
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
             self.truncated: dict[str, int] = {}
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            for request in requests:
+                context, options = request.args
+                room = self.max_length - options.get("max_gen_toks", self.max_gen_toks)
+                if room <= 0:
+                    raise RecipeError(
+                        f"task {request.task_name!r}: generation_kwargs.max_gen_toks leaves no room for a question in "
+                        f"the {self.max_length} tokens of a prompt and its answer; ask for fewer"
+                    )
+                if len(self.tok_encode(context)) > room:
+                    self.truncated[request.task_name] = self.truncated.get(request.task_name, 0) + 1
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             self.owners = [request.task_name for request in requests]
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 

@@ -81,7 +81,8 @@ def compress(job: Job, store: Path, output: Path, *, say: Callable[[str], Any]) 
         export_folder(find_model(found).open() / MODEL_FOLDER, partial)
         shutil.copyfile(found["report"].open() / "README.md", partial / "README.md")
         _copy_evidence(job, found, partial / EVIDENCE)
-        refuse_other(partial, find_model(found).facts["digest"])
+        digest = find_model(found).facts["digest"]
+        refuse_other(partial, digest, f"copy {partial} of the model", "nothing is published, run again")
     base, candidate, control = open_reports(job, found)
     seconds = {name: product.seconds for name, product in found.items()}
     gate = found["gate"].facts if "gate" in found else None

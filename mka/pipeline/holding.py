@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from mka.errors import StoreError
+from mka.errors import MkaError, StoreError
 from mka.model.checkpoint import Checkpoint, open_checkpoint
 
 
@@ -38,19 +38,25 @@ def verify_base(base: Checkpoint) -> None:
         )
 
 
-def refuse_other(folder: Path, digest: str) -> None:
-    """Refuse a copy of a model that is not the one that was measured.
+def refuse_other(
+    folder: Path, digest: str, what: str, remedy: str, *, was: str = "measured", refusal: type[MkaError] = StoreError
+) -> None:
+    """Refuse a copy of a model that is another, or none.
 
     Args:
         folder: of the copy.
-        digest: of the model, as `mka.model.checkpoint.Checkpoint.digest`.
+        digest: what it has to be, as `mka.model.checkpoint.Checkpoint.digest`.
+        what: the copy is, for the refusal.
+        remedy: what to do.
+        was: what was done to the model it has to be.
+        refusal: what is raised.
 
     Raises:
-        StoreError: naming both.
+        MkaError: of the class of the refusal, naming both.
     """
-    found = open_checkpoint(folder, verify=False).digest
+    try:
+        found = open_checkpoint(folder, verify=False).digest
+    except MkaError as error:
+        raise refusal(f"{what} is not what was {was}: {error}; {remedy}") from None
     if found != digest:
-        raise StoreError(
-            f"copy {folder} of the model is not what was measured: digest {found[:16]}, measured {digest[:16]}; "
-            "nothing is published, run again"
-        )
+        raise refusal(f"{what} is not what was {was}: digest {found[:16]}, {was} {digest[:16]}; {remedy}")

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mka.errors import MkaError, RegistryError
+from mka.errors import RegistryError
 from mka.export.folder import export_folder
-from mka.model.checkpoint import open_checkpoint
+from mka.pipeline.holding import refuse_other
 from mka.pipeline.stage import MODEL_FOLDER
 from tasks.machine.workplace import Workplace
 
@@ -37,7 +37,8 @@ def lay_out(place: Workplace, model: Path, card: Path, digest: str) -> Iterator[
         folder.mkdir()
         export_folder(model, folder, copy=_link_file)
         shutil.copyfile(card, folder / CARD)
-        _compare(folder, digest, f"candidate in {model}", "measured", "remove the folder")
+        remedy = "remove the folder, run its recipe again"
+        refuse_other(folder, digest, f"candidate in {model}", remedy, refusal=RegistryError)
         yield folder
 
 
@@ -59,7 +60,9 @@ def fetch_back(place: Workplace, model: str, version: str, digest: str) -> Itera
     with _make_aside(place, "version") as aside:
         address = f"models:/{model}/{version}/artifacts/model"
         fetched = Path(mlflow.artifacts.download_artifacts(address, dst_path=str(aside)))
-        _compare(fetched, digest, f"{model} version {version}", "registered", "its files were changed in the registry")
+        remedy = "its files were changed in the registry, run its recipe again"
+        held = f"{model} version {version}"
+        refuse_other(fetched, digest, held, remedy, was="registered", refusal=RegistryError)
         yield fetched
 
 
@@ -80,17 +83,6 @@ def _remove_left(folder: Path, here: str) -> None:
         pid = left.name.split("@")[2].partition("-")[0]
         if pid.isdecimal() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _compare(folder: Path, wanted: str, what: str, was: str, reason: str) -> None:
-    try:
-        found = open_checkpoint(folder, verify=False).digest
-    except MkaError as error:
-        raise RegistryError(f"{what} is not what was {was}: {error}; {reason}, run its recipe again") from None
-    if found != wanted:
-        raise RegistryError(
-            f"{what} is not what was {was}: digest {found[:16]}, {was} {wanted[:16]}; {reason}, run its recipe again"
-        )
 
 
 def _link_file(source: Path, target: Path) -> None:

@@ -25,10 +25,13 @@ from support.mutations import STRANGE, TEXTS, dump_json, mutate_bytes, mutate_do
 from mka.bench.recipe import load_bench
 from mka.corpora.params import load_params
 from mka.errors import CheckpointError, MkaError
+from mka.evaluation.definitions import read_definitions
 from mka.evaluation.gate import decide, recover_tasks
 from mka.evaluation.reports import read_report
 from mka.evaluation.scores import EvalReport, Score
-from mka.evaluation.task_tables import MMLU_COLUMNS, TASKS, read_table
+from mka.evaluation.task_keys import SCORED
+from mka.evaluation.task_tables import MMLU_COLUMNS, TASKS, list_tables, read_table, read_task_texts
+from mka.evaluation.tasks import _build_tasks
 from mka.evidence.journal import Journal
 from mka.evidence.needs import Evidence
 from mka.evidence.states import HiddenStates, LayerScores
@@ -48,6 +51,7 @@ from mka.report.table import result_table
 from mka.similarity.stability import describe_stability
 from mka.store.cleaning import _names_of_last_run
 from mka.store.products import MANIFEST, produce, read_manifest
+from mka.terminal import quiet_lm_eval
 from mka.texts.calibration import load_calibration
 from mka.texts.rows import read_heldout
 from mka.transforms.merge import check_plan_fits
@@ -159,9 +163,9 @@ RECIPE = {
 }
 
 
-def mutate_yaml(body, random):
+def mutate_yaml(body, random, strange=STRANGE):
     kind = random.random()
-    changed = mutate_document(body, random) if kind < 0.75 else body
+    changed = mutate_document(body, random, strange) if kind < 0.75 else body
     try:
         data = yaml.safe_dump(changed, allow_unicode=True).encode("utf-8", "surrogatepass")
     except (RecursionError, ValueError):  # too deep or too large for the writer, not for a person with an editor
@@ -326,6 +330,153 @@ def test_items_of_tasks(trial, reading, task):
     columns = TASKS[task][1] if task in TASKS else MMLU_COLUMNS
     read_ = reading("items.jsonl", lambda path: read_table(task, path, columns))
     trial.run(lambda random: mutate_json(ITEMS[task], random) + b"\n" + dump_json(ITEMS[task]), read_, EXAMPLES // 2)
+
+
+DEFINITION = {
+    "task": "mine",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "mine.jsonl", "train": ["mine.jsonl"]}},
+    "test_split": "test",
+    "fewshot_split": "train",
+    "output_type": "multiple_choice",
+    "description": "Answer.\n",
+    "doc_to_text": "Question: {{question}}\nAnswer:",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "{{answer}}",
+    "target_delimiter": " ",
+    "fewshot_config": {"sampler": "first_n", "fewshot_delimiter": "\n"},
+    "filter_list": [{"name": "first", "filter": [{"function": "take_first"}]}],
+    "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 8},
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}, {"metric": "acc_norm"}],
+    "repeats": 1,
+    "metadata": {"version": 1.0},
+}
+# What a definition may ask of lm-eval that is not done here: code and files from elsewhere, work without end.
+ASKED = [
+    {"include": "mine.yaml"},
+    {"include": "second.yaml"},
+    {"class": "planted.Task"},
+    {"custom_dataset": "planted.load"},
+    {"process_docs": "planted.process"},
+    {"process_results": "planted.process"},
+    {"use_prompt": "promptsource:*"},
+    {"unsafe_code": True},
+    {"dataset_path": "../elsewhere"},
+    {"dataset_path": "org/name", "dataset_kwargs": {"trust_remote_code": True}},
+    {"dataset_kwargs": {"data_files": {"test": "../../../etc/passwd"}}},
+    {"dataset_kwargs": {"data_files": {"test": "."}}},
+    {"dataset_kwargs": {"data_files": {"test": "x" * 1000}}},
+    {"metric_list": [{"metric": "planted.py"}, {"metric": "acc"}]},
+    {"metric_list": [{"metric": "acc", "hf_evaluate": True}]},
+    {"metric_list": [{"metric": "acc"}, {}]},
+    {"output_type": "generate_until", "metric_list": [{"metric": "acc"}]},
+    {"output_type": "generate_until", "metric_list": [{"metric": "exact_match"}]},
+    {"output_type": "loglikelihood", "metric_list": [{"metric": "exact_match"}]},
+    {"generation_kwargs": {"custom_generate": "planted", "trust_remote_code": True}},
+    {"filter_list": [{"name": "x", "filter": [{"function": "decontaminate", "path": "/etc/passwd"}]}]},
+    {"fewshot_config": {"split": "nowhere"}},
+    {"repeats": 10**9},
+    {"num_fewshot": 10**9},
+    {"group": "both", "task": ["mine", "second"]},
+    {"group": "both", "task": ["both"]},
+    {"group": "mine", "task": ["mine"]},
+]
+# Read by the letter: tags, anchors and numbers that a writer of YAML does not make.
+WRITTEN = [
+    b"doc_to_image: !function planted.text\n",
+    b"doc_to_image: !<!function> planted.text\n",
+    b"doc_to_image: !!python/name:planted.text\n",
+    b"doc_to_image: !!python/object/apply:os.system ['touch ran']\n",
+    b"doc_to_image: !include second.yaml\n",
+    b"--- \n%TAG !f! !func\n---\ndoc_to_image: !f!tion planted.text\n",
+    b"gen_prefix: &a [*a]\n",
+    b"gen_prefix: [" + b"".join(b"&b%d [%s]," % (n, b"*b%d," % (n - 1) * 9 if n else b"") for n in range(12)) + b"]\n",
+    b"gen_prefix: ["
+    + b"".join(b"&b%d {<<: [%s]}," % (n, b"*b%d," % (n - 1) * 9 if n else b"") for n in range(12))
+    + b"]\n",
+    b"num_fewshot: 1" + b":1" * 120_000 + b"\n",
+    b"num_fewshot: 0x" + b"f" * 200_000 + b"\n",
+    b"gen_prefix: {0x" + b"f" * 200_000 + b": a}\n",
+    b"gen_prefix: " + b"[" * 5000 + b"\n",
+    b"tag: [" + b"a, " * 300_000 + b"]\n",
+    b"tag: [" + b"a, " * 70_000 + b"]\n",
+    b"? " * 2000 + b"\n",
+    b"num_fewshot: 2001-02-30\n",
+    b"num_fewshot: .nan\n",
+    b"gen_prefix: !!binary aaaa\n",
+    b"gen_prefix: 'x'\n",
+]
+TEMPLATES = ["{{ question", "{% for a in question %}", "{{ nothing }}", "{{ 1 // 0 }}", "{{ answer }}", "{{ choices }}"]
+TEMPLATES += ["question", "choices", "answer", "{{ choices[answer] }}", "{{ question.__class__.__mro__ }}", "[1, {}]"]
+STRANGE_TASKS = [
+    *STRANGE,
+    "piqa",
+    "second",
+    *TEMPLATES,
+    "acc",
+]
+
+
+def mutate_definition(random):
+    kind = random.random()
+    if kind < 0.3:
+        body = DEFINITION | random.choice(ASKED)
+        return mutate_yaml(body, random, STRANGE_TASKS) if kind < 0.1 else yaml.safe_dump(body).encode()
+    if kind < 0.5:
+        lines = yaml.safe_dump(DEFINITION).encode()
+        data = random.choice([lines.replace(b"repeats: 1\n", b""), lines]) + random.choice(WRITTEN)
+        return mutate_bytes(data, random) if kind < 0.35 else data
+    return mutate_yaml(DEFINITION, random, STRANGE_TASKS)
+
+
+@pytest.fixture
+def tasks_folder(tmp_path, monkeypatch):
+    """A folder with tables, a second task and code that no definition may run."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"question": text, "choices": ["w3", "w9 w4", "w5"], "answer": n % 3} for n, text in enumerate(make_texts(4))
+    ]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "second.yaml").write_text(yaml.safe_dump(DEFINITION | {"task": "second"}))
+    (tmp_path / "planted.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    before = sorted(tmp_path.iterdir())
+    yield tmp_path
+    (tmp_path / "mine.yaml").unlink()
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_task_definitions(trial, tasks_folder):
+    def read(data):
+        (tasks_folder / "mine.yaml").write_bytes(data)
+        for name, tasks in read_definitions(tasks_folder).items():
+            assert name.isprintable() and all(task.metric in SCORED for task in tasks)
+            tables = {table for task in tasks for table in task.tables.values()}
+            assert tables and {table.parent for table in tables} == {tasks_folder}
+            assert tables <= set(list_tables(tasks_folder, name, every=True))
+            assert list(read_task_texts(name, tasks_folder))
+
+    trial.run(lambda random: mutate_definition(random), read)
+
+
+def test_items_of_tasks_that_are_defined(trial, tasks_folder):
+    table = tasks_folder / "mine.jsonl"
+    rows = table.read_bytes().splitlines()
+    keys = ["doc_to_text", "doc_to_choice", "doc_to_target", "target_delimiter", "gen_prefix", "output_type"]
+    said = [*TEMPLATES, *TEXTS, 0, 7, [], ["a", ""], None, "multiple_choice", "loglikelihood", "generate_until"]
+
+    def make(random):
+        body = DEFINITION | {"task": "mine", "metric_list": [{"metric": "acc"}, {"metric": "exact_match"}]}
+        body |= {random.choice(keys): random.choice(said) for _ in range(random.randrange(3))}
+        changed = mutate_json(json.loads(rows[1]), random) if random.random() < 0.5 else rows[1]
+        return yaml.safe_dump(body).encode("utf-8", "surrogatepass"), b"\n".join([rows[0], changed, *rows[2:]])
+
+    def read(given):
+        (tasks_folder / "mine.yaml").write_bytes(given[0])
+        table.write_bytes(given[1])
+        with quiet_lm_eval(progress=False):
+            _build_tasks(["mine"], tasks_folder, 1, 0)
+
+    trial.run(make, read, EXAMPLES // 2)
 
 
 def test_manifests(trial, tmp_path):

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from mka.alignment.rounding import Rounding
-from mka.errors import CalibrationError, CheckpointError, RecipeError
+from mka.errors import CalibrationError, CheckpointError, NumericsError, RecipeError
 from mka.model.checkpoint import open_checkpoint
 from mka.model.loading import load_tokenizer
 from mka.pipeline.quantize import check_quantizer, describe_rounding, key_rounding, write_quantized
@@ -74,6 +74,40 @@ def test_stock_loading_gets_back_what_the_walk_rounded_to(scheme, rounding, tmp_
     ]
     assert specs[0] == specs[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "nearest", "out"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rounding", "name", "said"),
+    [
+        ("int4", "gptq", "model.layers.2.mlp.down_proj", "the rounded model's hidden states behind layer 2's mlp"),
+        ("int4", "gptaq", "model.layers.2.mlp.down_proj", "rounding: hidden states behind layer 2's mlp"),
+        ("int4", "gptaq", "model.layers.4.self_attn.o_proj", "rounding: hidden states behind layer 4's attention"),
+        ("int4", "gptaq", "model.embed_tokens", "rounding: hidden states behind the embedding"),
+        ("int4", "gptaq", "lm_head", "logits"),
+        ("mixed", "gptaq", "model.layers.2.mlp.down_proj", "mixed bits: hidden states behind layer 2"),
+    ],
+)
+def test_what_overflows_float16_is_named_with_what_to_do(scheme, rounding, name, said, tmp_path):
+    model = make_tiny_model("llama")
+    with torch.no_grad():
+        model.get_submodule(name).weight.mul_(1e7)
+    source = open_checkpoint(save_model(model, tmp_path / "base"))
+    asked = settings(scheme, rounding, **({"bits_per_weight": 5.0} if scheme == "mixed" else {}))
+    given = evidence() | {BASE: (None, ModelSource(folder="unused", dtype="float16"))}
+    with pytest.raises(NumericsError, match=rf"^[^/]*{said} are NaN or infinite; .* float32 or bfloat16 \(--dtype"):
+        write_quantized(source, asked, tmp_path / "out", given)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_rounded_weight_beyond_the_dtype_it_is_unpacked_to_is_named(tmp_path):
+    model = make_tiny_model("llama")
+    with torch.no_grad():
+        # Alone in its row and group: the lowest of sixteen steps is then at 8 / 7.5 of it.
+        model.get_submodule("model.layers.3.mlp.down_proj").weight[0] = -65000.0
+    source = open_checkpoint(save_model(model.to(torch.float16), tmp_path / "base"))
+    with pytest.raises(NumericsError, match=r"^model\.layers\.3\.mlp\.down_proj\.weight: .* beyond float16"):
+        write_quantized(source, settings("int4", "gptaq"), tmp_path / "out", evidence())
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 @pytest.mark.parametrize("rounding", ["gptq", "gptaq"])

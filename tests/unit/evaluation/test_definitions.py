@@ -90,7 +90,21 @@ def test_definition_and_table_are_in_the_digest_and_texts_are_kept_apart(folder)
         ({"dataset_kwargs": ...}, "has no data_files"),
         ({"test_split": ...}, "no split to measure on"),
         ({"metric_list": [{"metric": "bleu"}]}, "asks for none of acc_norm, acc, exact_match"),
-        ({"metric_list": "acc"}, "asks for none of"),
+        ({"metric_list": "acc"}, "'metric_list': .* list, got 'acc'"),
+        ({"metric_list": [{"metric": "acc"}, {}]}, "missing key 'metric_list.1.metric'"),
+        ({"metric_list": [{"metric": "acc", "hf_evaluate": True}]}, "hf_evaluate'.* got True"),
+        (
+            {"metric_list": [{"metric": "acc"}], "output_type": "generate_until"},
+            "none of exact_match, .* generate_until",
+        ),
+        ({"generation_kwargs": {"custom_generate": "code"}}, "unknown key 'generation_kwargs.custom_generate'"),
+        ({"filter_list": [{"name": "x", "filter": [{"function": "decontaminate"}]}]}, "got 'decontaminate'"),
+        ({"filter_list": [{"name": name, "filter": [{"function": "take_first"}]} for name in "ab"]}, "at most 1 item"),
+        ({"process_results": "code.score"}, "process_results leads out of the file"),
+        ({"doc_to_texts": "{{question}}"}, "unknown key 'doc_to_texts' .*'doc_to_text'"),
+        ({"fewshot_config": {"split": "dev"}}, "data_files has test, asked for: dev, test"),
+        ({"dataset_kwargs": {"data_files": {"test": "x" * 300}}}, "is not in"),
+        ({"repeats": 10**9}, "'repeats': .* 64, got 1000000000"),
         ({"task": ...}, "defines no task"),
         ({"task": "piqa"}, "'piqa' is one of lm-eval's own"),
     ],
@@ -116,6 +130,60 @@ def test_a_template_sees_its_item_and_nothing_else(folder, template, monkeypatch
     with pytest.raises(RecipeError, match="not usable by lm-eval"):
         run(folder, {"mine": None})
     assert not (folder / "ran").exists()
+
+
+def test_a_metric_of_another_name_is_no_code_to_run(folder, monkeypatch):
+    monkeypatch.chdir(folder)  # lm-eval would load a folder of the metric's name, and then ask a hub for it
+    (folder / "planted").mkdir()
+    (folder / "planted" / "planted.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    define(folder, metric_list=[{"metric": "planted"}, {"metric": "acc"}])
+    _, (score,) = run(folder, {"mine": None})
+    assert score.metric == "acc" and not (folder / "ran").exists()
+
+
+def test_an_item_that_no_template_fits_ends_it_before_the_model_is_asked(folder):
+    rows = (folder / "mine.jsonl").read_text().splitlines()
+    row = json.loads(rows[-1]) | {"answer": None}
+    (folder / "mine.jsonl").write_text("\n".join([*rows[:-1], json.dumps(row)]))
+    with pytest.raises(RecipeError, match="not usable by lm-eval: TypeError"):
+        run_tasks(None, None, {"mine": None}, tasks_folder=folder, progress=False)
+
+
+def test_an_item_without_two_texts_to_choose_from_is_refused(folder):
+    define(folder, doc_to_choice="question")  # lm-eval would take a text for the list of its letters
+    with pytest.raises(RecipeError, match=r"doc_to_choice makes 'w.*' of item 1; needed: a list of two or more"):
+        run_tasks(None, None, {"mine": None}, tasks_folder=folder, progress=False)
+
+
+def test_a_value_that_is_nested_without_end_is_refused(folder):
+    deep = "[" * 30 + "0" + "]" * 30
+    (folder / "mine.jsonl").write_text((folder / "mine.jsonl").read_text().replace('"answer": 1', f'"answer": {deep}'))
+    with pytest.raises(RecipeError, match="item 2: 'answer' is nested deeper than 8 levels"):
+        list(read_task_texts("mine", folder))
+
+
+def test_a_table_is_found_by_its_name_though_that_reads_like_a_pattern(folder):
+    (folder / "mine.jsonl").rename(folder / "mine[1].jsonl")
+    define(folder, dataset_kwargs={"data_files": {"test": "mine[1].jsonl"}})
+    assert list(read_task_texts("mine", folder)) == WORDS
+    assert {file.name for file in list_tables(folder, "mine", every=True)} == {"mine[1].jsonl", "mine.yaml"}
+
+
+def test_answers_that_are_generated_are_scored_by_exact_match(folder):
+    model, tokenizer, rows = make_tiny_model("llama", max_position_embeddings=512).eval(), make_tokenizer(), []
+    for number, text in enumerate(WORDS):
+        with torch.inference_mode():
+            found = model(torch.tensor([tokenizer(text).input_ids])).logits[0, -1].argmax()
+        rows.append({"question": text, "answer": tokenizer.decode(found) if number % 2 else "another"})
+    (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    changes = {"output_type": "generate_until", "doc_to_choice": ..., "doc_to_target": "{{answer}}"}
+    changes |= {"generation_kwargs": {"until": ["."], "max_gen_toks": 1}, "metric_list": [{"metric": "exact_match"}]}
+    define(folder, **changes)
+    _, (score,) = run(folder, {"mine": None})
+    assert score.items == (0, 1) * 4 and score.metric == "exact_match" and score.extra["truncated"] == 0
+    define(folder, **changes | {"generation_kwargs": {"max_gen_toks": 512}})
+    with pytest.raises(RecipeError, match="leaves no room for a question in the 512 tokens"):
+        run(folder, {"mine": None})
 
 
 @pytest.mark.parametrize("text", ["", "- a", "a: [", "task: mine\ntask: twice", "\x00", "a: &a [*a]", "{1: 2}"])

@@ -304,6 +304,14 @@ def test_a_key_said_twice_is_refused_by_name(tmp_path, content):
         load_recipe(path)
 
 
+@pytest.mark.parametrize("number", ["1" * 21, "1" + ":30" * 10, "0x" + "f" * 30])
+def test_a_whole_number_that_no_computer_word_holds_is_refused_before_it_is_made(tmp_path, number):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"seed: {number}\n")
+    with pytest.raises(RecipeError, match=f"cannot be read: a number of {len(number)} digits; the largest allowed"):
+        load_recipe(path)
+
+
 @pytest.mark.parametrize("content", ["calibration: foo\n", "calibration:\n"])
 def test_a_section_that_is_none_is_refused_as_the_file_says_it(tmp_path, content):
     path = tmp_path / "recipe.yaml"
