@@ -148,7 +148,8 @@ def _count_generation_mismatches(model: Any, tokens: int) -> int:
     chosen = logits.gather(1, generated[0, prompt.shape[1] :].unsqueeze(1)).squeeze(1)
     # Rounding may swap two equally good tokens; a wrong cache moves logits by far more.
     slack = max(1e-3, 4 * torch.finfo(model.dtype).eps) * (logits.max() - logits.min())
-    return int((logits.max(dim=1).values - chosen > slack).sum())
+    # What is not a number is no match either.
+    return int((~(logits.max(dim=1).values - chosen <= slack)).sum())
 
 
 def require_sound(facts: dict[str, Any], where: str | Path) -> None:
