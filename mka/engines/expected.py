@@ -1,6 +1,8 @@
 """How much faster a candidate can be than its base by what is left of it, before anything is timed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from mka.engines.subject import WIDTHS
 from mka.model.checkpoint import Checkpoint
@@ -20,7 +22,13 @@ class Held:
     head: float
 
 
-def expect_ratios(base: Checkpoint, candidate: Checkpoint, dtype: str, prompt_tokens: int) -> dict[str, float]:
+def expect_ratios(
+    base: Checkpoint,
+    candidate: Checkpoint,
+    dtype: str,
+    prompt_tokens: int,
+    files: Mapping[str, Path] | None = None,
+) -> dict[str, float]:
     """Return figure of speed -> candidate / base, as fewer layers and smaller numbers allow it.
 
     Args:
@@ -28,11 +36,13 @@ def expect_ratios(base: Checkpoint, candidate: Checkpoint, dtype: str, prompt_to
         candidate: the model.
         dtype: of floating-point weights in the engine.
         prompt_tokens: length of a prompt.
+        files: GGUF files of "base" and "candidate", where the engine loads those: their weights stay as they are there.
     """
     held = [count_held(model, dtype) for model in (base, candidate)]
+    decoded = [count_file(files[role]) for role in ("base", "candidate")] if files else held
     return {
         "prefill_tokens_per_second": expect_prefill(held[0], candidate.layers / base.layers, prompt_tokens),
-        "decode_tokens_per_second": expect_decode(*held),
+        "decode_tokens_per_second": expect_decode(*decoded),
     }
 
 
@@ -68,3 +78,12 @@ def count_held(model: Checkpoint, dtype: str) -> Held:
 
     layers = sum(held(tensor) for name, tensor in model.tensors.items() if family.split_tensor(name))
     return Held(layers, total(family.head) or total(family.embedding))
+
+
+def count_file(file: Path) -> Held:
+    """Return the bytes of all layers and of the head in a GGUF file."""
+    from gguf import GGUFReader
+
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(file).tensors}
+    layers = sum(nbytes for name, nbytes in sizes.items() if name.startswith("blk."))
+    return Held(layers, sizes.get("output.weight", sizes["token_embd.weight"]))
