@@ -15,10 +15,8 @@ if TYPE_CHECKING:
 # Nats by which rounding alone moves log-probabilities, between an engine and transformers in the same dtype; what was
 # seen and why it is this much stands in docs/engines.md.
 TOLERANCES = {"float32": 0.02, "float16": 0.1, "bfloat16": 0.5}
-# Engines that multiply by integers round what goes in, too.
+# Engines that multiply by integers round what goes in, too, even where the integers are the folder's own.
 TOLERANCE_ROUNDED = 1.0
-# Of weights that are the folder's own, what goes in is all that is rounded.
-TOLERANCE_KEPT = 0.5
 # Type of a file of rounded weights, which are kept; see `mka.export.ggml`.
 KEPT = "rounded"
 _FILE_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -107,8 +105,6 @@ def choose_tolerance(dtype: str, file_type: str | None) -> float:
         dtype: of the arithmetic.
         file_type: of the weights in a file that was made of the folder; None: the folder itself is loaded.
     """
-    if file_type == KEPT:
-        return max(TOLERANCES[dtype], TOLERANCE_KEPT)
     if file_type is not None and file_type not in _FILE_TYPES.values():
         return TOLERANCE_ROUNDED
     stored = next((name for name, kind in _FILE_TYPES.items() if kind == file_type), dtype)
