@@ -96,7 +96,7 @@ ROWS = (
     Row(VLLM_CUDA, EMBEDDINGS, False, "takes packed embeddings only, which stock loading does not", False),
     *(Row(LLAMA_CPP, scheme, True, _KEPT, group_multiple=32) for scheme in ("int8", "int4", *OTHER_BITS)),
     Row(LLAMA_CPP, "off", True, "through a GGUF file, which `mka export` writes of it"),
-    Row(LLAMA_CPP, "w8a8", False, "rounds what goes into a product in its own way, not once per token"),
+    Row(LLAMA_CPP, "w8a8", False, "rounds what goes into a product in its own way, not once per token", False),
     Row(LLAMA_CPP, EMBEDDINGS, True, "in the same file; a tied head is the embedding there, too"),
 )
 ENGINES = tuple(dict.fromkeys(row.engine for row in ROWS))

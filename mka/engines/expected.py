@@ -7,6 +7,8 @@ from pathlib import Path
 from mka.engines.subject import WIDTHS
 from mka.model.checkpoint import Checkpoint
 from mka.model.tensors import FLOATS, TensorInfo
+from mka.recipe import QuantizeSettings
+from mka.transforms import SCHEMES
 
 
 @dataclass(frozen=True)
@@ -87,3 +89,28 @@ def count_file(file: Path) -> Held:
     sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(file).tensors}
     layers = sum(nbytes for name, nbytes in sizes.items() if name.startswith("blk."))
     return Held(layers, sizes.get("output.weight", sizes["token_embd.weight"]))
+
+
+def count_growth(outline: Checkpoint, settings: QuantizeSettings) -> int:
+    """Return the bytes by which rounded layers grow in a GGUF file that keeps their numbers.
+
+    Args:
+        outline: the model before it is rounded.
+        settings: one scheme for all linear layers.
+    """
+    from mka.transforms.packing import count_kept, find_linear
+
+    bits = SCHEMES[settings.scheme].bits
+    return sum(
+        count_carried(info.shape, bits, settings.group_size) - count_kept(outline, info, settings.scheme, settings)
+        for info in find_linear(outline)
+    )
+
+
+def count_carried(shape: tuple[int, ...], bits: int, group: int) -> int:
+    """Return the bytes of a rounded matrix (R, C) in the GGUF type that keeps its numbers, else in float16."""
+    from mka.export.carrying import choose_carrier
+    from mka.export.ggml import Kind, count_row_bytes
+
+    rows, width = shape
+    return rows * count_row_bytes(width, choose_carrier(bits, group, width) or Kind.F16)

@@ -190,8 +190,7 @@ def test_a_rounded_folder_is_served_beside_its_base(tmp_path, monkeypatch, capsy
     timing = ["--concurrency", "1", "--prompt-tokens", "16", "--new-tokens", "6", "--rounds", "1", "--limit", "300"]
     asked = ["serve-check", str(folder), "--engine", "llama.cpp", "--base", str(base), *timing]
     code = main(["--no-progress", *asked, "--json"])
-    out, err = capsys.readouterr()
-    report = json.loads(out)
+    report = json.loads(capsys.readouterr().out)
     assert (code, report["verdict"], report["reason"]) == (0, "pass", None)
     assert report["conditions"]["file_types"] == {"candidate": "rounded", "base": "f32"}
     found, beside = report["candidate"]["agreement"], report["base"]["agreement"]
