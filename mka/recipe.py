@@ -433,7 +433,8 @@ class EngineCheck(Section):
     new_tokens: int = Field(64, ge=2, description="Tokens decoded of each timed prompt")
     rounds: int = Field(2, ge=1, description="Times that each model is loaded and timed, in turns with the base")
     file_type: str | None = Field(
-        None, description="Type of the GGUF file's weights, e.g. q8_0; null: the type of the arithmetic"
+        None,
+        description="Type of the GGUF file of a model that is not rounded, e.g. q8_0; null: the type of the arithmetic",
     )
     limit: float = Field(900, gt=0, description="Seconds after which an engine is ended, each time it is started")
     memory: float | None = Field(

@@ -36,7 +36,11 @@ def _read_counts(context: click.Context, option: click.Parameter, value: str | N
 @click.option("--base", metavar="MODEL", help="Also load this one, and time both in turns.")
 @click.option("--python", type=FILE, metavar="FILE", help="Python of another environment that has the engine.")
 @click.option("--gguf", "file", type=FILE, metavar="FILE", help="GGUF file made of MODEL, in place of a new one.")
-@click.option("--file-type", metavar="TYPE", help="Type of a new GGUF file's weights, e.g. q8_0.  [default: the dtype]")
+@click.option(
+    "--file-type",
+    metavar="TYPE",
+    help="Type of new GGUF files, but of rounded models, e.g. q8_0.  [default: the dtype]",
+)
 @click.option("--concurrency", metavar="N[,N]", callback=_read_counts, help="Prompts at once.  [default: 1,16]")
 @click.option("--prompt-tokens", type=int, metavar="N", help="Tokens of each timed prompt.  [default: 256]")
 @click.option("--new-tokens", type=int, metavar="N", help="Tokens decoded of each.  [default: 64]")

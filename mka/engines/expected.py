@@ -1,10 +1,14 @@
 """How much faster a candidate can be than its base by what is left of it, before anything is timed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from mka.engines.subject import WIDTHS
 from mka.model.checkpoint import Checkpoint
 from mka.model.tensors import FLOATS, TensorInfo
+from mka.recipe import QuantizeSettings
+from mka.transforms import SCHEMES
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,13 @@ class Held:
     head: float
 
 
-def expect_ratios(base: Checkpoint, candidate: Checkpoint, dtype: str, prompt_tokens: int) -> dict[str, float]:
+def expect_ratios(
+    base: Checkpoint,
+    candidate: Checkpoint,
+    dtype: str,
+    prompt_tokens: int,
+    files: Mapping[str, Path] | None = None,
+) -> dict[str, float]:
     """Return figure of speed -> candidate / base, as fewer layers and smaller numbers allow it.
 
     Args:
@@ -28,11 +38,13 @@ def expect_ratios(base: Checkpoint, candidate: Checkpoint, dtype: str, prompt_to
         candidate: the model.
         dtype: of floating-point weights in the engine.
         prompt_tokens: length of a prompt.
+        files: GGUF files of "base" and "candidate", where the engine loads those: their weights stay as they are there.
     """
     held = [count_held(model, dtype) for model in (base, candidate)]
+    decoded = [count_file(files[role]) for role in ("base", "candidate")] if files else held
     return {
         "prefill_tokens_per_second": expect_prefill(held[0], candidate.layers / base.layers, prompt_tokens),
-        "decode_tokens_per_second": expect_decode(*held),
+        "decode_tokens_per_second": expect_decode(*decoded),
     }
 
 
@@ -68,3 +80,37 @@ def count_held(model: Checkpoint, dtype: str) -> Held:
 
     layers = sum(held(tensor) for name, tensor in model.tensors.items() if family.split_tensor(name))
     return Held(layers, total(family.head) or total(family.embedding))
+
+
+def count_file(file: Path) -> Held:
+    """Return the bytes of all layers and of the head in a GGUF file."""
+    from gguf import GGUFReader
+
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(file).tensors}
+    layers = sum(nbytes for name, nbytes in sizes.items() if name.startswith("blk."))
+    return Held(layers, sizes.get("output.weight", sizes["token_embd.weight"]))
+
+
+def count_growth(outline: Checkpoint, settings: QuantizeSettings) -> int:
+    """Return the bytes by which rounded layers grow in a GGUF file that keeps their numbers.
+
+    Args:
+        outline: the model before it is rounded.
+        settings: one scheme for all linear layers.
+    """
+    from mka.transforms.packing import count_kept, find_linear
+
+    bits = SCHEMES[settings.scheme].bits
+    return sum(
+        count_carried(info.shape, bits, settings.group_size) - count_kept(outline, info, settings.scheme, settings)
+        for info in find_linear(outline)
+    )
+
+
+def count_carried(shape: tuple[int, ...], bits: int, group: int) -> int:
+    """Return the bytes of a rounded matrix (R, C) in the GGUF type that keeps its numbers, else in float16."""
+    from mka.export.carrying import choose_carrier
+    from mka.export.ggml import Kind, count_row_bytes
+
+    rows, width = shape
+    return rows * count_row_bytes(width, choose_carrier(bits, group, width) or Kind.F16)

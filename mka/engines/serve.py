@@ -14,7 +14,7 @@ from mka.engines import Engine
 from mka.engines.agreement import Agreement, compare
 from mka.engines.exchange import Answer
 from mka.engines.expected import expect_ratios
-from mka.engines.loadable import choose_tolerance, make_loadable, name_file_type
+from mka.engines.loadable import check_loadable, choose_tolerance, make_loadable, name_file_type
 from mka.engines.process import Bounds, run_program
 from mka.engines.prompts import NEW_TOKENS, PROMPTS
 from mka.engines.subject import REPEATS, Conditions, Subject, check_room, count_threads, prepare_subject
@@ -64,7 +64,7 @@ class ServeReport:
         reason: why it is no pass, in one line.
         candidate: what was found of it; None if the engine gave no whole answer.
         base: the same of the base, if there is one.
-        conditions: dtype, file type, threads, tokens, rounds, versions, command.
+        conditions: dtype, file types, threads, tokens, rounds, versions, command.
         expected: figure of speed -> candidate / base as what is left of the candidate allows it, see
             `mka.engines.expected`; empty without a base.
     """
@@ -126,13 +126,15 @@ def check_serving(
 
     Raises:
         RecipeError: if settings do not fit the engine or the model.
+        CheckpointError: if the engine's file would say something else of a model.
         MkaError: of loading the model into transformers, and of making the engine's file.
     """
     models = {"candidate": candidate} | ({"base": base} if base is not None else {})
     _check_file(engine, file)
+    check_loadable(engine, models, settings.file_type)
     check_room(settings, models)
-    file_type = name_file_type(engine, conditions.dtype, settings.file_type)
-    told = _describe(settings, conditions, file_type)
+    types = {r: name_file_type(engine, model, conditions.dtype, settings.file_type) for r, model in models.items()}
+    told = _describe(settings, conditions, {role: kind for role, kind in types.items() if kind is not None})
     # Engines run elsewhere, so that what they are told of has to be absolute.
     with tempfile.TemporaryDirectory(dir=work.absolute(), prefix="serve-") as place:
         subjects = []
@@ -140,7 +142,7 @@ def check_serving(
             folder = Path(place) / role
             folder.mkdir()
             made = file if role == "candidate" else None
-            loads = made or make_loadable(engine, checkpoint.path, str(file_type), folder)
+            loads = made or make_loadable(engine, checkpoint.path, str(types[role]), folder)
             say(f"transformers: {role}, {NEW_TOKENS} tokens of each of {len(PROMPTS)} prompts")
             subjects.append(prepare_subject(role, models, loads, settings, conditions, folder))
         found = {role: _Found() for role in models}
@@ -152,8 +154,9 @@ def check_serving(
                     _ask(engine, python, subject, found[subject.role], settings)
                 except (EngineFault, EngineError) as error:
                     return _fail(engine, subject.role, error, told)
-    tolerance = choose_tolerance(conditions.dtype, file_type)
-    served = {s.role: _sum_up(s, found[s.role], tolerance, settings.prompt_tokens) for s in subjects}
+        expected = _expect(subjects, engine, conditions.dtype, settings.prompt_tokens)
+    tolerances = {role: choose_tolerance(conditions.dtype, kind) for role, kind in types.items()}
+    served = {s.role: _sum_up(s, found[s.role], tolerances[s.role], settings.prompt_tokens) for s in subjects}
     answer, faults = found["candidate"].answers[0], served["candidate"].agreement.faults
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return ServeReport(
@@ -163,8 +166,16 @@ def check_serving(
         served["candidate"],
         served.get("base"),
         told,
-        expect_ratios(base, candidate, conditions.dtype, settings.prompt_tokens) if base is not None else {},
+        expected,
     )
+
+
+def _expect(subjects: Sequence[Subject], engine: Engine, dtype: str, prompt_tokens: int) -> dict[str, float]:
+    models = {subject.role: subject.checkpoint for subject in subjects}
+    if "base" not in models:
+        return {}
+    files = {subject.role: Path(subject.request.model) for subject in subjects} if engine.converts else None
+    return expect_ratios(models["base"], models["candidate"], dtype, prompt_tokens, files)
 
 
 def _check_file(engine: Engine, file: Path | None) -> None:
@@ -221,11 +232,11 @@ def _find_misread(ours: Sequence[Sequence[int]], read: Sequence[Sequence[int]] |
     return None
 
 
-def _describe(settings: "EngineCheck", conditions: Conditions, file_type: str | None) -> dict[str, Any]:
+def _describe(settings: "EngineCheck", conditions: Conditions, types: Mapping[str, str]) -> dict[str, Any]:
     asked = settings.model_dump(mode="json", exclude={"engine", "limit", "memory", "file_type"})
     return {
         "dtype": conditions.dtype,
-        "file_type": file_type,
+        "file_types": dict(types),
         "threads": count_threads(),
         "cpus": os.cpu_count(),
         "platform": f"{platform.system()} {platform.machine()}",

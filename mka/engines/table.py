@@ -23,7 +23,9 @@ def list_rows(report: ServeReport) -> list[dict[str, str]]:
     candidate, base = report.candidate, report.base
     if candidate is None:
         return []
+    types = report.conditions.get("file_types", {})
     rows = [
+        *([_row("weights in the file", types.get("base", "–"), types["candidate"], "")] if types else []),
         _row("greedy tokens as transformers'", _count(base) if base else "–", _count(candidate), ""),
         *(_compare(label, of, shape, base, candidate) for label, of, shape in _FACTS),
     ]

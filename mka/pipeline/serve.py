@@ -39,7 +39,7 @@ def serve_stage(digest: str | None = None, folder: Path | None = None) -> Stage:
 
     return Stage(
         "serve",
-        version=2,
+        version=3,
         wanted=lambda job: bool(job.recipe.engines),
         reads=read,
         settings=_settings,

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from functools import partial
 
-from mka.engines.expected import Held, count_held, expect_decode, expect_prefill
+from mka.engines.expected import Held, count_carried, count_growth, count_held, expect_decode, expect_prefill
 from mka.engines.subject import count_token_bytes
 from mka.errors import RecipeError
+from mka.kernels import LLAMA_CPP
 from mka.model.checkpoint import Checkpoint
 from mka.plan.target import Aim, Bound, fit_layers, resolve_target
 from mka.recipe import DEPTHS, QuantizeSettings, Target
@@ -123,19 +124,46 @@ def refuse_bytes(outline: Checkpoint, settings: QuantizeSettings, layers: int) -
 def hold_rounded(outline: Checkpoint, settings: QuantizeSettings, layers: int) -> Held:
     """Return what an engine holds of a checkpoint with so many layers once it is rounded, see `count_held`.
 
-    Without an engine that has kernels for it, what was rounded is unpacked before it is read.
+    Without an engine that has kernels for it, what was rounded is unpacked before it is read; llama.cpp holds what a
+    GGUF file does, where a number of few bits may take more than in the folder.
     """
     held, family = count_held(outline, SERVED), outline.family
     if settings.scheme == "off" or settings.serve_on is None:
         return Held(held.layers * layers / outline.layers, held.head)
-    alike = settings.model_copy(update={"scheme": _extremes(settings)[0], "bytes": None, "bits_per_weight": None})
+    alike = _settle(settings, _extremes(settings)[0])
     beside = _without_embeddings(alike)
-    in_layers = foresee_rounded(outline, settings, layers) - foresee_rounded(outline, alike, 0)
+    in_layers = float(foresee_rounded(outline, settings, layers) - foresee_rounded(outline, alike, 0))
+    in_file = settings.serve_on == LLAMA_CPP.serve_on
+    if in_file:
+        in_layers += _grow(outline, settings, layers, in_layers)
     if settings.embeddings == "off":
         return Held(in_layers, held.head)
     ends = [outline.tensors[name] for name in (family.embedding_tensor, family.head_tensor) if name in outline.tensors]
+    if in_file:
+        return Held(in_layers, count_carried(ends[-1].shape, 8, ends[-1].shape[1]))
     saved = foresee_rounded(outline, beside, 0) - foresee_rounded(outline, alike, 0)
     return Held(in_layers, (sum(tensor.nbytes for tensor in ends) - saved) / len(ends))
+
+
+def _grow(outline: Checkpoint, settings: QuantizeSettings, layers: int, nbytes: float) -> float:
+    """Return what rounded layers of so many bytes grow by in a GGUF file.
+
+    Which layers get which bits is not known yet where they are mixed: they are taken for those of two neighbouring
+    numbers of bits, whose mean is there.
+    """
+    import numpy as np
+
+    stored, grown = [], []
+    for name in reversed(list_options(settings)):
+        alike = _settle(settings, name)
+        stored.append(foresee_rounded(outline, alike, layers) - foresee_rounded(outline, alike, 0))
+        grown.append(count_growth(outline, alike) * layers / outline.layers)
+    return float(np.interp(nbytes, stored, grown))
+
+
+def _settle(settings: QuantizeSettings, scheme: str) -> QuantizeSettings:
+    """The same with one scheme for all layers."""
+    return settings.model_copy(update={"scheme": scheme, "bytes": None, "bits_per_weight": None})
 
 
 def _foresee_alike(outline: Checkpoint, settings: QuantizeSettings, scheme: str, layers: int) -> int:

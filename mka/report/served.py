@@ -13,12 +13,11 @@ def describe_served(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
     """
     engine, conditions = found["engine"], found["conditions"]
     told = "it makes of the candidate what transformers makes" if found["loads"] else str(found["reason"])
-    stored = f", weights as {conditions['file_type']}" if conditions.get("file_type") else ""
     lengths = f"prompts of {conditions['prompt_tokens']} tokens, {conditions['new_tokens']} decoded"
     device = engine.get("device") or "no answer"
     return {
         "name": " ".join(filter(None, (name, engine.get("version")))),
         "told": told,
-        "conditions": f"{conditions['dtype']}{stored}, {device}, {conditions['threads']} threads, {lengths}",
+        "conditions": f"{conditions['dtype']}, {device}, {conditions['threads']} threads, {lengths}",
         "rows": found["rows"],
     }

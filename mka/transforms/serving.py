@@ -15,6 +15,11 @@ def check_kernels(source: Checkpoint, settings: QuantizeSettings) -> None:
     """
     for name in list_options(settings):
         row = find_row(settings.serve_on, name)
+        if SCHEMES[name].grouped and settings.group_size % row.group_multiple:
+            raise RecipeError(
+                f"quantize.group_size {settings.group_size}: {row.engine.label} holds whole numbers in groups of "
+                f"multiples of {row.group_multiple}, and would unpack these; name such a group_size, or no serve_on"
+            )
         if row.groups and SCHEMES[name].grouped and settings.group_size not in row.groups:
             raise RecipeError(
                 f"quantize.group_size {settings.group_size}: {row.engine.label} runs {name} in groups of "

@@ -76,6 +76,15 @@ def find_rounded(source: Checkpoint) -> dict[str, RoundedTensor]:
     return found
 
 
+def rounds_inputs(source: Checkpoint) -> bool:
+    """Whether a folder says that what goes into its products is rounded, too, while it runs.
+
+    Raises:
+        CheckpointError: as `find_rounded` does.
+    """
+    return source.is_quantized and any(scheme.input_activations for scheme in _read_schemes(source).values())
+
+
 def list_unpacked(source: Checkpoint, rounded: Mapping[str, RoundedTensor]) -> dict[str, TensorInfo]:
     """Return name -> tensor of a folder as it is once unpacked, in the order it is stored in.
 

@@ -11,8 +11,11 @@ import gguf
 import pytest
 import torch
 from support.models import FAMILY_NAMES, make_byte_tokenizer, make_sentencepiece_tokenizer, make_tiny_model, save_model
+from support.rounded import write_mixed
 from transformers import AutoModelForCausalLM
 
+from mka.cli.main import main
+from mka.engines import ENGINES
 from mka.export.gguf import write_gguf
 from mka.model.checkpoint import open_checkpoint
 from mka.recipe import QuantizeSettings
@@ -138,6 +141,7 @@ def test_rounded_files_load_and_err_little(name, kinds, export, ask):
     ("scheme", "kind", "most"),
     [
         ("int8", "Q8_0", 0.1),
+        ("int7", "Q8_0", 0.1),
         ("int6", "Q6_K", 0.15),
         ("int5", "Q5_0", 0.1),
         ("int4", "Q4_0", 0.1),
@@ -166,6 +170,35 @@ def test_whole_numbers_that_were_kept_are_read_as_they_are(scheme, kind, most, a
     assert (found - expected).std() < most * expected.std()
     if scheme != "int8":
         assert (compute_choices(model) - expected).std() > 2 * (found - expected).std()
+
+
+def test_a_rounded_folder_is_served_beside_its_base(tmp_path, monkeypatch, capsys):
+    """Each by its own file: the folder's numbers of all bits as they are, the base in the type of the arithmetic."""
+    if not ENGINES["llama.cpp"].environment.is_file():
+        pytest.skip("llama.cpp is not installed: make engines")
+    monkeypatch.setenv("MKA_WORK", str(tmp_path / "work"))
+    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "num_hidden_layers": 2}
+    model = make_tiny_model("llama", vocab_size=VOCABULARY, max_position_embeddings=512, **sizes)
+    tokenizer = make_byte_tokenizer()
+    with torch.no_grad():
+        for token in range(VOCABULARY):
+            if not tokenizer.decode([token], skip_special_tokens=True).strip("\ufffd"):
+                model.lm_head.weight[token] = 0.0  # below the best of the others
+    base = save_model(model, tmp_path / "base", tokenizer=tokenizer)
+    folder = write_mixed(open_checkpoint(base), tmp_path / "mixed", embeddings="int8")
+    capsys.readouterr()
+    timing = ["--concurrency", "1", "--prompt-tokens", "16", "--new-tokens", "6", "--rounds", "1", "--limit", "300"]
+    asked = ["serve-check", str(folder), "--engine", "llama.cpp", "--base", str(base), *timing]
+    code = main(["--no-progress", *asked, "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert (code, report["verdict"], report["reason"]) == (0, "pass", None)
+    assert report["conditions"]["file_types"] == {"candidate": "rounded", "base": "f32"}
+    found, beside = report["candidate"]["agreement"], report["base"]["agreement"]
+    # What goes into a product of rounded weights is rounded, too; the base's arithmetic is transformers' own.
+    assert beside["largest_error"] < beside["tolerance"] < found["tolerance"]
+    assert beside["largest_error"] < found["largest_error"]
+    # The base's weights have 32 bits each, the candidate's 8.5 at most.
+    assert report["expected"]["decode_tokens_per_second"] > 32 / 8.5
 
 
 @pytest.mark.parametrize("cut", ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "tekken", "gpt-4o"])

@@ -5,12 +5,17 @@ import sys
 
 import pytest
 from support.engines import make_engine, make_serving, read_journal
-from support.models import make_tiny_model, save_model
+from support.models import make_byte_tokenizer, make_tiny_model, save_model
 
 from mka.cli.main import main
 from mka.engines import ENGINES, loadable
+from mka.engines.loadable import KEPT
 from mka.engines.prompts import PROMPTS, draw_prompts, tokenize_prompts
+from mka.export.ggml import ROUNDED
+from mka.model.checkpoint import open_checkpoint
 from mka.model.loading import load_tokenizer
+from mka.recipe import QuantizeSettings
+from mka.transforms.rtn import quantize_checkpoint
 
 SHORT = ["--concurrency", "1,2", "--prompt-tokens", "8", "--new-tokens", "4"]
 
@@ -30,9 +35,9 @@ def prompts(models):
 def check(models, monkeypatch, work, capsys):
     """Run the command with an engine in vLLM's place; returns exit code, report, and what stderr says."""
 
-    def run(engine, *options):
+    def run(engine, *options, model=models[0]):
         monkeypatch.setitem(ENGINES, engine.name, engine)
-        arguments = ["serve-check", str(models[0]), "--engine", engine.name, "--python", sys.executable]
+        arguments = ["serve-check", str(model), "--engine", engine.name, "--python", sys.executable]
         code = main(["--no-progress", *arguments, *SHORT, *options, "--json"])
         out, err = capsys.readouterr()
         assert not list(work.glob("*"))
@@ -161,7 +166,52 @@ def test_an_engine_that_loads_a_file_gets_one(check, models, prompts, tmp_path, 
     engine = make_engine(tmp_path, "answer(version=request['model'])", "llama.cpp", converts=True)
     code, report, err = check(engine)
     assert code == 1 and "continued 0" in err and asked == [(models[0], "f32")]
-    assert report["engine"]["version"].endswith("/candidate/made.gguf") and report["conditions"]["file_type"] == "f32"
+    assert report["engine"]["version"].endswith("/candidate/made.gguf")
+    assert report["conditions"]["file_types"] == {"candidate": "f32"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A model of which a GGUF file can be made."""
+    model = make_tiny_model("llama", vocab_size=320, max_position_embeddings=512, num_hidden_layers=2)
+    return save_model(model, tmp_path_factory.mktemp("whole") / "whole", tokenizer=make_byte_tokenizer())
+
+
+def round_weights(base, folder, scheme):
+    quantize_checkpoint(open_checkpoint(base), folder, QuantizeSettings(scheme=scheme, group_size=32))
+    return folder
+
+
+@pytest.mark.parametrize(("options", "beside"), [([], "f32"), (["--file-type", "q8_0"], "q8_0")])
+def test_a_rounded_model_keeps_its_numbers_and_its_base_has_the_type_asked_for(
+    options, beside, check, whole, tmp_path, capsys
+):
+    """An engine that answers nothing is at fault; each model was still handed to it as a file of its own type."""
+    folder = round_weights(whole, tmp_path / "int8", "int8")
+    engine = make_engine(tmp_path, "answer(version=request['model'])", "llama.cpp", converts=True)
+    capsys.readouterr()
+    code, report, err = check(engine, "--base", str(whole), *options, model=folder)
+    assert code == 1 and "continued 0 of 8 prompts" in err
+    assert report["conditions"]["file_types"] == {"candidate": KEPT, "base": beside}
+    assert report["engine"]["version"].endswith("/candidate/int8-ROUNDED.gguf")
+    tolerances = [report[role]["agreement"]["tolerance"] for role in ("candidate", "base")]
+    assert tolerances == [loadable.choose_tolerance("float32", kind) for kind in (KEPT, beside)]
+    assert "decode_tokens_per_second" in report["expected"]
+
+
+def test_files_that_would_say_something_else_are_refused(check, whole, tmp_path, capsys):
+    engine = make_engine(tmp_path, "raise SystemExit('it ran')", "llama.cpp", converts=True)
+    rounded, inputs = (round_weights(whole, tmp_path / scheme, scheme) for scheme in ("int8", "w8a8"))
+    for model, options, said in (
+        (inputs, [], "goes into its products is rounded once per token"),
+        (whole, ["--base", str(inputs)], "goes into its products is rounded once per token"),
+        (whole, ["--file-type", "rounded"], "a rounded model gets it by itself"),
+        (rounded, ["--file-type", "q8_0"], "of models that are not rounded"),
+    ):
+        capsys.readouterr()
+        code, report, err = check(engine, *options, model=model)
+        assert code == 2 and report is None and said in err and err.count("\n") == 1
+    assert KEPT == ROUNDED
 
 
 def test_tolerances_grow_with_what_is_rounded():

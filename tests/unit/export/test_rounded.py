@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.gguf_files import REGULAR, load_by_hand, logits_of, read_fields, read_logits, read_tensors
 from support.models import FAMILY_NAMES, make_byte_tokenizer, make_tiny_model, save_model
+from support.rounded import write_mixed
 from transformers import AutoModelForCausalLM
 
 from mka.cli.main import main
@@ -16,8 +17,6 @@ from mka.errors import CheckpointError, OutputError
 from mka.export.gguf import write_gguf
 from mka.model.checkpoint import open_checkpoint
 from mka.recipe import QuantizeSettings
-from mka.transforms.formats import describe_scheme
-from mka.transforms.packing import find_linear, round_rows, write_packed
 from mka.transforms.rtn import quantize_checkpoint
 
 # All widths are multiples of 256, so that every type can be had.
@@ -40,13 +39,7 @@ def make(tmp_path):
         if scheme != "mixed":
             quantize_checkpoint(source, folder, QuantizeSettings(scheme=scheme, **common), max_shard_bytes=shard)
             return model, folder
-        settings = QuantizeSettings(scheme=scheme, rounding="gptq", bits_per_weight=5, **common)
-        chosen = mix_bits(source)
-
-        def pack(spec, info, read):
-            return round_rows(source, describe_scheme(chosen[info.name], group_size), spec, info, read)
-
-        write_packed(source, folder, settings, chosen, pack, max_shard_bytes=shard)
+        write_mixed(source, folder, **common, shard=shard)
         return model, folder
 
     return make
@@ -57,19 +50,6 @@ def target(tmp_path):
     path = tmp_path / "out"
     path.mkdir()
     return path
-
-
-def mix_bits(source):
-    """All numbers of bits side by side; the readers of one norm have the same."""
-    chosen, units = {}, 0
-    for layer in range(source.layers):
-        for part in source.family.parts:
-            for names in part.fused:
-                own = {source.family.layer_tensor(layer, f"{name}.weight") for name in names}
-                chosen |= dict.fromkeys(own & source.tensors.keys(), f"int{8 - units % 7}")
-                units += 1
-    assert chosen.keys() == {info.name for info in find_linear(source)} and len(set(chosen.values())) == 7
-    return chosen
 
 
 def load_stock(folder):

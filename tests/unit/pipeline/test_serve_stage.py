@@ -74,7 +74,13 @@ def serves(monkeypatch, engine):
         }
         return Served({"layers": 4}, agreement, 0.5, 6400, 64.0, 10**8, speed)
 
-    told = {"dtype": "float32", "file_type": None, "threads": 2, "prompt_tokens": 8, "new_tokens": 4}
+    told = {
+        "dtype": "float32",
+        "file_types": {"candidate": "rounded", "base": "f32"},
+        "threads": 2,
+        "prompt_tokens": 8,
+        "new_tokens": 4,
+    }
     asked = {"name": "vllm", "version": "9.9", "device": "cpu"}
     report = ServeReport(asked, "pass", None, side(1), side(0), {**told, "command": "x"})
     monkeypatch.setattr(mka.engines.serve, "check_serving", lambda *_, **__: report)
@@ -102,6 +108,7 @@ def test_what_an_engine_serves_is_judged_and_shown(root, serves, tmp_path, capsy
     page, card = (tmp_path / "out/evidence/report.html").read_text(), (tmp_path / "out/README.md").read_text()
     for shown in (page, card):
         assert "In engines" in shown and "vllm 9.9" in shown and "decode, 2 at once" in shown and "1.150" in shown
+        assert "weights in the file" in shown and "rounded" in shown and "f32" in shown
         assert "it makes of the candidate what transformers makes" in shown
 
 
@@ -140,9 +147,14 @@ def test_engines_that_cannot_be_asked_are_refused_before_anything_runs(root, mon
     monkeypatch.setenv("MKA_FAKE_PYTHON", "gone")
     with pytest.raises(EngineError, match="vllm is not installed"):
         prepare(validate_recipe(make_raw(root)), root / "work")
-    rounded = make_raw(root, engines=[{"engine": "llama.cpp"}], quantize={"scheme": "int8", "group_size": 16})
-    with pytest.raises(RecipeError, match=r"llama\.cpp loads a file made of whole weights"):
+    rounded = make_raw(root, engines=[{"engine": "llama.cpp"}], quantize={"scheme": "w8a8"})
+    with pytest.raises(RecipeError, match=r"llama\.cpp loads .* 'w8a8' rounds what goes into them once per token"):
         prepare(validate_recipe(rounded), root / "work")
+    monkeypatch.setenv("MKA_LLAMA_CPP_PYTHON", sys.executable)
+    prepare(validate_recipe(rounded | {"quantize": {"scheme": "int8", "group_size": 16}}), root / "work")
+    kept = make_raw(root, engines=[{"engine": "llama.cpp", "file_type": "rounded"}])
+    with pytest.raises(RecipeError, match=r"file_type 'rounded': a rounded model gets it by itself"):
+        prepare(validate_recipe(kept), root / "work")
 
 
 def test_it_is_foreseen_and_absent_where_no_engine_is_named(root, serves):

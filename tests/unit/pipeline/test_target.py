@@ -97,6 +97,31 @@ def test_what_no_named_engine_runs_is_unpacked_and_no_faster(base):
 MIXED = {"scheme": "mixed", "rounding": "gptq", "group_size": 32}
 
 
+@pytest.mark.parametrize(
+    ("rounding", "bits"),
+    [
+        # Rows of 64 and 96 fill no block of 256, so that 6, 3 and 2 bits go into the next larger type.
+        ({"scheme": "int8"}, 8.5),
+        ({"scheme": "int7"}, 8.5),
+        ({"scheme": "int6"}, 8.5),
+        ({"scheme": "int5"}, 5.5),
+        ({"scheme": "int4"}, 4.5),
+        ({"scheme": "int3"}, 4.5),
+        ({"scheme": "int2"}, 4.5),
+        ({"scheme": "int4", "embeddings": "int8"}, 4.5),
+        # A scale of float32 in groups of 32 is one bit more per weight: half way between 5 bits and 6.
+        ({**MIXED, "bits_per_weight": 6.5}, (5.5 + 8.5) / 2),
+    ],
+)
+def test_llama_cpp_reads_what_a_gguf_file_holds(rounding, bits, base):
+    settings = QuantizeSettings(**{"group_size": 32} | rounding, serve_on="llama.cpp")
+    found = expect_gains(base, settings, 4)["decode_speed"]
+    head = HEAD * 8.5 / 8 if settings.embeddings != "off" else 2 * HEAD
+    # Norms are float32, and each of a layer's seven matrices has its shape beside it, two integers.
+    in_layers = 4 * (LINEAR * bits / 8 + 4 * 128 + 7 * 16)
+    assert found == pytest.approx(2 * (6 * LAYER + HEAD) / (in_layers + head), rel=1e-3)
+
+
 def test_bytes_for_mixed_bits_come_from_bits_first_and_from_layers_where_those_are_worth_more(tmp_path):
     """Scales of bfloat16 in groups of 32 take half a bit: the smallest rounding has two and a half."""
     model = make_tiny_model("llama", **SIZES, dtype=torch.bfloat16)

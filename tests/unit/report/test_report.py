@@ -195,8 +195,8 @@ def test_format_value(value: float, stderr: float | None, text: str) -> None:
         (None, ["transformers", "vLLM on CPU", "vLLM on CUDA", "llama.cpp"], [], None),
         (
             {"scheme": "int8"},
-            ["transformers", "vLLM on CUDA"],
-            ["vLLM on CPU", "llama.cpp"],
+            ["transformers", "vLLM on CUDA", "llama.cpp"],
+            ["vLLM on CPU"],
             "no faster than unrounded",
         ),
         ({"scheme": "w8a8"}, ["transformers", "vLLM on CPU"], ["llama.cpp"], "slower than unrounded"),

@@ -6,6 +6,7 @@ import pytest
 from support.models import make_tiny_model, save_model
 
 from mka.errors import RecipeError
+from mka.export.carrying import choose_carrier
 from mka.kernels import EMBEDDINGS, ENGINES, ROWS, choose_scheme, find_row
 from mka.model.checkpoint import open_checkpoint
 from mka.pipeline.recipes import validate_recipe
@@ -35,7 +36,7 @@ def test_the_docs_print_the_table():
         assert f"| {' | '.join(cells)} |" in page
 
 
-@pytest.mark.parametrize(("engine", "scheme"), [("cuda", "int8"), ("cpu", "w8a8"), ("llama.cpp", "off")])
+@pytest.mark.parametrize(("engine", "scheme"), [("cuda", "int8"), ("cpu", "w8a8"), ("llama.cpp", "int8")])
 def test_auto_is_settled_when_the_recipe_is_read(engine, scheme):
     assert read(scheme="auto", serve_on=engine).scheme == scheme == choose_scheme(engine)
     # Recorded, it says what was done, and reads as the same again.
@@ -46,8 +47,10 @@ def test_auto_is_settled_when_the_recipe_is_read(engine, scheme):
     ("asked", "told"),
     [
         ({"scheme": "int8", "serve_on": "cpu"}, ["scheme int8: vLLM on CPU", "4 bits", "allowed: w8a8, int4, off"]),
-        ({"scheme": "int4", "serve_on": "llama.cpp"}, ["scheme int4: llama.cpp", "GGUF", "mka export"]),
-        ({"scheme": "w8a8", "serve_on": "llama.cpp"}, ["scheme w8a8: llama.cpp", "GGUF", "mka export"]),
+        (
+            {"scheme": "w8a8", "serve_on": "llama.cpp"},
+            ["scheme w8a8: llama.cpp", "not once per token", "allowed: int8, int4, int7, int6, int5, int3, int2, off"],
+        ),
         (
             {"scheme": "w8a8", "serve_on": "cpu", "embeddings": "int8"},
             ["embeddings int8: vLLM on CPU", "leave embeddings off"],
@@ -80,6 +83,31 @@ def test_group_sizes_without_a_kernel_are_refused(tmp_path):
     check_roundable(base, QuantizeSettings(scheme="int8", group_size=16))
     with pytest.raises(RecipeError, match=r"quantize\.group_size 16: vLLM on CUDA .* groups of 32, 64, 128 only"):
         check_roundable(base, QuantizeSettings(scheme="int8", group_size=16, serve_on="cuda"))
+
+
+def test_groups_that_a_gguf_file_would_unpack_are_refused(tmp_path):
+    sizes = {"hidden_size": 192, "head_dim": 48, "intermediate_size": 384}
+    base = open_checkpoint(save_model(make_tiny_model("llama", **sizes), tmp_path / "base"))
+    mixed = {"scheme": "mixed", "rounding": "gptq", "bits_per_weight": 5}
+    for scheme in ({"scheme": "int8"}, {"scheme": "int2"}, mixed):
+        for size in (32, 64, 96):
+            check_roundable(base, QuantizeSettings(**scheme, group_size=size, serve_on="llama.cpp"))
+        check_roundable(base, QuantizeSettings(**scheme, group_size=16))
+        with pytest.raises(RecipeError, match=r"group_size 16: llama\.cpp on any device .* multiples of 32"):
+            check_roundable(base, QuantizeSettings(**scheme, group_size=16, serve_on="llama.cpp"))
+
+
+@pytest.mark.parametrize("width", range(32, 1056, 32))
+def test_groups_that_are_allowed_are_kept_by_a_type_whatever_the_width(width):
+    """The rule of the recipe is one number; what types hold is a table of its own."""
+    step = find_row("llama.cpp", "int8").group_multiple
+    for bits in range(2, 9):
+        row = find_row("llama.cpp", f"int{bits}")
+        assert row.loads and row.group_multiple == step
+        for group in range(step, width + 1, step):
+            assert width % group or choose_carrier(bits, group, width) is not None
+    # Below it there is a width at which no type holds eight bits.
+    assert choose_carrier(8, step // 2, width) is None
 
 
 def test_widths_without_a_kernel_are_refused_and_fused_ones_are_taken_together(tmp_path):
