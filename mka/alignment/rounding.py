@@ -43,6 +43,7 @@ class Rounding(Alignment):
         *,
         follows: bool,
         compared: int = 0,
+        heldout: int = 0,
     ) -> None:
         """Prepare a walk.
 
@@ -53,13 +54,15 @@ class Rounding(Alignment):
                 the dtype of its scales; those that read one norm have the same scheme.
             follows: whether weights are first moved to where they give what the teacher's gave: `gptaq`.
             compared: windows at the start that the model also walks through as it is, for `measure_loss`.
+            heldout: windows at the end that are not looked at; where there are any, they are compared.
 
         Raises:
             PlanError: if the layers have parts that cannot be rounded so.
         """
-        super().__init__(model, windows)
+        super().__init__(model, windows, heldout)
         self.describe, self.follows = describe, follows
-        self.unrounded = self.start[:compared]
+        self.compared = slice(len(windows) - heldout, None) if heldout else slice(0, compared)
+        self.unrounded = self.start[self.compared]
 
     @torch.inference_mode()
     def round_layers(self, on_layer: Callable[[int], Any] | None = None) -> Iterator[Mapping[str, Rounded]]:
@@ -95,7 +98,7 @@ class Rounding(Alignment):
                     self.unrounded = run_layer(self.decoder.layers[index], self.unrounded, self.contexts[index])
                 self.decoder.tidy()
             if self.follows:
-                self.unrounded = teacher[: len(self.unrounded)]
+                self.unrounded = teacher[self.compared]
             self.students = [student]
             yield found
             if on_layer:
@@ -105,10 +108,10 @@ class Rounding(Alignment):
     def measure_loss(self) -> float:
         """Return KL(as it was || rounded) on the windows compared, nats per token, after the walk.
 
-        They are of those that the rounding was fitted on.
+        Those at the start are of those that the rounding was fitted on.
         """
         with self.decoder.hold_head():
-            pairs = zip(self.unrounded, self.students[0])
+            pairs = zip(self.unrounded, self.students[0][self.compared])
             total = sum(sum_divergence(*(read_out(self.decoder, self.decoder.norm(x)) for x in pair)) for pair in pairs)
         return total / self.unrounded[..., 0].numel()
 
@@ -147,7 +150,8 @@ class Rounding(Alignment):
         writer = made.get_submodule(part.writer)
         prior = writer.weight.float().T  # (F, D)
         features = self._map(lambda x: read_features(made, part, read_norm(made, part, x), context), student)
-        weights = None if target is None else token_weights(target)  # (S, T)
+        # Held-out tokens, which come last, have no say.
+        weights = None if target is None else token_weights(target[: self.fitted[-1].stop])  # (S, T)
         moments = Moments(prior.shape[0], 0 if target is None else prior.shape[1], student.device)
         for rows in self.fitted:
             phi = features[rows]  # (s, T, F)
@@ -160,7 +164,8 @@ class Rounding(Alignment):
             prior = fit_ridge(moments, prior, WRITERS[part.kind]).float()
         value, scale = self._round(prior.T, moments.gram, *given)
         writer.weight.copy_(value)
-        after = [student[rows] + write_features(made, part, features[rows]) for rows in self.fitted]
+        walked = self.fitted + self.heldout
+        after = [student[rows] + write_features(made, part, features[rows]) for rows in walked]
         return torch.cat(after), {part.writer: (value, scale)}
 
     def _want(

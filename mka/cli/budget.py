@@ -13,7 +13,7 @@ from mka.store.publishing import make_work
 from mka.terminal import Outcome, align, quiet_libraries
 
 if TYPE_CHECKING:
-    from mka.pipeline.budget import Offer
+    from mka.pipeline.budget import Offer, Share
 
 
 @click.command(
@@ -44,8 +44,9 @@ def budget(recipe: Path, budgets: tuple[float, ...], depths: tuple[int, ...]) ->
 
     For every number of layers the method of RECIPE plans; what the plan loses is measured on calibration text,
     refitted if the recipe refits, not healed. What bits lose is expected of noise that is measured once on every linear
-    layer, and bits are shared out exactly over the layers that remain. The two are added, in nats per token. Nothing is
-    written but plans into the work folder; `mka frontier` measures models on held-out text.
+    layer, less what calibrated rounding makes up for, which is measured once with all layers; bits are shared out
+    exactly over the layers that remain. The two are added, in nats per token. Nothing is written but plans into the
+    work folder; `mka frontier` measures models on held-out text.
     """
     from mka.bench.moves import choose_rounding
     from mka.kernels import MIXED
@@ -73,13 +74,24 @@ def budget(recipe: Path, budgets: tuple[float, ...], depths: tuple[int, ...]) ->
         wanted = sorted(set(depths), reverse=True) or list_depths(job)
         if strange := [layers for layers in wanted if not 1 <= layers <= job.base.layers]:
             raise RecipeError(f"{strange[0]} layers: the model has {job.base.layers}; allowed: 1 to {job.base.layers}")
-        offers = propose(job, find_work() / "stages", wanted, list(budgets) or list_budgets(job), refit)
-    return Outcome({"offers": [describe_offer(offer) for offer in offers]}, tabulate_offers(offers))
+        offers, share = propose(job, find_work() / "stages", wanted, list(budgets) or list_budgets(job), refit)
+    document = {"offers": [describe_offer(offer) for offer in offers], "share": vars(share) | {"value": share.value}}
+    return Outcome(document, f"{tabulate_offers(offers)}\n{describe_share(share, mixed.rounding)}")
 
 
 def describe_offer(offer: "Offer") -> dict[str, Any]:
     """Return an offer as JSON types."""
     return vars(offer) | {"total": offer.total}
+
+
+def describe_share(share: "Share", rounding: str) -> str:
+    """Say what calibrated rounding leaves of what is expected, and where that was seen."""
+    from mka.outside.sizes import format_size
+
+    return (
+        f"bits: {share.value:.2f} of what rounding to the nearest is expected to lose; seen with all layers at "
+        f"{format_size(share.nbytes)}: {share.measured:.3f} by {rounding} where {share.expected:.3f} is expected"
+    )
 
 
 def tabulate_offers(offers: "list[Offer]") -> str:

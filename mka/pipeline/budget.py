@@ -1,8 +1,9 @@
 """What bytes buy: for every number of layers what depth loses, and what the bits lose that are left for them.
 
 Both in nats per token on calibration text: of depth the divergence that a plan leaves, refitted if the recipe refits;
-of bits the sum that mixed bits are chosen by (docs/method.md, 8), with the noise of the base's own layers. That damages
-of both kinds add up is an assumption; `mka frontier` measures.
+of bits the sum that mixed bits are chosen by (docs/method.md, 8), with the noise of the base's own layers. That sum
+expects rounding to the nearest, and calibrated rounding leaves less: how much less is measured once, with all layers,
+on windows that it has not looked at. That damages of both kinds add up is an assumption; `mka frontier` measures.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ from mka.pipeline.target import foresee_rounded, least_bytes
 from mka.plan.target import Aim
 from mka.recipe import QuantizeSettings
 from mka.terminal import show_progress
+from mka.transforms import list_options
 from mka.transforms.allocation import allocate
+from mka.transforms.formats import describe_scheme
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +43,8 @@ class Offer:
         nbytes: of all tensors.
         bits: per weight of the linear layers, scales included; None if even the fewest take more.
         depth: nats per token that fewer layers lose.
-        rounding: nats per token that those bits lose, as expected; None without bits.
+        rounding: nats per token that those bits lose, by the share of what is expected that was measured; None without
+            bits.
     """
 
     layers: int
@@ -55,8 +59,30 @@ class Offer:
         return None if self.rounding is None else self.depth + self.rounding
 
 
-def propose(job: Job, store: Path, depths: Sequence[int], budgets: Sequence[float], refit: bool) -> list[Offer]:
-    """Return what every number of layers comes to within every budget.
+@dataclass(frozen=True)
+class Share:
+    """What calibrated rounding leaves of the loss that is expected of rounding to the nearest.
+
+    Attributes:
+        nbytes: of all tensors, with all layers, where it was measured.
+        expected: nats per token.
+        measured: nats per token, on windows that were not looked at.
+    """
+
+    nbytes: float
+    expected: float
+    measured: float
+
+    @property
+    def value(self) -> float:
+        """Measured over expected; 1 where nothing is expected."""
+        return self.measured / self.expected if self.expected > 0 else 1.0
+
+
+def propose(
+    job: Job, store: Path, depths: Sequence[int], budgets: Sequence[float], refit: bool
+) -> tuple[list[Offer], Share]:
+    """Return what every number of layers comes to within every budget, and how much calibrated rounding leaves.
 
     Plans are made and stored as the pipeline does.
 
@@ -86,11 +112,10 @@ def propose(job: Job, store: Path, depths: Sequence[int], budgets: Sequence[floa
             )
         lost = _measure_depth(job, plans, decoder, windows, refit)
         units, damage, taken = measure_damage(job.base, settings, decoder, windows[:MEASURED])
-    return [
-        _offer(job, plans[layers], lost[layers], nbytes, units, damage, taken)
-        for nbytes in budgets
-        for layers in depths
-    ]
+        share = _measure_share(job, decoder, windows, (units, damage, taken), budgets)
+    measured = (units, damage * share.value, taken)
+    offers = [_offer(job, plans[layers], lost[layers], nbytes, *measured) for nbytes in budgets for layers in depths]
+    return offers, share
 
 
 def _plan(job: Job, store: Path, layers: int) -> "MergePlan":
@@ -123,6 +148,34 @@ def _measure_depth(
             found[layers] = measure(plan.layers)
             advance(1)
     return found
+
+
+def _measure_share(job: Job, decoder: Any, windows: Any, found: Any, budgets: Sequence[float]) -> Share:
+    """Round all layers once, in the middle of the budgets that all of them can be held to, and write nothing."""
+    import torch
+
+    from mka.alignment.rounding import Rounding
+
+    (units, damage, taken), settings, base = found, job.recipe.quantize, job.base
+    least = least_bytes(base, settings, base.layers)
+    there = sorted(nbytes for nbytes in budgets if nbytes >= least) or [float(least)]
+    nbytes = there[len(there) // 2]
+    beside = least - taken.min(axis=1).sum() / 8
+    options = allocate(damage, taken, 8 * (nbytes - beside))
+    expected = float(damage[range(len(units)), options].clip(min=0.0).sum())
+    names = list_options(settings)
+    chosen = {(index, name): names[option] for (index, own), option in zip(units, options) for name in own}
+
+    def describe(index: int, name: str) -> Any:
+        return describe_scheme(chosen[index, name], settings.group_size), torch.float32
+
+    # Those that damage was measured on come last and are not looked at.
+    looked_at = torch.cat([windows[MEASURED:], windows[:MEASURED]])
+    walk = Rounding(decoder, looked_at, describe, follows=settings.rounding == "gptaq", heldout=MEASURED)
+    with show_progress("round layers", base.layers, "layer") as advance:
+        for _ in walk.round_layers(advance):
+            pass
+    return Share(nbytes, expected, walk.measure_loss())
 
 
 def _offer(

@@ -118,3 +118,17 @@ def test_the_same_windows_give_the_same_bytes():
     (_, one), (_, two) = (round_model(model, "int3", follows=True) for _ in range(2))
     for first, second in zip(one, two):
         assert all(torch.equal(first[name][part], second[name][part]) for name in first for part in (0, 1))
+
+
+@pytest.mark.parametrize("follows", [False, True], ids=["gptq", "gptaq"])
+def test_windows_that_are_held_out_are_compared_and_change_nothing(follows):
+    """What is lost on them is the divergence of the models; the weights are those of a walk without them."""
+    model = make_sharp_model("llama")
+    rounded, found = round_model(model, "int3", follows)
+    both = torch.cat([WINDOWS, UNSEEN])
+    options = {"follows": follows, "heldout": len(UNSEEN)}
+    walk = Rounding(model, both, lambda *_: (scheme_of("int3"), torch.float32), **options)
+    for made, wanted in zip(walk.round_layers(), found, strict=True):
+        for name, (weight, _) in made.items():
+            assert torch.allclose(weight, wanted[name][0], atol=1e-5)
+    assert walk.measure_loss() == pytest.approx(float(diverge(model, rounded, UNSEEN)), rel=1e-3)

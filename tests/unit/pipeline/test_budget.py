@@ -50,8 +50,9 @@ def ask(place, monkeypatch, capsys):
         if code:
             return {}, shown.err
         assert main(["budget", "recipe.yaml", *options, "--json"]) == 0
-        offers = json.loads(capsys.readouterr().out)["offers"]
-        return {(offer["layers"], offer["nbytes"]): offer for offer in offers}, shown.out
+        document = json.loads(capsys.readouterr().out)
+        run.share = document["share"]
+        return {(offer["layers"], offer["nbytes"]): offer for offer in document["offers"]}, shown.out
 
     return run
 
@@ -84,13 +85,16 @@ def test_a_refit_loses_less(ask):
     assert 0 < refitted[3, 1e9]["depth"] < plain[3, 1e9]["depth"]
 
 
-def test_bits_of_all_layers_are_those_that_rounding_would_choose(ask, place):
-    found, _ = ask("--layers", "6", "--bytes", "62kB")
+def test_bits_of_all_layers_are_those_that_rounding_would_choose_and_lose_what_was_measured(ask, place):
+    found, said = ask("--layers", "6", "--bytes", "62kB")
     base = open_checkpoint(place / "base")
     settings = QuantizeSettings(**MIXED, bytes=62_000)
     with open_decoder(base, "float32", False) as (decoder, _):
         _, expected = choose_bits(base, settings, decoder, measured_windows(base))
-    assert found[6, 62_000.0]["rounding"] == pytest.approx(expected, rel=1e-6)
+    assert ask.share["expected"] == pytest.approx(expected, rel=1e-6)
+    # Measured with these very layers and bytes.
+    assert found[6, 62_000.0]["rounding"] == pytest.approx(ask.share["measured"], rel=1e-6)
+    assert "seen with all layers at 62 kB" in said
 
 
 def test_more_bytes_never_lose_more_and_none_has_more_than_there_are(ask, place):
