@@ -73,6 +73,13 @@ def tabulate_frontier(comparison: Comparison, check: str) -> Table:
     rows = []
     for point in find_frontier(comparison, check):
         shown = "1" if point.row == BASE else format_estimate(point.ratio)
-        cells = [f"{point.nbytes / 1e6:.1f}", f"{point.decode_speed:.2f}", point.row, str(point.layers), shown]
+        size = point.nbytes / 1e6
+        cells = [
+            f"{size:.1f}" if size >= 10 else f"{size:.3f}",
+            f"{point.decode_speed:.2f}",
+            point.row,
+            str(point.layers),
+            shown,
+        ]
         rows.append([cell if point.beaten_by else f"**{cell}**" for cell in cells] + [point.beaten_by or "–"])
     return ["MB", "decodes", "method", "layers", f"{comparison.groups[check].metric.name} / base's", "beaten by"], rows

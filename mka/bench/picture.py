@@ -23,6 +23,8 @@ PANEL, LEFT, RIGHT, GAP = 3.5, 0.75, 0.2, 0.35  # inches
 TOP, BOTTOM, TALL, LEGEND_ROW = 0.95, 0.5, 3.3, 0.2
 # Of a second row of panels.
 BELOW = 0.15
+# Inches of a legend's marker and of a letter of its names; no picture is narrower than its heading.
+MARKER, LETTER, NARROWEST = 0.55, 0.061, 6.5
 EXPECTED = "time of a token, the base's is 1 (by arithmetic)"
 # Top of the axis: what is above it is no use as a model, and would press the rest together.
 HIGHEST = 40.0
@@ -108,20 +110,24 @@ def _panels(figure: "Figure", comparison: Comparison, lefts: Mapping[str, float]
 def draw_frontiers(comparison: Comparison, form: Format = "png") -> bytes:
     """Draw every cell with its interval against bytes and against time, a panel per text; what is beaten is grey."""
     checks = [check for check, group in comparison.list_groups("texts").items() if group.metric == HEADLINE]
-    rows = -(-len(comparison.rows) // _columns(len(checks)))
-    wide = LEFT + len(checks) * PANEL + (len(checks) - 1) * GAP + RIGHT
+    # Rows that are rounded have long names.
+    named = MARKER + LETTER * max(map(len, comparison.rows))
+    wide = max(LEFT + len(checks) * (PANEL + GAP) - GAP + RIGHT, named + RIGHT, NARROWEST)
+    columns = max(1, int(wide / named))
+    rows = -(-len(comparison.rows) // columns)
     size = (wide, TOP + len(COSTS) * (TALL + BOTTOM) + BELOW + 0.15 + LEGEND_ROW * rows)
-    return render_figure(lambda figure: _frontiers(figure, comparison, checks), size, form)
+    return render_figure(lambda figure: _frontiers(figure, comparison, checks, columns), size, form)
 
 
-def _frontiers(figure: "Figure", comparison: Comparison, checks: list[str]) -> None:
+def _frontiers(figure: "Figure", comparison: Comparison, checks: list[str], columns: int) -> None:
     wide, tall = figure.get_size_inches()
+    panel = (wide - LEFT - RIGHT + GAP) / len(checks) - GAP
     looks, lines = _choose_looks(comparison), dict[str, Any]()
     highest = max((ratio.upper for check in checks for ratio in comparison.ratios[check].values()), default=1.2)
     for floor, (cost, told) in enumerate({"bytes": "megabytes of tensors", "time": EXPECTED}.items()):
         for place, check in enumerate(checks):
-            left, top = LEFT + place * (PANEL + GAP), TOP + TALL + floor * (TALL + BOTTOM + BELOW)
-            axes = figure.add_axes((left / wide, 1 - top / tall, PANEL / wide, TALL / tall))
+            left, top = LEFT + place * (panel + GAP), TOP + TALL + floor * (TALL + BOTTOM + BELOW)
+            axes = figure.add_axes((left / wide, 1 - top / tall, panel / wide, TALL / tall))
             points = find_frontier(comparison, check, cost)
             axes.set_yscale("log")
             axes.set_ylim(0.97, min(max(highest, 1.2), HIGHEST) * 1.12)
@@ -131,7 +137,7 @@ def _frontiers(figure: "Figure", comparison: Comparison, checks: list[str]) -> N
             _dress_ratios(axes, "" if floor else title)
             if not place:
                 axes.set_ylabel(f"{HEADLINE.name} / base's (log scale)")
-    where = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.06 / tall), "ncols": _columns(len(checks))}
+    where = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.06 / tall), "ncols": columns}
     shown = [row for row in comparison.rows if row in lines]
     figure.legend([lines[row] for row in shown], shown, **LEGEND, **where)
     note = "Lower left is better. Numbers: layers. Grey: something no dearer is no worse. Black: the base."
