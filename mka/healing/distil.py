@@ -21,6 +21,7 @@ from mka.model.loading import load_model
 from mka.model.parts import ATTENTION, MLP, check_parts
 from mka.plan.budget import LAST_TRAINED
 from mka.recipe import HealFit, ModelSource
+from mka.store.publishing import write_text
 
 VERSION = 3
 TREATS = (ATTENTION, MLP)
@@ -168,5 +169,4 @@ def read_tried(scratch: Path) -> list[dict[str, Any]]:
 
 def _write_tried(scratch: Path, tried: list[dict[str, Any]]) -> None:
     scratch.mkdir(parents=True, exist_ok=True)
-    (partial := scratch / f".{TRIED_FILE}").write_text(json.dumps(tried), encoding="utf-8")
-    partial.replace(scratch / TRIED_FILE)
+    write_text(scratch / TRIED_FILE, json.dumps(tried))

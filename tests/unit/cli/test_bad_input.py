@@ -133,7 +133,7 @@ def flip(path, position):
         (["--recipe", "a\nb"], "one line without control characters"),
         (["--recipe", "--dry-run"], "'--dry-run' is an option"),
         (["--set", "grid=" + "[" * 3000], "nested too deeply"),
-        (["--set", "grid=&a [*a]"], "aliases"),
+        (["--set", "grid=&a [*a]"], "those behind an alias counted each time"),
         (["--seed", "-1"], "greater than or equal to 0"),
         (["--tasks", "piqa=" + "9" * 5000], "TASK=ITEMS"),
     ],
