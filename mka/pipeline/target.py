@@ -16,7 +16,7 @@ from mka.transforms import Treatment, get_quantizer, list_options, outline_treat
 SERVED, PROMPT_TOKENS = "bfloat16", 256
 # Bits per weight, scales included, down to which fewer bits lose less than fewer layers (DECISIONS.md): below them a
 # target in bytes takes layers out.
-WORTH_BITS = 3.0
+WORTH_BITS = 3.5
 UNROUNDED = QuantizeSettings()
 # Bounds from above; the others are from below.
 AT_MOST = ("bytes", "cache_bytes_per_token")
