@@ -1,5 +1,6 @@
 """The recipe: one YAML file in, one frozen object out. Unknown keys are refused with the nearest valid one."""
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -572,7 +573,12 @@ class Recipe(Section):
             return raw
         if rounding.get("scheme") != MIXED or any(rounding.get(name) for name in ("bits_per_weight", "bytes")):
             return raw
-        return raw | {"quantize": rounding | {"bytes": target["bytes"]}}
+        try:
+            nbytes = float(parse_size(target["bytes"]))
+        except (TypeError, ValueError):
+            nbytes = math.nan
+        # What is no size is refused once, where it was said.
+        return raw | {"quantize": rounding | {"bytes": nbytes if 0 < nbytes < math.inf else 1.0}}
 
     @field_validator("engines")
     @classmethod

@@ -24,7 +24,7 @@ TOP, BOTTOM, TALL, LEGEND_ROW = 0.95, 0.5, 3.3, 0.2
 # Of a second row of panels.
 BELOW = 0.15
 # Inches of a legend's marker and of a letter of its names; no picture is narrower than its heading.
-MARKER, LETTER, NARROWEST = 0.55, 0.061, 6.5
+MARKER, LETTER, NARROWEST = 0.55, 0.061, 8.0
 EXPECTED = "time of a token, the base's is 1 (by arithmetic)"
 # Top of the axis: what is above it is no use as a model, and would press the rest together.
 HIGHEST = 40.0
@@ -38,9 +38,9 @@ def draw_comparison(comparison: Comparison, form: Format = "png") -> bytes:
     Rows are shifted a little to the side so that their bars do not hide each other. Missing cells are left out.
     """
     lefts = _place_panels(comparison)
-    legend_rows = -(-len(comparison.rows) // _columns(len(lefts)))
-    size = (max(lefts.values()) + PANEL + RIGHT, TOP + TALL + BOTTOM + 0.15 + LEGEND_ROW * legend_rows)
-    return render_figure(lambda figure: _panels(figure, comparison, lefts), size, form)
+    wide, columns, rows = _fit_legend(comparison, max(lefts.values()) + PANEL + RIGHT)
+    size = (wide, TOP + TALL + BOTTOM + 0.15 + LEGEND_ROW * rows)
+    return render_figure(lambda figure: _panels(figure, comparison, lefts, columns), size, form)
 
 
 def _place_panels(comparison: Comparison) -> dict[str, float]:
@@ -54,11 +54,15 @@ def _place_panels(comparison: Comparison) -> dict[str, float]:
     return lefts
 
 
-def _columns(panels: int) -> int:
-    return max(1, int(panels * PANEL / 2.4))
+def _fit_legend(comparison: Comparison, wide: float) -> tuple[float, int, int]:
+    """Return the width a picture has to have, and columns and rows of its legend: what is rounded has a long name."""
+    named = MARKER + LETTER * max(map(len, comparison.rows))
+    wide = max(wide, named + RIGHT, NARROWEST)
+    columns = min(max(1, int(wide / named)), len(comparison.rows))
+    return wide, columns, -(-len(comparison.rows) // columns)
 
 
-def _panels(figure: "Figure", comparison: Comparison, lefts: Mapping[str, float]) -> None:
+def _panels(figure: "Figure", comparison: Comparison, lefts: Mapping[str, float], columns: int) -> None:
     wide, tall = figure.get_size_inches()
     looks = _choose_looks(comparison)
     kinds = {text.name: "kind seen" if text.seen else "kind not seen" for text in comparison.results.bench.recipe.texts}
@@ -97,7 +101,7 @@ def _panels(figure: "Figure", comparison: Comparison, lefts: Mapping[str, float]
     where = {
         "loc": "lower center",
         "bbox_to_anchor": (0.5, 0.06 / tall),
-        "ncols": min(_columns(len(lefts)), len(shown)),
+        "ncols": columns,
     }
     figure.legend([lines[row] for row in shown], shown, **LEGEND, **where)
     way = "" if mixed else "Higher is better; " if ways == {True} else "Lower is better; "
@@ -110,11 +114,7 @@ def _panels(figure: "Figure", comparison: Comparison, lefts: Mapping[str, float]
 def draw_frontiers(comparison: Comparison, form: Format = "png") -> bytes:
     """Draw every cell with its interval against bytes and against time, a panel per text; what is beaten is grey."""
     checks = [check for check, group in comparison.list_groups("texts").items() if group.metric == HEADLINE]
-    # Rows that are rounded have long names.
-    named = MARKER + LETTER * max(map(len, comparison.rows))
-    wide = max(LEFT + len(checks) * (PANEL + GAP) - GAP + RIGHT, named + RIGHT, NARROWEST)
-    columns = max(1, int(wide / named))
-    rows = -(-len(comparison.rows) // columns)
+    wide, columns, rows = _fit_legend(comparison, LEFT + len(checks) * (PANEL + GAP) - GAP + RIGHT)
     size = (wide, TOP + len(COSTS) * (TALL + BOTTOM) + BELOW + 0.15 + LEGEND_ROW * rows)
     return render_figure(lambda figure: _frontiers(figure, comparison, checks, columns), size, form)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mka.alignment.table import AlignmentTable
+from mka.alignment.table import AlignmentTable, fit_windows
 from mka.bench.parts import Bench
 from mka.bench.recipe import BenchRecipe, TextSource
 from mka.errors import CalibrationError, RecipeError
@@ -53,6 +53,8 @@ def prepare(recipe: BenchRecipe, work: Path, *, root: Path = Path(), write: bool
     if wanted is not None:
         with open_own_text(base, recipe.model, wanted, work / "stages", write=write) as own_text:
             inputs, notes = _read_calibration(recipe, used, paragraphs, own_text)
+    if inputs.alignment is not None:
+        fit_windows(inputs.alignment, base)  # refuses what the fit itself would refuse later
     opened = Opened(keep=True)
     jobs = _open_jobs(recipe, planners, base, revision, inputs, opened)
     digests = {f"text {name}": digest_texts(body) for name, body in texts.items()}

@@ -58,6 +58,8 @@ def budget(recipe: Path, budgets: tuple[float, ...], depths: tuple[int, ...]) ->
     loaded = load_recipe(recipe)
     # No bound here: what each budget buys is worked out below.
     mixed = QuantizeSettings(**choose_rounding(loaded.quantize), scheme=MIXED, bytes=1e15)
+    if loaded.transforms:
+        raise RecipeError("transforms are not counted by mka budget; take them out of the recipe")
     refit = loaded.alignment.enabled
     # Their texts are not read: a plan is refitted on calibration text.
     unread = {
@@ -67,7 +69,7 @@ def budget(recipe: Path, budgets: tuple[float, ...], depths: tuple[int, ...]) ->
             ("heal", loaded.heal, {"mode": "off"}),
         )
     }
-    loaded = loaded.model_copy(update={"quantize": mixed, "transforms": (), **unread})
+    loaded = loaded.model_copy(update={"quantize": mixed, **unread})
     make_work(find_work())
     with quiet_libraries():
         job = prepare(loaded, find_work(), evaluate=False, command=typed())

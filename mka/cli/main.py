@@ -67,8 +67,8 @@ class Commands(click.Group):
             if not was_interrupted(error):
                 raise
             raise Interrupted(
-                "interrupted; no half-written output is left (mka compress, heal and bench go on where they were; "
-                f"observe, score and plan keep what they wrote); resume: {shlex.join(['mka', *ctx.meta[ARGUMENTS]])}"
+                "interrupted; no half-written output is left (mka compress, heal, bench and frontier go on where they "
+                f"were; observe, score and plan keep what they wrote); resume: {shlex.join(['mka', *ctx.meta[ARGUMENTS]])}"
             ) from None
 
 

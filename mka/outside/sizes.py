@@ -5,12 +5,24 @@ from collections.abc import Callable
 from typing import Any
 
 UNITS = {"B": 1, "kB": 1_000, "MB": 1_000_000, "GB": 1_000_000_000, "TB": 1_000_000_000_000}
+_SIZE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*(?:([kmgt]?)(i?)b)?\s*", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(value: Any) -> Any:
-    """Return the bytes of a size like ``250MB``; anything else as it is, for a field to accept or refuse."""
-    given = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kMGT]?B)\s*", value) if isinstance(value, str) else None
-    return value if given is None else float(given[1]) * UNITS[given[2]]
+    """Return the bytes of a size like ``250MB`` or ``0.5 GiB``; what is no text as it is, for a field to judge.
+
+    Raises:
+        ValueError: if a text is no size.
+    """
+    if not isinstance(value, str):
+        return value
+    given = _SIZE.fullmatch(value)
+    if given is None and re.fullmatch(r"\s*[+-]?[\d.]+(e[+-]?\d+)?\s*", value, re.IGNORECASE | re.ASCII):
+        return value  # a number, e.g. 45e3, or below 0
+    if given is None or (given[3] and not given[2]):
+        raise ValueError("must be a size like 90MB: a number, and B, kB, MB, GB, TB or KiB, MiB, GiB, TiB")
+    power = " kmgt".index((given[2] or " ").lower())
+    return float(given[1]) * (1024 if given[3] else 1000) ** power
 
 
 def format_size(nbytes: float, round_off: Callable[[float], int] = round) -> str:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 # Windows that a plan is refitted on before it is measured.
 FITTED = 8
+# What all layers have where it is measured how much calibrated rounding leaves.
+SEEN_AT = "int3"
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def propose(
             )
         lost = _measure_depth(job, plans, decoder, windows, refit)
         units, damage, taken = measure_damage(job.base, settings, decoder, windows[:MEASURED])
-        share = _measure_share(job, decoder, windows, (units, damage, taken), budgets)
+        share = _measure_share(job, decoder, windows, (units, damage, taken))
     measured = (units, damage * share.value, taken)
     offers = [_offer(job, plans[layers], lost[layers], nbytes, *measured) for nbytes in budgets for layers in depths]
     return offers, share
@@ -150,20 +152,20 @@ def _measure_depth(
     return found
 
 
-def _measure_share(job: Job, decoder: Any, windows: Any, found: Any, budgets: Sequence[float]) -> Share:
-    """Round all layers once, in the middle of the budgets that all of them can be held to, and write nothing."""
+def _measure_share(job: Job, decoder: Any, windows: Any, found: Any) -> Share:
+    """Round all layers once, in as many bytes as three bits take, whatever is asked for, and write nothing."""
     import torch
 
     from mka.alignment.rounding import Rounding
 
     (units, damage, taken), settings, base = found, job.recipe.quantize, job.base
-    least = least_bytes(base, settings, base.layers)
-    there = sorted(nbytes for nbytes in budgets if nbytes >= least) or [float(least)]
-    nbytes = there[len(there) // 2]
-    beside = least - taken.min(axis=1).sum() / 8
+    names = list_options(settings)
+    # Fewer bits lose much, more lose next to nothing, of which no share can be told.
+    alike = settings.model_copy(update={"scheme": SEEN_AT if SEEN_AT in names else names[-1], "bytes": None})
+    nbytes = float(foresee_rounded(base, alike, base.layers))
+    beside = least_bytes(base, settings, base.layers) - taken.min(axis=1).sum() / 8
     options = allocate(damage, taken, 8 * (nbytes - beside))
     expected = float(damage[range(len(units)), options].clip(min=0.0).sum())
-    names = list_options(settings)
     chosen = {(index, name): names[option] for (index, own), option in zip(units, options) for name in own}
 
     def describe(index: int, name: str) -> Any:

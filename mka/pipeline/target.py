@@ -69,8 +69,12 @@ def list_bounds(target: Target, outline: Checkpoint, rounding: QuantizeSettings,
             return max(foresee_rounded(outline, one, layers) for one in least)
         return expect_gains(outline, rounding, layers)[name]
 
+    unrounded = "quantize.embeddings: int8 makes room" if rounding.embeddings == "off" else ""
+    hints = {
+        "bytes": unrounded if rounding.scheme != "off" else "rounding makes room (quantize.scheme, quantize.embeddings)"
+    }
     return [
-        Bound(f"target.{name}", asked, partial(reach, name), name in AT_MOST, name in AT_MOST)
+        Bound(f"target.{name}", asked, partial(reach, name), name in AT_MOST, name in AT_MOST, hints.get(name, ""))
         for name, asked in target.bounds.items()
     ]
 

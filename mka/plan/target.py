@@ -73,6 +73,7 @@ class Bound:
         reach: returns what a model of so many layers has.
         at_most: whether it may not be above what was asked for; else not below.
         is_size: whether it counts bytes.
+        hint: what else would help where it cannot be kept.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Bound:
     reach: Callable[[int], float]
     at_most: bool
     is_size: bool = False
+    hint: str = ""
 
     def holds(self, layers: int) -> bool:
         """Whether a model of so many layers keeps it."""
@@ -90,7 +92,8 @@ class Bound:
         """Return the refusal that names what so many layers have."""
         nearest = self._show(self.reach(layers), math.ceil if self.at_most else math.floor)
         asked = self._show(self.asked, round)
-        return RecipeError(f"{self.name} {asked} cannot be reached: with {layers} layers{why} it is {nearest}")
+        more = f"; {self.hint}" if self.hint else ""
+        return RecipeError(f"{self.name} {asked} cannot be reached: with {layers} layers{why} it is {nearest}{more}")
 
     def _show(self, value: float, round_off: Callable[[float], int]) -> str:
         """Three decimals, rounded so that what is told is allowed."""

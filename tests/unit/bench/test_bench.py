@@ -293,7 +293,8 @@ def test_alignment_is_handed_its_texts_by_source_and_tells_its_cost(root, monkey
 
     monkeypatch.setattr(mka.pipeline.merge, "write_merged", write_aligned)
     methods = [{"name": "mka", "alignment": [False, True], "targets": [5]}]
-    results = run(root, methods=methods)
+    fitted = {"path": "alignment.jsonl", "context": 16, "tokens": 512, "penalty": 1.0}
+    results = run(root, methods=methods, alignment=fitted)
     assert calls == [(5, ["words"], True, "float32")]
     assert [m.cell.row for m in results.measured] == ["mka", "mka, aligned"]
     assert set(results.measured[1].seconds) == {"observe", "score", "plan", "align", "measure"}
@@ -301,9 +302,16 @@ def test_alignment_is_handed_its_texts_by_source_and_tells_its_cost(root, monkey
     assert "| mka, aligned | 5 | 2,048 | 2.000 | 5.000 | 0.5000 | 2.75 |" in page
     # Other texts to align on are another candidate; the plain one stays.
     (root / "alignment.jsonl").unlink()
-    (root / "alignment.jsonl").write_text(json.dumps({"text": "w9 w8 w7", "source": "more"}) + "\n")
-    run(root, methods=methods)
+    rows = [json.dumps({"text": text, "source": "more"}) for text in make_texts(60, seed=9)]
+    (root / "alignment.jsonl").write_text("\n".join(rows) + "\n")
+    run(root, methods=methods, alignment=fitted)
     assert [sources for _, sources, *_ in calls] == [["words"], ["more"]]
+
+
+def test_an_alignment_that_the_model_has_no_positions_for_is_refused_before_anything_is_run(root):
+    methods = [{"name": "mka", "alignment": [True], "targets": [5]}]
+    with pytest.raises(RecipeError, match=r"alignment\.context is 512; the model has 128 positions"):
+        open_bench(root, methods=methods, alignment={"path": "alignment.jsonl"})
 
 
 HEAL = {"context": 16, "heldout_tokens": 256, "rate": 3e-3}

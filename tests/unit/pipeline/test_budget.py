@@ -13,7 +13,7 @@ from mka.alignment.gptq import MEASURED, choose_bits, cut_windows
 from mka.cli.main import main
 from mka.model.checkpoint import open_checkpoint
 from mka.model.loading import load_tokenizer, open_decoder
-from mka.pipeline.target import least_bytes
+from mka.pipeline.target import foresee_rounded, least_bytes
 from mka.plan.plan import MergePlan, keep_layers
 from mka.recipe import QuantizeSettings
 from mka.texts.rows import read_texts
@@ -86,15 +86,20 @@ def test_a_refit_loses_less(ask):
 
 
 def test_bits_of_all_layers_are_those_that_rounding_would_choose_and_lose_what_was_measured(ask, place):
-    found, said = ask("--layers", "6", "--bytes", "62kB")
     base = open_checkpoint(place / "base")
-    settings = QuantizeSettings(**MIXED, bytes=62_000)
+    three = foresee_rounded(base, QuantizeSettings(scheme="int3", group_size=16), LAYERS)
+    found, said = ask("--layers", "6", "--bytes", f"{three}B")
+    settings = QuantizeSettings(**MIXED, bytes=three)
     with open_decoder(base, "float32", False) as (decoder, _):
         _, expected = choose_bits(base, settings, decoder, measured_windows(base))
     assert ask.share["expected"] == pytest.approx(expected, rel=1e-6)
     # Measured with these very layers and bytes.
-    assert found[6, 62_000.0]["rounding"] == pytest.approx(ask.share["measured"], rel=1e-6)
-    assert "seen with all layers at 62 kB" in said
+    assert found[6, float(three)]["rounding"] == pytest.approx(ask.share["measured"], rel=1e-6)
+    assert f"seen with all layers at {three / 1000:g} kB" in said
+    # Whatever else is asked for, it is measured there.
+    before = ask.share
+    ask("--layers", "6", "--bytes", "80kB")
+    assert ask.share == before
 
 
 def test_more_bytes_never_lose_more_and_none_has_more_than_there_are(ask, place):
@@ -133,6 +138,7 @@ def test_the_least_loss_of_its_bytes_is_starred(ask):
         (("--layers", "7"), {}, "7 layers: the model has 6; allowed: 1 to 6"),
         (("--bytes", "much"), {}, "'much' is no size, e.g. 80MB"),
         ((), {"method": {"name": "replaceme"}}, "folds a correction into the model"),
+        ((), {"transforms": [{"name": "cast", "settings": {"dtype": "bfloat16"}}]}, "transforms are not counted"),
         ((), {"calibration": {"path": "no.jsonl", "rev": None}}, "no.jsonl"),
     ],
 )

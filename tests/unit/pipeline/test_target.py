@@ -153,5 +153,12 @@ def test_the_targets_bytes_are_shared_out_as_bits_where_schemes_are_mixed():
         validate_recipe(raw | {"quantize": MIXED, "target": {"layers": 3}})
 
 
+def test_what_is_no_size_is_refused_once():
+    raw = {"name": "one", "model": {"folder": "m"}, "target": {"bytes": "many"}, "quantize": MIXED}
+    with pytest.raises(RecipeError) as caught:
+        validate_recipe(raw)
+    assert "'target.bytes': must be a size like 90MB" in str(caught.value) and "quantize" not in str(caught.value)
+
+
 def test_without_bounds_a_target_is_what_it_was(base):
     assert resolve_aim(Target(layers=4), base) == Aim(4, 2, 1)
