@@ -66,9 +66,10 @@ class Commands(click.Group):
         except (Exception, KeyboardInterrupt) as error:
             if not was_interrupted(error):
                 raise
+            resume = shlex.join(["mka", *ctx.meta[ARGUMENTS]])
             raise Interrupted(
                 "interrupted; no half-written output is left (mka compress, heal, bench and frontier go on where they "
-                f"were; observe, score and plan keep what they wrote); resume: {shlex.join(['mka', *ctx.meta[ARGUMENTS]])}"
+                f"were; observe, score and plan keep what they wrote); resume: {resume}"
             ) from None
 
 
