@@ -193,7 +193,9 @@ class HealFit(StageSettings):
         description="Peak learning rate; null: what `train` usually takes, and down to a tenth of it where the first "
         "measurement is worse than the start",
     )
-    context: int = Field(256, ge=16, description="Tokens per window of training text")
+    context: Annotated[int, Option("--heal-context")] = Field(
+        256, ge=16, description="Tokens per window of training text"
+    )
     batch: int = Field(4, ge=1, description="Windows per step")
     positions: float = Field(1.0, gt=0, le=1, description="Share of the positions whose logits are compared")
     heldout_source: str | None = Field(

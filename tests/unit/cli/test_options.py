@@ -42,6 +42,7 @@ HEAL = {
     "--heal-tokens": "heal.tokens",
     "--heal-train": "heal.train",
     "--heal-rate": "heal.rate",
+    "--heal-context": "heal.context",
 }
 EVALUATION = {
     "--text": "evaluation.text",
