@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from mka.kernels import MIXED, choose_scheme, refuse_unserved
 from mka.outside.printable import hide_passwords
@@ -14,6 +14,10 @@ from mka.sections import Option, Section
 
 # In the place of a table's path: text that the base writes itself.
 BASE_TEXT = Path("base")
+
+
+# Bytes, also as people write them: 90MB.
+Size = Annotated[float | None, BeforeValidator(parse_size)]
 
 
 class ModelSource(Section):
@@ -241,13 +245,13 @@ class Target(Section):
     size_ratio: Annotated[float | None, Option()] = Field(
         None, gt=0, lt=1, description="Target: share of the bytes to remove before quantization, 0 to 1"
     )
-    bytes: Annotated[float | None, Option(is_size=True)] = Field(
+    bytes: Annotated[Size, Option(is_size=True)] = Field(
         None,
         gt=0,
         description="Target: most bytes of all tensors as they are written, e.g. 90MB; with scheme mixed what is left "
         "beside the other tensors is shared out as bits",
     )
-    cache_bytes_per_token: Annotated[float | None, Option(is_size=True)] = Field(
+    cache_bytes_per_token: Annotated[Size, Option(is_size=True)] = Field(
         None, gt=0, description="Target: most bytes of keys and values that a token takes, in 16 bits, e.g. 20kB"
     )
     decode_speed: Annotated[float | None, Option()] = Field(
@@ -260,11 +264,6 @@ class Target(Section):
     )
     protect_first: Annotated[int, Option()] = Field(2, ge=0, description="First layers never touched")
     protect_last: Annotated[int, Option()] = Field(1, ge=0, description="Last layers never touched")
-
-    @field_validator("bytes", "cache_bytes_per_token", mode="before")
-    @classmethod
-    def _sizes(cls, value: Any) -> Any:
-        return parse_size(value)
 
     @model_validator(mode="after")
     def _something_is_asked_for(self) -> Self:
@@ -302,7 +301,7 @@ class QuantizeSettings(StageSettings):
     bits_per_weight: Annotated[float | None, Option()] = Field(
         None, gt=0, description="Of mixed: bits of the linear layers' weights on average, those of scales included"
     )
-    bytes: float | None = Field(
+    bytes: Size = Field(
         None, gt=0, description="Of mixed, in place of bits_per_weight: bytes of all tensors; null: those of the target"
     )
     rounding: Annotated[Literal["nearest", "gptq", "gptaq"], Option()] = Field(
@@ -328,11 +327,6 @@ class QuantizeSettings(StageSettings):
     def _yaml_off(cls, value: Any) -> Any:
         # YAML 1.1 reads a bare `off` as False.
         return "off" if value is False else value
-
-    @field_validator("bytes", mode="before")
-    @classmethod
-    def _size(cls, value: Any) -> Any:
-        return parse_size(value)
 
     @model_validator(mode="before")
     @classmethod
@@ -463,19 +457,14 @@ class GateRule(Section):
     )
     engine: str | None = Field(None, description="The engine that the rule is about; the recipe's `engines` list it")
     recovery: float | None = Field(None, gt=0, description="Least recovery; the lower 95 % bound has to reach it")
-    most: float | None = Field(None, description="Largest acceptable value of the candidate, e.g. 250MB")
-    least: float | None = Field(None, description="Smallest acceptable value of the candidate")
+    most: Size = Field(None, description="Largest acceptable value of the candidate, e.g. 250MB")
+    least: Size = Field(None, description="Smallest acceptable value of the candidate")
     better_than: Literal["control"] | None = Field(
         None, description="'control': the candidate has to be better than the base rounded alike with all layers kept"
     )
     must: Literal["load"] | None = Field(
         None, description="'load': the engine has to load the candidate and to make of it what transformers makes"
     )
-
-    @field_validator("most", "least", mode="before")
-    @classmethod
-    def _sizes(cls, value: Any) -> Any:
-        return parse_size(value)
 
     @model_validator(mode="after")
     def _one_bound(self) -> Self:

@@ -116,7 +116,7 @@ def choose_bits(
         decoder: of the source.
         windows: token ids that noise is measured on, (S, T).
     """
-    from mka.transforms.allocation import allocate
+    from mka.transforms.allocation import allocate, sum_damage
 
     names, family = list_options(settings), source.family
     units, damage, taken = measure_damage(source, settings, decoder, windows)
@@ -126,7 +126,7 @@ def choose_bits(
         for (index, own), option in zip(units, found)
         for name in own
     }
-    return chosen, float(damage[range(len(units)), found].clip(min=0.0).sum())
+    return chosen, sum_damage(damage, found)
 
 
 def measure_damage(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from mka.bench.statistics import BASE, Comparison, Estimate
 from mka.bench.tables import Table, format_estimate
-from mka.pipeline.target import expect_gains
+from mka.pipeline.target import GAINS
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def find_frontier(comparison: Comparison, check: str, cost: str = "bytes") -> li
     for (row, layers), ratio in comparison.ratios[check].items():
         measured = comparison.cells[row, layers]
         assert measured.cell is not None
-        gains = expect_gains(checkpoint, measured.cell.rounded, layers)
-        points.append(Point(row, layers, measured.facts["bytes"], gains["decode_speed"], ratio))
+        speed = GAINS["decode_speed"](checkpoint, measured.cell.rounded, layers)
+        points.append(Point(row, layers, measured.facts["bytes"], speed, ratio))
     sign = -1 if comparison.groups[check].metric.higher_is_better else 1
     place = {id(point): (COSTS[cost](point), sign * point.ratio.value) for point in points}
     judged = [(place[id(p)], replace(p, beaten_by=_find_better(p, points, place))) for p in points]

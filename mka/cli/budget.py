@@ -7,7 +7,7 @@ import click
 
 from mka.cli.console import examples, reports, typed
 from mka.cli.models import find_work
-from mka.cli.options import FILE, SIZE
+from mka.cli.options import FILE, budgets_option, depths_option
 from mka.errors import RecipeError
 from mka.store.publishing import make_work
 from mka.terminal import Outcome, align, quiet_libraries
@@ -23,21 +23,8 @@ if TYPE_CHECKING:
     )
 )
 @click.argument("recipe", type=FILE)
-@click.option(
-    "--bytes",
-    "budgets",
-    multiple=True,
-    type=SIZE,
-    help="Bytes of all tensors; may be repeated.  [default: what all layers take in 4, 3, 2.5 and 2 bits]",
-)
-@click.option(
-    "--layers",
-    "depths",
-    multiple=True,
-    type=int,
-    metavar="N",
-    help="Layers that remain; may be repeated.  [default: all, and four fewer ones down to two thirds]",
-)
+@budgets_option("Bytes of all tensors; may be repeated.  [default: what all layers take in 4, 3, 2.5 and 2 bits]")
+@depths_option("all, and four fewer ones down to two thirds")
 @reports
 def budget(recipe: Path, budgets: tuple[float, ...], depths: tuple[int, ...]) -> Outcome:
     """Say what bytes buy: fewer layers, fewer bits, or some of both.
@@ -63,11 +50,8 @@ def budget(recipe: Path, budgets: tuple[float, ...], depths: tuple[int, ...]) ->
     refit = loaded.alignment.enabled
     # Their texts are not read: a plan is refitted on calibration text.
     unread = {
-        name: section.model_copy(update=off)
-        for name, section, off in (
-            ("alignment", loaded.alignment, {"enabled": False}),
-            ("heal", loaded.heal, {"mode": "off"}),
-        )
+        "alignment": loaded.alignment.model_copy(update={"enabled": False}),
+        "heal": loaded.heal.model_copy(update={"mode": "off"}),
     }
     loaded = loaded.model_copy(update={"quantize": mixed, **unread})
     make_work(find_work())

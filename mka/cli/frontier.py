@@ -8,7 +8,7 @@ import click
 from mka.cli.bench import show_foresight
 from mka.cli.console import examples, reports
 from mka.cli.models import find_work
-from mka.cli.options import FILE, SIZE
+from mka.cli.options import FILE, budgets_option, depths_option
 from mka.store.publishing import make_work, write_text
 from mka.terminal import Outcome, quiet_libraries, say
 
@@ -20,22 +20,11 @@ from mka.terminal import Outcome, quiet_libraries, say
     )
 )
 @click.argument("recipe", type=FILE)
-@click.option(
-    "--bytes",
-    "budgets",
-    multiple=True,
-    type=SIZE,
-    help="Bytes of all tensors that bits are mixed for, e.g. 80MB; may be repeated.  [default: two, between 4 and 2 "
-    "bits for all layers]",
+@budgets_option(
+    "Bytes of all tensors that bits are mixed for, e.g. 80MB; may be repeated.  [default: two, between 4 and 2 "
+    "bits for all layers]"
 )
-@click.option(
-    "--layers",
-    "depths",
-    multiple=True,
-    type=int,
-    metavar="N",
-    help="Layers that remain; may be repeated.  [default: those of the recipe's target]",
-)
+@depths_option("those of the recipe's target")
 @click.option("--output", type=FILE, required=True, metavar="DIR", help="Folder of the page; may exist.")
 @click.option("--dry-run", is_flag=True, help="Check everything and list the models: stored, or about how long.")
 @reports

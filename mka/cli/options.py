@@ -58,6 +58,18 @@ class Size(click.ParamType):
 FILE = FileName(path_type=Path)
 SIZE = Size()
 
+
+def budgets_option(help: str) -> Callable[[Function], Function]:
+    """Give a command ``--bytes SIZE``, as often as wanted, as ``budgets``."""
+    return click.option("--bytes", "budgets", multiple=True, type=SIZE, help=help)
+
+
+def depths_option(default: str) -> Callable[[Function], Function]:
+    """Give a command ``--layers N``, as often as wanted, as ``depths``."""
+    told = f"Layers that remain; may be repeated.  [default: {default}]"
+    return click.option("--layers", "depths", multiple=True, type=int, metavar="N", help=told)
+
+
 model_argument = click.argument("model")
 output_folder = click.option(
     "--output", type=FILE, required=True, metavar="DIR", help="Folder to write; must not exist."

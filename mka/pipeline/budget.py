@@ -16,12 +16,11 @@ from mka.errors import CalibrationError, RecipeError
 from mka.pipeline.job import Job
 from mka.pipeline.pipeline import run
 from mka.pipeline.plan import open_plan
-from mka.pipeline.target import foresee_rounded, least_bytes
+from mka.pipeline.target import foresee_rounded, least_bytes, settle
 from mka.plan.target import Aim
-from mka.recipe import QuantizeSettings
 from mka.terminal import show_progress
 from mka.transforms import list_options
-from mka.transforms.allocation import allocate
+from mka.transforms.allocation import allocate, sum_damage
 from mka.transforms.formats import describe_scheme
 
 if TYPE_CHECKING:
@@ -161,11 +160,9 @@ def _measure_share(job: Job, decoder: Any, windows: Any, found: Any) -> Share:
     (units, damage, taken), settings, base = found, job.recipe.quantize, job.base
     names = list_options(settings)
     # Fewer bits lose much, more lose next to nothing, of which no share can be told.
-    alike = settings.model_copy(update={"scheme": SEEN_AT if SEEN_AT in names else names[-1], "bytes": None})
+    alike = settle(settings, SEEN_AT if SEEN_AT in names else names[-1])
     nbytes = float(foresee_rounded(base, alike, base.layers))
-    beside = least_bytes(base, settings, base.layers) - taken.min(axis=1).sum() / 8
-    options = allocate(damage, taken, 8 * (nbytes - beside))
-    expected = float(damage[range(len(units)), options].clip(min=0.0).sum())
+    options = _share_out(job, base.layers, nbytes, damage, taken)
     chosen = {(index, name): names[option] for (index, own), option in zip(units, options) for name in own}
 
     def describe(index: int, name: str) -> Any:
@@ -177,7 +174,14 @@ def _measure_share(job: Job, decoder: Any, windows: Any, found: Any) -> Share:
     with show_progress("round layers", base.layers, "layer") as advance:
         for _ in walk.round_layers(advance):
             pass
-    return Share(nbytes, expected, walk.measure_loss())
+    return Share(nbytes, sum_damage(damage, options), walk.measure_loss())
+
+
+def _share_out(job: Job, layers: int, nbytes: float, damage: "np.ndarray", taken: "np.ndarray") -> "np.ndarray":
+    """Choose an option for each unit of so many layers, (U,), so that all tensors keep to the bytes."""
+    # What is written beside the units: all, less what the smallest scheme takes of them.
+    beside = least_bytes(job.base, job.recipe.quantize, layers) - taken.min(axis=1).sum() / 8
+    return allocate(damage, taken, 8 * (nbytes - beside))
 
 
 def _offer(
@@ -189,17 +193,14 @@ def _offer(
     damage: "np.ndarray",
     taken: "np.ndarray",
 ) -> Offer:
-    settings: QuantizeSettings = job.recipe.quantize
     layers = len(plan.layers)
-    if nbytes < least_bytes(job.base, settings, layers):
+    if nbytes < least_bytes(job.base, job.recipe.quantize, layers):
         return Offer(layers, nbytes, None, lost, None)
     kept = {layer.leader for layer in plan.layers}
     rows = [place for place, (index, _) in enumerate(units) if index in kept]
-    # What is written beside them: all, less what the smallest scheme takes of them.
-    beside = least_bytes(job.base, settings, layers) - taken[rows].min(axis=1).sum() / 8
-    found = allocate(damage[rows], taken[rows], 8 * (nbytes - beside))
+    found = _share_out(job, layers, nbytes, damage[rows], taken[rows])
     bits = float(taken[rows, found].sum()) / sum(_count_weights(job, units[row]) for row in rows)
-    return Offer(layers, nbytes, bits, lost, float(damage[rows, found].clip(min=0.0).sum()))
+    return Offer(layers, nbytes, bits, lost, sum_damage(damage[rows], found))
 
 
 def _count_weights(job: Job, unit: "Unit") -> int:
@@ -216,8 +217,6 @@ def list_depths(job: Job) -> list[int]:
 
 def list_budgets(job: Job) -> list[float]:
     """Return bytes where none are named: of all layers in 4, 3 and 2 bits, and half way between the last two."""
-    alike = [
-        job.recipe.quantize.model_copy(update={"scheme": name, "bytes": None}) for name in ("int4", "int3", "int2")
-    ]
+    alike = [settle(job.recipe.quantize, name) for name in ("int4", "int3", "int2")]
     four, three, two = (foresee_rounded(job.base, settings, job.base.layers) for settings in alike)
     return [float(four), float(three), float(round((three + two) / 2)), float(two)]

@@ -1,6 +1,6 @@
 """The target of a recipe, as layers of its base: what was asked for outright, or the most that keep every bound."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from mka.engines.expected import Held, count_carried, count_growth, count_held, expect_decode, expect_prefill
@@ -62,43 +62,50 @@ def list_bounds(target: Target, outline: Checkpoint, rounding: QuantizeSettings,
     """
     least = [rounding]
     if rounding.bytes is not None:
-        least = [rounding.model_copy(update={"bytes": 1.0}), _budget(rounding, bits)]
+        least = [
+            rounding.model_copy(update={"bytes": 1.0}),
+            rounding.model_copy(update={"bytes": None, "bits_per_weight": bits}),
+        ]
 
     def reach(name: str, layers: int) -> float:
         if name == "bytes":
             return max(foresee_rounded(outline, one, layers) for one in least)
-        return expect_gains(outline, rounding, layers)[name]
+        return GAINS[name](outline, rounding, layers)
 
     unrounded = "quantize.embeddings: int8 makes room" if rounding.embeddings == "off" else ""
     hints = {
         "bytes": unrounded if rounding.scheme != "off" else "rounding makes room (quantize.scheme, quantize.embeddings)"
     }
     return [
-        Bound(f"target.{name}", asked, partial(reach, name), name in AT_MOST, name in AT_MOST, hints.get(name, ""))
+        Bound(f"target.{name}", asked, partial(reach, name), name in AT_MOST, hints.get(name, ""))
         for name, asked in target.bounds.items()
     ]
 
 
-def expect_gains(outline: Checkpoint, rounding: QuantizeSettings, layers: int) -> dict[str, float]:
-    """Return what a model of so many layers has by arithmetic: times the base's speed, bytes of keys and values.
+# What a model of so many layers has by arithmetic, given the base after what is done to its weights, and how they are
+# rounded then: times the base's speed, and bytes of keys and values.
+GAINS: dict[str, Callable[[Checkpoint, QuantizeSettings, int], float]] = {
+    "decode_speed": lambda outline, rounding, layers: expect_decode(
+        count_held(outline, SERVED), hold_rounded(outline, rounding, layers)
+    ),
+    "prefill_speed": lambda outline, rounding, layers: expect_prefill(
+        count_held(outline, SERVED), layers / outline.layers, PROMPT_TOKENS
+    ),
+    "cache_bytes_per_token": lambda outline, rounding, layers: (
+        count_token_bytes(outline, SERVED) / outline.layers * layers
+    ),
+}
 
-    Args:
-        outline: the base after what is done to its weights.
-        rounding: how they are rounded then.
-        layers: that remain.
-    """
-    served = count_held(outline, SERVED)
-    return {
-        "decode_speed": expect_decode(served, hold_rounded(outline, rounding, layers)),
-        "prefill_speed": expect_prefill(served, layers / outline.layers, PROMPT_TOKENS),
-        "cache_bytes_per_token": count_token_bytes(outline, SERVED) / outline.layers * layers,
-    }
+
+def expect_gains(outline: Checkpoint, rounding: QuantizeSettings, layers: int) -> dict[str, float]:
+    """Return all of `GAINS` of a model with so many layers."""
+    return {name: gain(outline, rounding, layers) for name, gain in GAINS.items()}
 
 
 def foresee_rounded(outline: Checkpoint, settings: QuantizeSettings, layers: int) -> int:
     """Return the bytes of the tensors of a checkpoint with so many layers, of the mean layer, once it is rounded."""
     if settings.bytes is not None:
-        least, most = (_foresee_alike(outline, settings, name, layers) for name in _extremes(settings))
+        least, most = (foresee_rounded(outline, settle(settings, name), layers) for name in _extremes(settings))
         return min(max(int(settings.bytes), least), most)
     share, of_layers = layers / outline.layers, sum(outline.layer_nbytes)
     if settings.scheme == "off":
@@ -120,7 +127,7 @@ def refuse_bytes(outline: Checkpoint, settings: QuantizeSettings, layers: int) -
         RecipeError: naming what they take.
     """
     if settings.bytes is not None:
-        bound = Bound("quantize.bytes", settings.bytes, partial(least_bytes, outline, settings), True, True)
+        bound = Bound("quantize.bytes", settings.bytes, partial(least_bytes, outline, settings), True)
         if not bound.holds(layers):
             raise bound.refuse(layers, "")
 
@@ -134,7 +141,7 @@ def hold_rounded(outline: Checkpoint, settings: QuantizeSettings, layers: int) -
     held, family = count_held(outline, SERVED), outline.family
     if settings.scheme == "off" or settings.serve_on is None:
         return Held(held.layers * layers / outline.layers, held.head)
-    alike = _settle(settings, _extremes(settings)[0])
+    alike = settle(settings, _extremes(settings)[0])
     beside = _without_embeddings(alike)
     in_layers = float(foresee_rounded(outline, settings, layers) - foresee_rounded(outline, alike, 0))
     in_file = settings.serve_on == LLAMA_CPP.serve_on
@@ -159,29 +166,21 @@ def _grow(outline: Checkpoint, settings: QuantizeSettings, layers: int, nbytes: 
 
     stored, grown = [], []
     for name in reversed(list_options(settings)):
-        alike = _settle(settings, name)
+        alike = settle(settings, name)
         stored.append(foresee_rounded(outline, alike, layers) - foresee_rounded(outline, alike, 0))
         grown.append(count_growth(outline, alike) * layers / outline.layers)
     return float(np.interp(nbytes, stored, grown))
 
 
-def _settle(settings: QuantizeSettings, scheme: str) -> QuantizeSettings:
-    """The same with one scheme for all layers."""
+def settle(settings: QuantizeSettings, scheme: str) -> QuantizeSettings:
+    """Return the same with one scheme for all layers, in place of a budget."""
     return settings.model_copy(update={"scheme": scheme, "bytes": None, "bits_per_weight": None})
-
-
-def _foresee_alike(outline: Checkpoint, settings: QuantizeSettings, scheme: str, layers: int) -> int:
-    return foresee_rounded(outline, settings.model_copy(update={"scheme": scheme, "bytes": None}), layers)
 
 
 def _extremes(settings: QuantizeSettings) -> tuple[str, str]:
     """The smallest and the largest of the schemes that are mixed."""
     names = list_options(settings)
     return names[-1], names[0]
-
-
-def _budget(settings: QuantizeSettings, bits: float) -> QuantizeSettings:
-    return settings.model_copy(update={"bytes": None, "bits_per_weight": bits})
 
 
 def _without_embeddings(settings: QuantizeSettings) -> QuantizeSettings:

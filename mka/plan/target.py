@@ -71,8 +71,7 @@ class Bound:
         name: as the recipe spells it.
         asked: the number in the recipe.
         reach: returns what a model of so many layers has.
-        at_most: whether it may not be above what was asked for; else not below.
-        is_size: whether it counts bytes.
+        at_most: whether it is bytes, and not above what was asked for; else times as fast, and not below.
         hint: what else would help where it cannot be kept.
     """
 
@@ -80,7 +79,6 @@ class Bound:
     asked: float
     reach: Callable[[int], float]
     at_most: bool
-    is_size: bool = False
     hint: str = ""
 
     def holds(self, layers: int) -> bool:
@@ -97,7 +95,7 @@ class Bound:
 
     def _show(self, value: float, round_off: Callable[[float], int]) -> str:
         """Three decimals, rounded so that what is told is allowed."""
-        return format_size(value, round_off) if self.is_size else f"{round_off(value * 1000) / 1000:,.10g}"
+        return format_size(value, round_off) if self.at_most else f"{round_off(value * 1000) / 1000:,.10g}"
 
 
 def fit_layers(bounds: Sequence[Bound], layers_in: int, fewest: int, layers: int | None = None) -> int:

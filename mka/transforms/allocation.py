@@ -48,6 +48,11 @@ def allocate(damage: np.ndarray, bits: np.ndarray, budget: float) -> np.ndarray:
     return chosen if scale > 0.0 else _take_cheapest(damage, bits)
 
 
+def sum_damage(damage: np.ndarray, chosen: np.ndarray) -> float:
+    """Return what the options that were chosen lose together, of (U, K) damages and (U,) options."""
+    return float(damage[np.arange(len(chosen)), chosen].clip(min=0.0).sum())
+
+
 def _take_cheapest(damage: np.ndarray, bits: np.ndarray) -> np.ndarray:
     """Of the options that cost nothing, the smallest of each unit."""
     found: np.ndarray = np.where(damage <= 0.0, bits, np.inf).argmin(axis=1)

@@ -30,13 +30,6 @@ def make(tmp_path):
     return make
 
 
-@pytest.fixture
-def target(tmp_path):
-    path = tmp_path / "out"
-    path.mkdir()
-    return path
-
-
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_stock_reads_the_same_model_from_the_file(family, make, target):
     model, folder = make(family)

@@ -45,13 +45,6 @@ def make(tmp_path):
     return make
 
 
-@pytest.fixture
-def target(tmp_path):
-    path = tmp_path / "out"
-    path.mkdir()
-    return path
-
-
 def load_stock(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 

@@ -232,7 +232,7 @@ def test_no_target_at_all_is_refused():
 
 
 # Of ten layers 60 MB each beside 400 MB, and a speed that falls with them.
-SMALL = Bound("target.bytes", 700e6, lambda layers: 400e6 + 60e6 * layers, True, True)
+SMALL = Bound("target.bytes", 700e6, lambda layers: 400e6 + 60e6 * layers, True)
 FAST = Bound("target.decode_speed", 1.5, lambda layers: 12 / (layers + 2), False)
 
 
