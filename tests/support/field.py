@@ -63,6 +63,10 @@ def move(folder: Path, name: str, place: Path) -> Path:
 
 def save_dvc_links(folder: Path) -> Path:
     """A folder that DVC tracks and has checked out as links into its cache."""
+    import logging
+
+    # DVC's handlers keep the stream they were made with; under a test that captures, it is closed by now.
+    logging.getLogger("dvc").setLevel(logging.ERROR)
     from dvc.repo import Repo
 
     save(folder)
