@@ -186,7 +186,7 @@ def pair_scores(base: EvalReport, candidate: EvalReport, role: str = "base") -> 
     """
     for key, former in _ASKED.items():
         if base.conditions.get(key, former) != candidate.conditions.get(key, former):
-            raise GuardError(f"{key} differs between {role} and candidate; ask both alike, chat_template off does")
+            raise GuardError(f"{key} differs between {role} and candidate; measure both with the same recipe")
     ours, theirs = ({(s.name, s.metric): s for s in r.scores} for r in (base, candidate))
     alone = {key for key in theirs if key not in ours and not find_metric(key[1]).of_base}
     if differing := sorted((ours.keys() ^ theirs.keys()) - alone):
