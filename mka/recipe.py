@@ -449,7 +449,7 @@ class EvaluationSettings(Measurement):
 
     @model_validator(mode="after")
     def _arguments_have_a_class(self) -> Self:
-        given = self.model_args.model_fields_set
+        given = self.model_args.model_dump(exclude_defaults=True).keys()
         if self.model == "hf" and "gpu_memory_utilization" in given:
             raise ValueError("model_args.gpu_memory_utilization belongs to model vllm")
         if not self.loads_apart and given - {"tensor_parallel_size"}:

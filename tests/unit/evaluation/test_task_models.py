@@ -183,3 +183,5 @@ def test_vllm_itself_is_asked_for_where_it_is_not_installed(model, folder):
 def test_arguments_are_a_closed_list(settings, said):
     with pytest.raises(ValueError, match=said):
         EvaluationSettings(**settings)
+    plain = EvaluationSettings()
+    assert EvaluationSettings.model_validate(plain.model_dump(mode="json")) == plain  # as runs hand recipes on
