@@ -18,6 +18,7 @@ from mka.cli.evaluate import evaluate
 from mka.cli.export import export
 from mka.cli.frontier import frontier
 from mka.cli.heal import heal
+from mka.cli.inspect import inspect
 from mka.cli.merge import merge
 from mka.cli.methods import methods
 from mka.cli.models import find_work
@@ -100,6 +101,7 @@ def cli(context: click.Context, progress: bool | None) -> None:
 
 
 for command in (
+    inspect,
     compress,
     methods,
     write,

@@ -1,0 +1,141 @@
+"""A first recipe for a model, after looking at its headers and at what is here; and what it would take."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mka.alignment.table import AlignmentTable
+from mka.errors import MkaError, RecipeError
+from mka.evaluation.task_tables import TASKS, list_tables
+from mka.methods import resolve_method
+from mka.model.checkpoint import Checkpoint
+from mka.model.config import build_config
+from mka.pipeline.evaluate import EVALUATE, SPEED
+from mka.pipeline.foresee import estimate_observing
+from mka.pipeline.heal import HEAL
+from mka.pipeline.inputs import Inputs
+from mka.pipeline.job import Job
+from mka.pipeline.merge import MERGE
+from mka.pipeline.recipes import validate_recipe
+from mka.plan.target import Aim
+from mka.recipe import BASE_TEXT, ModelSource, QuantizeSettings, Recipe
+from mka.transforms import get_quantizer
+from mka.transforms.rewrite import refuse_quantized
+
+# Share of the layers that a first try takes out; more need more healing than a first try has.
+REMOVED = 1 / 6
+# Weights that share a scale, the best choice first.
+GROUPS = (64, 32, 16)
+# Items of each benchmark whose table is here: enough to see a collapse, few enough for two cores.
+ITEMS = 40
+
+
+def draft_recipe(base: Checkpoint, source: ModelSource, memory: int) -> Recipe:
+    """Put a recipe together that this model and this machine can do.
+
+    A sixth of the layers is taken out by the default method, refitted and healed; the tables are the project's own
+    where they are here, else the base's own text. Windows are no longer than the model reads, groups of weights are of
+    a size that divides its widths, and healing takes no more memory than there is.
+
+    Args:
+        base: opened by its headers at least.
+        source: how it is called.
+        memory: bytes that a run may have.
+
+    Raises:
+        CheckpointError: if the model is quantized already.
+        RecipeError: if it has one layer only.
+    """
+    refuse_quantized(base)
+    if base.layers < 2:
+        raise RecipeError(f"{source.label} has {base.layers} layer, and none can go")
+    defaults = Recipe.model_fields
+    target: dict[str, Any] = {"layers": base.layers - max(1, round(base.layers * REMOVED))}
+    protected = {name: default_of("target", name) for name in ("protect_first", "protect_last")}
+    if sum(protected.values()) > target["layers"]:
+        target |= dict.fromkeys(protected, 0)
+    positions = build_config(base.config, base.path).max_position_embeddings
+    evaluation: dict[str, Any] = {"text": find_table("evaluation", "text"), "tasks": list_measured()}
+    raw: dict[str, Any] = {
+        "name": name_recipe(source),
+        "model": source.model_dump(exclude_defaults=True),
+        "calibration": {"path": find_table("calibration", "path") or BASE_TEXT},
+        "method": {"name": default_of("method", "name")},
+        "target": target,
+        "alignment": {"enabled": True, "path": find_table("alignment", "path") or BASE_TEXT},
+        "heal": {"mode": "distil", "path": find_table("heal", "path") or BASE_TEXT},
+        "quantize": choose_rounding(base),
+        "evaluation": evaluation,
+        "gate": {name: default_of("gate", name) for name in ("perplexity_recovery", "task_recovery")},
+    }
+    for section, key in (("calibration", "samples"), ("alignment", "tokens"), ("heal", "tokens")):
+        raw[section][key] = default_of(section, key)
+    for section in ("alignment", "heal", "evaluation"):
+        raw[section]["context"] = min(default_of(section, "context"), positions)
+    recipe = validate_recipe({name: value for name, value in raw.items() if name in defaults}, "draft")
+    needed = foresee_memory(base, recipe)
+    modes = [mode for mode in ("distil", "local") if needed[f"heal ({mode})"] <= memory]
+    return recipe.model_copy(update={"heal": recipe.heal.model_copy(update={"mode": next(iter(modes), "off")})})
+
+
+def default_of(section: str, key: str) -> Any:
+    """Return the default of a key of a section of the recipe."""
+    annotation: Any = Recipe.model_fields[section].annotation
+    return annotation.model_fields[key].get_default(call_default_factory=True)
+
+
+def find_table(section: str, key: str) -> Path | None:
+    """Return the table of the project that a section reads if nothing is said; None if it is not here."""
+    table = default_of(section, key)
+    return table if table is not None and table.is_file() else None
+
+
+def list_measured() -> dict[str, int]:
+    """Return the benchmarks whose tables are here, with some items of each."""
+    folder = default_of("evaluation", "tasks_folder")
+    return {task: ITEMS for task in TASKS if list_tables(folder, task)}
+
+
+def choose_rounding(base: Checkpoint) -> dict[str, Any]:
+    """Return settings of 8 bits in groups that divide the model's widths; none where it cannot be rounded."""
+    for size in GROUPS:
+        settings = {"scheme": "int8", "group_size": size}
+        try:
+            asked = QuantizeSettings(**settings)
+            get_quantizer(asked).check(base, asked)
+        except MkaError:
+            continue
+        return settings
+    return {"scheme": "off"}
+
+
+def name_recipe(source: ModelSource) -> str:
+    """Return a name for what is made of a model, as recipes and registries spell names."""
+    last = re.sub(r"==.*|@.*", "", source.label.rstrip("/")).rpartition("/")[2]
+    return re.sub(r"[^a-z0-9._-]+", "-", last.lower()).strip("._-") or "model"
+
+
+def foresee_memory(base: Checkpoint, recipe: Recipe) -> Mapping[str, int]:
+    """Return the bytes that each demanding stage of a recipe holds at its peak, beside Python and its libraries.
+
+    By arithmetic from headers, as a dry run has them; texts are taken to be as long as they may be.
+
+    Returns:
+        stage -> bytes; of healing for each of its modes.
+    """
+    aligned, read = recipe.alignment, recipe.calibration
+    table = AlignmentTable({}, aligned, {"": aligned.tokens // aligned.context})
+    planner = resolve_method(recipe.method)
+    layers = recipe.target.layers or base.layers
+    inputs = Inputs(alignment=table, heldout={"": ("",)})
+    job = Job(recipe, planner, base, "", Aim(layers), inputs)
+    found = {
+        "observe": estimate_observing(job, [read.max_tokens] * read.samples),
+        "align": MERGE.foresee(job).memory,
+    }
+    for mode in ("distil", "local"):
+        healed = recipe.model_copy(update={"heal": recipe.heal.model_copy(update={"mode": mode})})
+        found[f"heal ({mode})"] = HEAL.foresee(Job(healed, planner, base, "", Aim(layers), inputs)).memory
+    # Speeds are compared with the models side by side.
+    return found | {"evaluate": max(EVALUATE.foresee(job).memory, SPEED.foresee(job).memory)}
