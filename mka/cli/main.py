@@ -18,6 +18,7 @@ from mka.cli.evaluate import evaluate
 from mka.cli.export import export
 from mka.cli.frontier import frontier
 from mka.cli.heal import heal
+from mka.cli.init import init
 from mka.cli.inspect import inspect
 from mka.cli.merge import merge
 from mka.cli.methods import methods
@@ -25,6 +26,7 @@ from mka.cli.models import find_work
 from mka.cli.observe import observe
 from mka.cli.plan import plan
 from mka.cli.publish import publish
+from mka.cli.recipe import recipe
 from mka.cli.report import report
 from mka.cli.score import score
 from mka.cli.serve_check import serve_check
@@ -102,6 +104,8 @@ def cli(context: click.Context, progress: bool | None) -> None:
 
 for command in (
     inspect,
+    init,
+    recipe,
     compress,
     methods,
     write,

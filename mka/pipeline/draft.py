@@ -50,11 +50,10 @@ def draft_recipe(base: Checkpoint, source: ModelSource, memory: int) -> Recipe:
     refuse_quantized(base)
     if base.layers < 2:
         raise RecipeError(f"{source.label} has {base.layers} layer, and none can go")
-    defaults = Recipe.model_fields
-    target: dict[str, Any] = {"layers": base.layers - max(1, round(base.layers * REMOVED))}
+    layers = base.layers - max(1, round(base.layers * REMOVED))
     protected = {name: default_of("target", name) for name in ("protect_first", "protect_last")}
-    if sum(protected.values()) > target["layers"]:
-        target |= dict.fromkeys(protected, 0)
+    if sum(protected.values()) > layers:
+        protected = dict.fromkeys(protected, 0)
     positions = build_config(base.config, base.path).max_position_embeddings
     evaluation: dict[str, Any] = {"text": find_table("evaluation", "text"), "tasks": list_measured()}
     raw: dict[str, Any] = {
@@ -62,7 +61,7 @@ def draft_recipe(base: Checkpoint, source: ModelSource, memory: int) -> Recipe:
         "model": source.model_dump(exclude_defaults=True),
         "calibration": {"path": find_table("calibration", "path") or BASE_TEXT},
         "method": {"name": default_of("method", "name")},
-        "target": target,
+        "target": {"layers": layers, **protected},
         "alignment": {"enabled": True, "path": find_table("alignment", "path") or BASE_TEXT},
         "heal": {"mode": "distil", "path": find_table("heal", "path") or BASE_TEXT},
         "quantize": choose_rounding(base),
@@ -73,7 +72,7 @@ def draft_recipe(base: Checkpoint, source: ModelSource, memory: int) -> Recipe:
         raw[section][key] = default_of(section, key)
     for section in ("alignment", "heal", "evaluation"):
         raw[section]["context"] = min(default_of(section, "context"), positions)
-    recipe = validate_recipe({name: value for name, value in raw.items() if name in defaults}, "draft")
+    recipe = validate_recipe(raw, "draft")
     needed = foresee_memory(base, recipe)
     modes = [mode for mode in ("distil", "local") if needed[f"heal ({mode})"] <= memory]
     return recipe.model_copy(update={"heal": recipe.heal.model_copy(update={"mode": next(iter(modes), "off")})})

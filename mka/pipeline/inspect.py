@@ -120,6 +120,7 @@ def describe_machine(checkpoint: Checkpoint, source: ModelSource, work: Path) ->
     ``fits`` is against the memory of where models run: the accelerator if there is one, else what is free here.
     """
     most, free = find_memory()
+    there = find_room()
     facts: dict[str, Any] = {
         "memory_bytes": most,
         "memory_free_bytes": free,
@@ -129,11 +130,16 @@ def describe_machine(checkpoint: Checkpoint, source: ModelSource, work: Path) ->
     }
     if checkpoint.is_quantized or checkpoint.layers < 2:
         return facts | {"recipe": None, "stages": []}
-    there = facts["accelerator"]["memory_free_bytes"] if facts["accelerator"] else free
     recipe = draft_recipe(checkpoint, source, there)
     needed = foresee_memory(checkpoint, recipe)
     stages = [{"stage": name, "memory_bytes": size, "fits": size <= there} for name, size in needed.items()]
     return facts | {"recipe": recipe.model_dump(mode="json"), "stages": stages}
+
+
+def find_room() -> int:
+    """Return the bytes that a model may take where models run: on the accelerator if there is one, else here."""
+    accelerator = _find_accelerator()
+    return accelerator["memory_free_bytes"] if accelerator else find_memory()[1]
 
 
 def _find_accelerator() -> dict[str, Any] | None:
