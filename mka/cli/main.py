@@ -11,7 +11,9 @@ import click
 import mka
 from mka.cli.bench import bench
 from mka.cli.budget import budget
+from mka.cli.chat import chat
 from mka.cli.clean import clean
+from mka.cli.compare import compare
 from mka.cli.compress import compress
 from mka.cli.console import ARGUMENTS, examples
 from mka.cli.evaluate import evaluate
@@ -115,6 +117,8 @@ for command in (
     merge,
     heal,
     evaluate,
+    chat,
+    compare,
     report,
     export,
     serve_check,

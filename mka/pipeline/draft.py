@@ -19,7 +19,19 @@ from mka.pipeline.job import Job
 from mka.pipeline.merge import MERGE
 from mka.pipeline.recipes import validate_recipe
 from mka.plan.target import Aim
-from mka.recipe import BASE_TEXT, ModelSource, QuantizeSettings, Recipe
+from mka.recipe import (
+    BASE_TEXT,
+    AlignmentSettings,
+    CalibrationSettings,
+    EvaluationSettings,
+    GateSettings,
+    HealSettings,
+    MethodChoice,
+    ModelSource,
+    QuantizeSettings,
+    Recipe,
+    Target,
+)
 from mka.transforms import get_quantizer
 from mka.transforms.rewrite import refuse_quantized
 
@@ -51,49 +63,46 @@ def draft_recipe(base: Checkpoint, source: ModelSource, memory: int) -> Recipe:
     if base.layers < 2:
         raise RecipeError(f"{source.label} has {base.layers} layer, and none can go")
     layers = base.layers - max(1, round(base.layers * REMOVED))
-    protected = {name: default_of("target", name) for name in ("protect_first", "protect_last")}
+    target = Target(layers=layers)
+    protected = {"protect_first": target.protect_first, "protect_last": target.protect_last}
     if sum(protected.values()) > layers:
         protected = dict.fromkeys(protected, 0)
     positions = build_config(base.config, base.path).max_position_embeddings
-    evaluation: dict[str, Any] = {"text": find_table("evaluation", "text"), "tasks": list_measured()}
+    read, aligned, healed, measured, gate = (
+        CalibrationSettings(),
+        AlignmentSettings(),
+        HealSettings(),
+        EvaluationSettings(),
+        GateSettings(),
+    )
     raw: dict[str, Any] = {
         "name": name_recipe(source),
         "model": source.model_dump(exclude_defaults=True),
-        "calibration": {"path": find_table("calibration", "path") or BASE_TEXT},
-        "method": {"name": default_of("method", "name")},
+        "calibration": {"path": find_table(read.path), "samples": read.samples},
+        "method": {"name": MethodChoice().name},
         "target": {"layers": layers, **protected},
-        "alignment": {"enabled": True, "path": find_table("alignment", "path") or BASE_TEXT},
-        "heal": {"mode": "distil", "path": find_table("heal", "path") or BASE_TEXT},
+        "alignment": {"enabled": True, "path": find_table(aligned.path), "tokens": aligned.tokens},
+        "heal": {"mode": "distil", "path": find_table(healed.path), "tokens": healed.tokens},
         "quantize": choose_rounding(base),
-        "evaluation": evaluation,
-        "gate": {name: default_of("gate", name) for name in ("perplexity_recovery", "task_recovery")},
+        "evaluation": {"text": find_table(measured.text, None), "tasks": list_measured(measured.tasks_folder)},
+        "gate": {"perplexity_recovery": gate.perplexity_recovery, "task_recovery": gate.task_recovery},
     }
-    for section, key in (("calibration", "samples"), ("alignment", "tokens"), ("heal", "tokens")):
-        raw[section][key] = default_of(section, key)
-    for section in ("alignment", "heal", "evaluation"):
-        raw[section]["context"] = min(default_of(section, "context"), positions)
+    for name, settings in (("alignment", aligned), ("heal", healed), ("evaluation", measured)):
+        raw[name]["context"] = min(settings.context, positions)
     recipe = validate_recipe(raw, "draft")
     needed = foresee_memory(base, recipe)
     modes = [mode for mode in ("distil", "local") if needed[f"heal ({mode})"] <= memory]
     return recipe.model_copy(update={"heal": recipe.heal.model_copy(update={"mode": next(iter(modes), "off")})})
 
 
-def default_of(section: str, key: str) -> Any:
-    """Return the default of a key of a section of the recipe."""
-    annotation: Any = Recipe.model_fields[section].annotation
-    return annotation.model_fields[key].get_default(call_default_factory=True)
+def find_table(path: Path | None, otherwise: Path | None = BASE_TEXT) -> Path | None:
+    """Return a table of the project that is read if nothing is said; what stands in its place if it is not here."""
+    return path if path is not None and path.is_file() else otherwise
 
 
-def find_table(section: str, key: str) -> Path | None:
-    """Return the table of the project that a section reads if nothing is said; None if it is not here."""
-    table = default_of(section, key)
-    return table if table is not None and table.is_file() else None
-
-
-def list_measured() -> dict[str, int]:
-    """Return the benchmarks whose tables are here, with some items of each."""
-    folder = default_of("evaluation", "tasks_folder")
-    return {task: ITEMS for task in TASKS if list_tables(folder, task)}
+def list_measured(folder: Path | None) -> dict[str, int]:
+    """Return the benchmarks whose tables are in a folder, with some items of each."""
+    return {task: ITEMS for task in TASKS if folder is not None and list_tables(folder, task)}
 
 
 def choose_rounding(base: Checkpoint) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from mka.model.checkpoint import Checkpoint, describe_headers, open_checkpoint
 from mka.model.config import build_config
 from mka.model.outline import build_outline, find_pieces
 from mka.outside.machine import count_cores, find_disk, find_memory
-from mka.pipeline.draft import GROUPS, default_of, draft_recipe, foresee_memory
+from mka.pipeline.draft import GROUPS, draft_recipe, foresee_memory
 from mka.plan.target import Aim
-from mka.recipe import MethodChoice, ModelSource, QuantizeSettings
+from mka.recipe import MethodChoice, ModelSource, QuantizeSettings, Target
 from mka.sources.fetch import materialize
 from mka.terminal import quiet_libraries
 from mka.transforms import get_quantizer
@@ -91,7 +91,8 @@ def describe_removable(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     if checkpoint.is_quantized:
         return {"layers": [], "methods": [], "why_not": "its weights are rounded already; name the original model"}
-    first, last = (default_of("target", f"protect_{end}") for end in ("first", "last"))
+    target = Target(layers=checkpoint.layers)
+    first, last = target.protect_first, target.protect_last
     aim = Aim(1, first, last)
     free = range(first, max(first, checkpoint.layers - last))
     methods = []

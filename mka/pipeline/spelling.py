@@ -122,7 +122,7 @@ def make_schema() -> dict[str, Any]:
             assert model is not None
             own = model.model_json_schema(ref_template="#/$defs/{model}")
             definitions |= own.pop("$defs", {})
-            named = {"properties": {"name": {"const": name}}}
+            named: dict[str, Any] = {"properties": {"name": {"const": name}}}
             # Where no method is named, the default's settings are meant.
             named |= {} if name == definitions[section]["properties"]["name"].get("default") else {"required": ["name"]}
             cases.append({"if": named, "then": {"properties": {"settings": own}}})
