@@ -11,7 +11,7 @@ import click
 
 from mka.cli.console import examples, json_option
 from mka.cli.models import open_model
-from mka.cli.options import Command, default_of, model_argument, recipe_options
+from mka.cli.options import Command, default_of, device_option, model_argument, recipe_options
 from mka.outside.printable import escape_controls
 from mka.terminal import quiet_libraries
 
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     help="How freely tokens are drawn; 0 takes the most likely one.",
 )
 @recipe_options("seed", "model.dtype", help={"seed": "Draws the tokens, anew for each answer.  [default: 0]"})
+@device_option
 @json_option
 def chat(
     model: str, prompt: str | None, max_new_tokens: int, temperature: float, as_json: bool, asked: dict[str, Any]

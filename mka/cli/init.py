@@ -7,7 +7,7 @@ import click
 
 from mka.cli.console import examples, reports
 from mka.cli.models import find_work, name_source
-from mka.cli.options import FILE, Command, model_argument, recipe_options
+from mka.cli.options import FILE, Command, device_option, model_argument, recipe_options
 from mka.errors import OutputError
 from mka.store.publishing import check_free, write_text
 from mka.terminal import Outcome
@@ -36,6 +36,7 @@ UNMEASURED = "No held-out table is here: name one, JSON lines with `text`, or no
 )
 @click.option("--force", is_flag=True, help="Replace FILE.")
 @click.option("--dry-run", is_flag=True, help="Print the recipe and write nothing; a remote MODEL is fetched.")
+@device_option
 @reports
 def init(model: str, output: Path, force: bool, dry_run: bool, asked: dict[str, Any]) -> Outcome:
     """Write a commented recipe for MODEL after looking at it.

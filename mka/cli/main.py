@@ -14,6 +14,7 @@ from mka.cli.budget import budget
 from mka.cli.chat import chat
 from mka.cli.clean import clean
 from mka.cli.compare import compare
+from mka.cli.completion import completion
 from mka.cli.compress import compress
 from mka.cli.console import ARGUMENTS, examples
 from mka.cli.evaluate import evaluate
@@ -129,6 +130,7 @@ for command in (
     budget,
     frontier,
     clean,
+    completion,
 ):
     cli.add_command(command)
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from mka.cli.console import examples, reports
-from mka.cli.options import FILE, read_settings
+from mka.cli.options import RECIPE, read_settings
 from mka.terminal import Outcome
 
 
@@ -18,7 +18,7 @@ from mka.terminal import Outcome
         "mka recipe --schema > recipe.schema.json",
     )
 )
-@click.option("--show", "file", type=FILE, metavar="RECIPE", help="Print this recipe with every default filled in.")
+@click.option("--show", "file", type=RECIPE, metavar="RECIPE", help="Print this recipe with every default filled in.")
 @click.option(
     "--set",
     "changes",

@@ -95,7 +95,7 @@ def describe_machine(model: Any) -> dict[str, Any]:
 
     on_gpu = model.device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(model.device) if on_gpu else "cpu",
+        "device": torch.cuda.get_device_name(model.device) if on_gpu else model.device.type,
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "platform": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",

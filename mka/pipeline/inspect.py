@@ -11,6 +11,7 @@ from mka.kernels import EMBEDDINGS, ENGINES, list_rows
 from mka.methods import check_alignment, get_method, method_names, resolve_method
 from mka.model.checkpoint import Checkpoint, describe_headers, open_checkpoint
 from mka.model.config import build_config
+from mka.model.device import find_device
 from mka.model.outline import build_outline, find_pieces
 from mka.outside.machine import count_cores, find_disk, find_memory
 from mka.pipeline.draft import GROUPS, draft_recipe, foresee_memory
@@ -144,7 +145,7 @@ def find_room() -> int:
 
 
 def _find_accelerator() -> dict[str, Any] | None:
-    if not torch.cuda.is_available():
+    if find_device().type != "cuda":
         return None
     free, most = torch.cuda.mem_get_info()
     return {"name": torch.cuda.get_device_name(), "memory_bytes": most, "memory_free_bytes": free}
