@@ -176,8 +176,8 @@ def summarise(sides: Sequence[Side], rows: Sequence[Mapping[str, Any]]) -> str:
     layers, sizes = ([side.facts.get(key) for side in sides] for key in ("layers", "bytes"))
     if all(sizes):
         share = sizes[1] / sizes[0]
-        fewer = f"{layers[1]} layers instead of {layers[0]}, " if all(layers) and layers[0] != layers[1] else ""
-        told.append(f"B has {fewer}{share:.3f} times the bytes of A.")
+        fewer = f"has {layers[1]} layers, A {layers[0]}; it " if all(layers) and layers[0] != layers[1] else ""
+        told.append(f"B {fewer}takes {share:.3f} times A's bytes.")
     decided = [row for row in rows if row["counts"]]
     named = {verdict: [r for r in decided if r["verdict"] == verdict] for verdict in ("better", "worse", "undecided")}
     for verdict, who in (("better", "B"), ("worse", "A")):

@@ -206,7 +206,7 @@ def _refuse_widths(serve_on: str | None, scheme: str, checkpoint: Checkpoint) ->
         try:
             get_quantizer(settings).check(checkpoint, settings)
         except MkaError as error:
-            why = why or str(error)
+            why = str(error)
             continue
         return None
     return why
