@@ -83,12 +83,17 @@ class Commands(click.Group):
     cls=Commands,
     invoke_without_command=True,
     epilog=examples(
+        "mka inspect ./smollm2",
+        "mka init ./smollm2 --output recipe.yaml",
+        "mka compress --recipe recipe.yaml --output ./smollm2-25 --dry-run",
         "mka compress ./smollm2 --method mka --layers 24 --output ./smollm2-24",
         "mka observe ./smollm2 --output states.safetensors",
         "mka score ./smollm2 --states states.safetensors --output scores.json",
         "mka plan ./smollm2 --scores scores.json --layers 24 --output plan.json",
         "mka merge ./smollm2 --plan plan.json --output ./smollm2-24",
         "mka evaluate ./smollm2-24 --text data/prepared/heldout.jsonl",
+        "mka compare ./smollm2 ./smollm2-24",
+        'eval "$(mka completion bash)"     # the shell completes what is typed',
     ),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )

@@ -59,7 +59,7 @@ def test_walks_need_numbers_that_mps_has_not(llama_folder, with_devices):
     checkpoint = open_checkpoint(llama_folder)
     with (
         running_on("mps"),
-        pytest.raises(RecipeError, match="device mps: .* 64 bits, which mps has not; run it with --device cpu"),
+        pytest.raises(RecipeError, match=r"device mps: .* 64 bits, which mps has not; run it with --device cpu"),
         open_decoder(checkpoint, "float32"),
     ):
         pass
