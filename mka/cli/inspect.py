@@ -95,8 +95,10 @@ def tell_machine(machine: Mapping[str, Any]) -> str:
         for entry in machine["stages"]
     ]
     recipe = machine["recipe"]
+    steps = ["refitted", *(["healed"] if recipe["heal"]["mode"] != "off" else [])]
+    steps += [recipe["quantize"]["scheme"]] if recipe["quantize"]["scheme"] != "off" else []
     how = f"a first recipe (mka init: {recipe['target']['layers']} layers left by {recipe['method']['name']}, then "
-    how += f"refitted, healed, {recipe['quantize']['scheme']}; in {recipe['model']['dtype']}) would hold at its peaks"
+    how += f"{', '.join(steps)}; in {recipe['model']['dtype']}) would hold at its peaks"
     return f"this machine: {here}\n{how}\n\n{align(rows, ['stage', 'memory', 'here'], 'lrl')}"
 
 
