@@ -64,7 +64,7 @@ def describe_model(checkpoint: Checkpoint, source: ModelSource) -> dict[str, Any
         "path": str(checkpoint.path),
         **facts,
         "bytes_bf16": 2 * facts["parameters"],
-        "layer_parameters": sum(tensor.parameters for tensor in checkpoint.layer_tensors(0).values()),
+        "layer_bytes": list(checkpoint.layer_nbytes),
         "kinds": list_kinds(checkpoint),
         "vocabulary": config.vocab_size,
         "tied": bool(config.tie_word_embeddings),
