@@ -85,8 +85,8 @@ def open_sides(names: Sequence[str], given: Sequence[Path], work: Path) -> list[
             sides.append(Side(name, report.checkpoint, None, report, Path(name)))
             continue
         own = [(path, report) for path, report in found.items() if report.checkpoint.get("digest") == digests[name]]
-        path, measured = next(iter(own), (None, None))
-        sides.append(Side(name, describe_headers(models[name]), models[name].config, measured, path))
+        source, measured = own[0] if own else (None, None)
+        sides.append(Side(name, describe_headers(models[name]), models[name].config, measured, source))
     return sides
 
 
@@ -174,7 +174,7 @@ def summarise(sides: Sequence[Side], rows: Sequence[Mapping[str, Any]]) -> str:
     """Say in plain sentences which of the two is smaller, and which measured better in what, if that can be told."""
     told = []
     layers, sizes = ([side.facts.get(key) for side in sides] for key in ("layers", "bytes"))
-    if all(sizes):
+    if sizes[0] and sizes[1]:
         share = sizes[1] / sizes[0]
         fewer = f"has {layers[1]} layers, A {layers[0]}; it " if all(layers) and layers[0] != layers[1] else ""
         told.append(f"B {fewer}takes {share:.3f} times A's bytes.")

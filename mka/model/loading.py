@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mka.errors import CheckpointError
+from mka.errors import CheckpointError, MkaError
 from mka.model.checkpoint import Checkpoint, open_checkpoint
 from mka.model.config import build_config
 from mka.model.device import find_device
@@ -108,7 +108,7 @@ def _refusing(folder: Path) -> Iterator[None]:
     """Loaders raise whatever their parsers raise; a person needs the folder's name and the reason, in one line."""
     try:
         yield
-    except CheckpointError:
+    except MkaError:
         raise
     except Exception as error:
         raise CheckpointError(f"{folder}: does not load: {' '.join(str(error).split())[:300]}") from None
