@@ -17,7 +17,7 @@ BASE_TEXT = Path("base")
 
 
 # Bytes, also as people write them: 90MB.
-Size = Annotated[float | None, BeforeValidator(parse_size)]
+Size = Annotated[float | None, BeforeValidator(parse_size, json_schema_input_type=float | str | None)]
 
 
 class ModelSource(Section):
@@ -112,7 +112,7 @@ class CalibrationTexts(Section):
 
 
 class CalibrationSettings(CalibrationTexts):
-    """The same, of a table that DVC versions."""
+    """Which texts the method may look at, and how many tokens of each, of a table that DVC versions."""
 
     rev: str | None = Field("HEAD", description="Git revision DVC reads the table at; null reads the working copy")
 
@@ -168,7 +168,7 @@ class AlignmentFit(Section):
 
 
 class AlignmentSettings(AlignmentFit):
-    """Whether there is a refit, of a table that DVC versions."""
+    """Whether merged and later layers are refitted to the base while merging, on a table that DVC versions."""
 
     enabled: Annotated[bool, Option("--align/--no-align")] = Field(
         False, description="Refit merged and later layers to the base's hidden states while merging"
@@ -211,7 +211,7 @@ class HealFit(StageSettings):
 
 
 class HealSettings(HealFit):
-    """Whether what was merged is healed, on a table that DVC versions."""
+    """Whether what was merged is trained back towards its base, on a table that DVC versions."""
 
     mode: Annotated[Literal["off", "local", "distil"], Option("--heal")] = Field(
         "off",
@@ -581,7 +581,9 @@ class RegistrySettings(Section):
 class Recipe(Section):
     """Everything one recompression needs to know."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9._-]*$", description="What the result is called, and its registered model"
+    )
     model: ModelSource
     calibration: CalibrationSettings = CalibrationSettings()
     method: MethodChoice = MethodChoice()

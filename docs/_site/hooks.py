@@ -1,4 +1,4 @@
-"""What the site holds beside the files of this folder: the recipe's reference, and pages that lie at the project's root.
+"""What the site holds beside the files of this folder: the recipe's reference, and pages at the project's root.
 
 mkdocs runs these functions by their names (https://www.mkdocs.org/user-guide/plugins/#events).
 """
@@ -53,14 +53,21 @@ def describe_recipe(schema: dict[str, Any]) -> str:
     lines = [
         "# The recipe",
         "",
-        "A recipe is one YAML file. Every key below has a default unless it says *required*; a key that is not here is refused,",
-        "and the refusal names the nearest one. `mka recipe --show RECIPE` prints a recipe with all its defaults,",
-        "`mka recipe --schema` the JSON schema that editors complete and check by, and `mka init MODEL` writes a first one.",
+        "A recipe is one YAML file. Every key below has a default unless it says *required*; a key that is not here is",
+        "refused, and the refusal names the nearest one. `mka recipe --show RECIPE` prints one with all its defaults,",
+        "`mka recipe --schema` the JSON schema that editors complete by, and `mka init MODEL` writes a first one.",
         "This page is made from the same schema.",
     ]
     lines += ["", *_list_keys(schema, sections)]
     for name, nested in _list_sections(schema, sections):
-        lines += ["", f"## `{name}`", "", nested.get("description", "").split("\n\n")[0], "", *_list_keys(nested, sections)]
+        lines += [
+            "",
+            f"## `{name}`",
+            "",
+            nested.get("description", "").split("\n\n")[0],
+            "",
+            *_list_keys(nested, sections),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -77,7 +84,9 @@ def _list_keys(section: dict[str, Any], sections: dict[str, Any]) -> list[str]:
     rows = ["| key | values | default | what it says |", "|---|---|---|---|"]
     for key, field in section["properties"].items():
         default = "*required*" if key in required else _show_default(field)
-        rows.append(f"| `{key}` | {_show_values(field, sections)} | {default} | {_escape(field.get('description', ''))} |")
+        rows.append(
+            f"| `{key}` | {_show_values(field, sections)} | {default} | {_escape(field.get('description', ''))} |"
+        )
     return rows
 
 
@@ -109,4 +118,11 @@ def _escape(text: str) -> str:
 
 
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-TYPES = {"string": "text", "integer": "whole number", "number": "number", "boolean": "`true`, `false`", "object": "keys and values", "null": "`null`"}
+TYPES = {
+    "string": "text",
+    "integer": "whole number",
+    "number": "number",
+    "boolean": "`true`, `false`",
+    "object": "keys and values",
+    "null": "`null`",
+}

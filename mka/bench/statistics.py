@@ -171,7 +171,7 @@ class Comparison:
                 if not draws.divides(_key(self.cells[rival, layers])):
                     continue
                 ratio = draws.ratio(_key(self.cells[row, layers]), _key(self.cells[rival, layers]))
-                found.append(Duel(row, rival, layers, self.groups[check].label, ratio, _judge(ratio, below=below)))
+                found.append(Duel(row, rival, layers, self.groups[check].label, ratio, judge_ratio(ratio, below=below)))
         return found
 
     def list_groups(self, *on: str) -> dict[str, Group]:
@@ -197,7 +197,8 @@ def _key(measured: Measured) -> str:
     return measured.cell.key
 
 
-def _judge(ratio: Estimate, *, below: bool) -> str:
+def judge_ratio(ratio: Estimate, *, below: bool) -> str:
+    """Say whether a ratio is better or worse than 1, "equal" or undecided; see `Duel`."""
     if not ratio.excludes_one:
         return "equal" if ratio.lower == ratio.upper else "undecided"
     return "better" if (ratio.upper < 1) == below else "worse"

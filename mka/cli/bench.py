@@ -8,7 +8,7 @@ import click
 
 from mka.cli.console import examples, reports
 from mka.cli.models import find_work
-from mka.cli.options import FILE
+from mka.cli.options import RECIPE, device_option
 from mka.store.publishing import make_work
 from mka.terminal import Outcome, align, quiet_libraries, say
 
@@ -22,10 +22,11 @@ README = Path("README.md")
         "mka bench recipes/bench_smollm2.yaml --readme",
     )
 )
-@click.argument("recipe", type=FILE)
+@click.argument("recipe", type=RECIPE)
 @click.option("--only", metavar="METHOD", help="Run the cells of one method, by name or label; show all stored ones.")
 @click.option("--readme", is_flag=True, help=f"Put the best rows between the benchmarks markers of {README} too.")
 @click.option("--dry-run", is_flag=True, help="Check everything and list the cells: stored, or about how long.")
+@device_option
 @reports
 def bench(recipe: Path, only: str | None, readme: bool, dry_run: bool) -> Outcome:
     """Compare methods as RECIPE says: methods × targets × alignment × healing × rounding.

@@ -7,7 +7,7 @@ import click
 
 from mka.cli.console import examples, reports, typed
 from mka.cli.models import find_work
-from mka.cli.options import FILE, budgets_option, depths_option
+from mka.cli.options import RECIPE, budgets_option, depths_option, device_option
 from mka.errors import RecipeError
 from mka.store.publishing import make_work
 from mka.terminal import Outcome, align, quiet_libraries
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
         "mka budget recipes/smollm2_135m.yaml --bytes 160MB --bytes 150MB --layers 30 --layers 26 --layers 23",
     )
 )
-@click.argument("recipe", type=FILE)
+@click.argument("recipe", type=RECIPE)
 @budgets_option("Bytes of all tensors; may be repeated.  [default: what all layers take in 4, 3, 2.5 and 2 bits]")
 @depths_option("all, and four fewer ones down to two thirds")
+@device_option
 @reports
 def budget(recipe: Path, budgets: tuple[float, ...], depths: tuple[int, ...]) -> Outcome:
     """Say what bytes buy: fewer layers, fewer bits, or some of both.

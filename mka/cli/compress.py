@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mka.cli.completion import complete_models
 from mka.cli.console import examples, reports, show_results, typed
 from mka.cli.models import find_work, name_source
-from mka.cli.options import FILE, Command, default_of, pick, recipe_option, recipe_options, require_align
+from mka.cli.options import FILE, Command, default_of, device_option, pick, recipe_option, recipe_options, require_align
 from mka.store.publishing import check_free, make_work
 from mka.terminal import Outcome, quiet_libraries, say
 
@@ -29,7 +30,7 @@ SOURCE = ("hub", "revision", "folder", "package", "sha256")
         "mka compress ./smollm2 --method aligned --align --layers 23 --output ./smollm2-23",
     ),
 )
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=complete_models)
 @recipe_options(
     *("method.name", "target", "method.settings", "quantize", "calibration"),
     *("alignment.enabled", "alignment", "heal.mode", "heal", "evaluation.text", "evaluation"),
@@ -40,6 +41,7 @@ SOURCE = ("hub", "revision", "folder", "package", "sha256")
 @recipe_options("seed", "model")
 @click.option("--output", type=FILE, required=True, metavar="DIR", help="Model folder to write; must not exist.")
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would happen; a remote MODEL is fetched.")
+@device_option
 @reports
 def compress(
     model: str | None, output: Path, recipe_file: Path | None, no_evaluate: bool, dry_run: bool, asked: dict[str, Any]

@@ -25,10 +25,13 @@ def examples(*lines: str) -> str:
     return "\n".join(["\b", "Example:" if len(lines) == 1 else "Examples:", *(f"  {line}".rstrip() for line in lines)])
 
 
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout instead of text.")
+
+
 def reports(command: Callable[..., Outcome]) -> Callable[..., None]:
     """Give a command ``--json`` and print the `Outcome` it returns; nothing else reaches stdout."""
 
-    @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout instead of text.")
+    @json_option
     @functools.wraps(command)
     def run(*args: Any, as_json: bool, **options: Any) -> None:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():

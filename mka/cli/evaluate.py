@@ -8,7 +8,16 @@ import click
 
 from mka.cli.console import examples, reports, typed
 from mka.cli.models import open_model
-from mka.cli.options import FILE, Command, build_section, default_of, model_argument, pick, recipe_options
+from mka.cli.options import (
+    FILE,
+    Command,
+    build_section,
+    default_of,
+    device_option,
+    model_argument,
+    pick,
+    recipe_options,
+)
 from mka.errors import RecipeError
 from mka.store.publishing import check_free, write_file
 from mka.terminal import Outcome, align, quiet_libraries
@@ -21,6 +30,7 @@ from mka.terminal import Outcome, align, quiet_libraries
 @model_argument
 @recipe_options("evaluation.text", "evaluation", "seed", "model")
 @click.option("--output", type=FILE, metavar="FILE", help="Keep the report, JSON; must not exist.")
+@device_option
 @reports
 def evaluate(model: str, output: Path | None, asked: dict[str, Any]) -> Outcome:
     """Measure MODEL from disk: perplexity, benchmarks and generation.

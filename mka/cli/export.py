@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from mka.cli.completion import complete_forms, complete_types
 from mka.cli.console import examples, reports
 from mka.cli.models import open_model
 from mka.cli.options import model_argument, output_folder
@@ -20,9 +21,20 @@ from mka.terminal import Outcome, align
     )
 )
 @model_argument
-@click.option("--format", "form", default="folder", show_default=True, help="Form to write; an unknown one lists all.")
 @click.option(
-    "--type", "file_type", metavar="TYPE", help="Of the weights, where a form has types; an unknown one lists all."
+    "--format",
+    "form",
+    default="folder",
+    show_default=True,
+    shell_complete=complete_forms,
+    help="Form to write; an unknown one lists all.",
+)
+@click.option(
+    "--type",
+    "file_type",
+    metavar="TYPE",
+    shell_complete=complete_types,
+    help="Of the weights, where a form has types; an unknown one lists all.",
 )
 @output_folder
 @reports

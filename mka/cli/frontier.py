@@ -8,7 +8,7 @@ import click
 from mka.cli.bench import show_foresight
 from mka.cli.console import examples, reports
 from mka.cli.models import find_work
-from mka.cli.options import FILE, budgets_option, depths_option
+from mka.cli.options import FILE, RECIPE, budgets_option, depths_option, device_option
 from mka.store.publishing import make_work, write_text
 from mka.terminal import Outcome, quiet_libraries, say
 
@@ -19,7 +19,7 @@ from mka.terminal import Outcome, quiet_libraries, say
         "mka frontier recipes/smollm2_135m.yaml --layers 26 --bytes 75MB --bytes 85MB --output frontier",
     )
 )
-@click.argument("recipe", type=FILE)
+@click.argument("recipe", type=RECIPE)
 @budgets_option(
     "Bytes of all tensors that bits are mixed for, e.g. 80MB; may be repeated.  [default: two, between 4 and 2 "
     "bits for all layers]"
@@ -27,6 +27,7 @@ from mka.terminal import Outcome, quiet_libraries, say
 @depths_option("those of the recipe's target")
 @click.option("--output", type=FILE, required=True, metavar="DIR", help="Folder of the page; may exist.")
 @click.option("--dry-run", is_flag=True, help="Check everything and list the models: stored, or about how long.")
+@device_option
 @reports
 def frontier(recipe: Path, budgets: tuple[float, ...], depths: tuple[int, ...], output: Path, dry_run: bool) -> Outcome:
     """Draw quality against bytes and against time for the moves that RECIPE allows.

@@ -7,7 +7,16 @@ import click
 
 from mka.cli.console import examples, reports
 from mka.cli.models import find_work, open_model, open_with_table
-from mka.cli.options import FILE, Command, build_section, model_argument, output_folder, pick, recipe_options
+from mka.cli.options import (
+    FILE,
+    Command,
+    build_section,
+    device_option,
+    model_argument,
+    output_folder,
+    pick,
+    recipe_options,
+)
 from mka.store.publishing import check_free, make_work
 from mka.terminal import Outcome, quiet_libraries
 
@@ -39,6 +48,7 @@ HOW = (
 )
 @recipe_options("heal", "seed", "model", own="heal", help={"heal.mode": HOW})
 @output_folder
+@device_option
 @reports
 def heal(model: str, base_model: str, plan_file: Path | None, output: Path, asked: dict[str, Any]) -> Outcome:
     """Train MODEL back towards BASE, by default on the logits of the whole model.

@@ -11,19 +11,25 @@ import click
 import mka
 from mka.cli.bench import bench
 from mka.cli.budget import budget
+from mka.cli.chat import chat
 from mka.cli.clean import clean
+from mka.cli.compare import compare
+from mka.cli.completion import completion
 from mka.cli.compress import compress
 from mka.cli.console import ARGUMENTS, examples
 from mka.cli.evaluate import evaluate
 from mka.cli.export import export
 from mka.cli.frontier import frontier
 from mka.cli.heal import heal
+from mka.cli.init import init
+from mka.cli.inspect import inspect
 from mka.cli.merge import merge
 from mka.cli.methods import methods
 from mka.cli.models import find_work
 from mka.cli.observe import observe
 from mka.cli.plan import plan
 from mka.cli.publish import publish
+from mka.cli.recipe import recipe
 from mka.cli.report import report
 from mka.cli.score import score
 from mka.cli.serve_check import serve_check
@@ -78,12 +84,17 @@ class Commands(click.Group):
     cls=Commands,
     invoke_without_command=True,
     epilog=examples(
+        "mka inspect ./smollm2",
+        "mka init ./smollm2 --output recipe.yaml",
+        "mka compress --recipe recipe.yaml --output ./smollm2-25 --dry-run",
         "mka compress ./smollm2 --method mka --layers 24 --output ./smollm2-24",
         "mka observe ./smollm2 --output states.safetensors",
         "mka score ./smollm2 --states states.safetensors --output scores.json",
         "mka plan ./smollm2 --scores scores.json --layers 24 --output plan.json",
         "mka merge ./smollm2 --plan plan.json --output ./smollm2-24",
         "mka evaluate ./smollm2-24 --text data/prepared/heldout.jsonl",
+        "mka compare ./smollm2 ./smollm2-24",
+        'eval "$(mka completion bash)"     # the shell completes what is typed',
     ),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
@@ -101,6 +112,9 @@ def cli(context: click.Context, progress: bool | None) -> None:
 
 
 for command in (
+    inspect,
+    init,
+    recipe,
     compress,
     methods,
     tasks,
@@ -111,6 +125,8 @@ for command in (
     merge,
     heal,
     evaluate,
+    chat,
+    compare,
     report,
     export,
     serve_check,
@@ -121,6 +137,7 @@ for command in (
     budget,
     frontier,
     clean,
+    completion,
 ):
     cli.add_command(command)
 

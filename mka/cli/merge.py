@@ -12,6 +12,7 @@ from mka.cli.options import (
     FILE,
     Command,
     build_section,
+    device_option,
     model_argument,
     output_folder,
     pick,
@@ -37,6 +38,7 @@ CALIBRATED = ("quantize.rounding", "quantize.tokens", "quantize.bits_per_weight"
 @click.option("--plan", "plan_file", type=FILE, required=True, metavar="FILE", help="What `mka plan` wrote.")
 @recipe_options("alignment.enabled", "alignment", "quantize", "model", leave_out=CALIBRATED)
 @output_folder
+@device_option
 @reports
 def merge(model: str, plan_file: Path, output: Path, asked: dict[str, Any]) -> Outcome:
     """Write the model that a plan makes of MODEL.

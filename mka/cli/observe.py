@@ -7,7 +7,7 @@ import click
 
 from mka.cli.console import examples, reports
 from mka.cli.models import open_with_table
-from mka.cli.options import FILE, Command, build_section, model_argument, pick, recipe_options
+from mka.cli.options import FILE, Command, build_section, device_option, model_argument, pick, recipe_options
 from mka.store.publishing import check_free, write_file
 from mka.terminal import Outcome, quiet_libraries
 
@@ -18,6 +18,7 @@ from mka.terminal import Outcome, quiet_libraries
 @model_argument
 @recipe_options("calibration", "model")
 @click.option("--output", type=FILE, required=True, metavar="FILE", help="Hidden states, safetensors; must not exist.")
+@device_option
 @reports
 def observe(model: str, output: Path, asked: dict[str, Any]) -> Outcome:
     """Run MODEL over calibration texts, keep hidden states.

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 import click
 from click.core import ParameterSource
 
+from mka.cli.completion import OF_KEYS, complete_models
+from mka.cli.types import FILE, RECIPE, SIZE, NumberOr
 from mka.errors import RecipeError
+from mka.model.device import AUTO, DEVICES
 from mka.outside.printable import one_line
 
 if TYPE_CHECKING:
@@ -23,56 +26,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Section = TypeVar("Section", bound="BaseModel")
 
 
-class FileName(click.Path):
-    """A path that can be told on one line: names with control characters or broken UTF-8 are refused."""
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        """Read what was typed."""
-        if not str(value).isprintable():
-            self.fail(
-                f"{one_line(value, 80)!r}: a name must be one line without control characters", parameter, context
-            )
-        if str(value).startswith("--"):
-            self.fail(f"{one_line(value, 80)!r} is an option; ./ in front makes a name of it", parameter, context)
-        return super().convert(value, parameter, context)
-
-
-class Size(click.ParamType):
-    """Bytes as people write them, e.g. 80MB."""
-
-    name = "size"
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
-        """Read what was typed."""
-        from mka.outside.sizes import parse_size
-
-        try:
-            size = float(parse_size(value))
-        except ValueError:
-            size = 0.0
-        if not 0 < size < float("inf"):
-            self.fail(f"{one_line(value, 60)!r} is no size, e.g. 80MB", parameter, context)
-        return size
-
-
-class NumberOr(click.ParamType):
-    """A whole number, or a word that stands for null."""
-
-    name = "number"
-
-    def __init__(self, null: str) -> None:
-        """Remember the word."""
-        self.null = null
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int | None:
-        """Read what was typed."""
-        return None if value == self.null else click.INT.convert(value, parameter, context)
-
-
-FILE = FileName(path_type=Path)
-SIZE = Size()
-
-
 def budgets_option(help: str) -> Callable[[Function], Function]:
     """Give a command ``--bytes SIZE``, as often as wanted, as ``budgets``."""
     return click.option("--bytes", "budgets", multiple=True, type=SIZE, help=help)
@@ -84,12 +37,30 @@ def depths_option(default: str) -> Callable[[Function], Function]:
     return click.option("--layers", "depths", multiple=True, type=int, metavar="N", help=told)
 
 
-model_argument = click.argument("model")
+model_argument = click.argument("model", shell_complete=complete_models)
 output_folder = click.option(
     "--output", type=FILE, required=True, metavar="DIR", help="Folder to write; must not exist."
 )
 recipe_option = click.option(
-    "--recipe", "recipe_file", type=FILE, metavar="FILE", help="A recipe, YAML; recipes/ has one."
+    "--recipe", "recipe_file", type=RECIPE, metavar="FILE", help="A recipe, YAML; recipes/ has one."
+)
+
+
+def _choose_device(context: click.Context, option: click.Parameter, value: str) -> None:
+    """Run models on what was typed until the command ends; refuses what is not there."""
+    from mka.model.device import running_on
+
+    if value != AUTO and not context.resilient_parsing:
+        context.with_resource(running_on(value))
+
+
+device_option = click.option(
+    "--device",
+    type=click.Choice(DEVICES),
+    default=AUTO,
+    expose_value=False,
+    callback=_choose_device,
+    help="Where models are run.  [default: cuda if there is one, else cpu]",
 )
 
 
@@ -202,6 +173,7 @@ def make_option(key: str, help: str | None = None, own: str = "") -> RecipeOptio
         attributes["type"] = NumberOr(marker.null)
     elif marker.null is not None:
         attributes["callback"] = lambda context, option, value: None if str(value) == marker.null else value
+    attributes["shell_complete"] = OF_KEYS.get(key)
     plain = f"--{key.rpartition('.')[2].replace('_', '-')}"
     name = marker.name or plain
     name = plain if own and name == f"--{own}" else name.replace(f"--{own}-", "--") if own else name

@@ -8,7 +8,7 @@ import click
 
 from mka.cli.console import examples, reports
 from mka.cli.models import open_with_table
-from mka.cli.options import FILE, Command, build_section, model_argument, pick, recipe_options
+from mka.cli.options import FILE, Command, build_section, device_option, model_argument, pick, recipe_options
 from mka.errors import PlanError, RecipeError
 from mka.store.publishing import check_free, write_file
 from mka.terminal import Outcome, quiet_libraries
@@ -25,6 +25,7 @@ from mka.terminal import Outcome, quiet_libraries
     },
 )
 @click.option("--output", type=FILE, required=True, metavar="FILE", help="Plan, JSON; must not exist.")
+@device_option
 @reports
 def plan(model: str, scores: Path | None, output: Path, asked: dict[str, Any]) -> Outcome:
     """Decide which layers of MODEL become one.

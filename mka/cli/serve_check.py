@@ -6,9 +6,10 @@ from typing import Any
 
 import click
 
+from mka.cli.completion import complete_engines
 from mka.cli.console import examples, reports, show_results, typed
 from mka.cli.models import find_work, open_model
-from mka.cli.options import FILE, Command, build_section, model_argument, recipe_options
+from mka.cli.options import FILE, Command, build_section, device_option, model_argument, recipe_options
 from mka.store.publishing import check_free, make_work, write_file
 from mka.terminal import Outcome, quiet_libraries
 
@@ -31,7 +32,12 @@ def _read_counts(context: click.Context, option: click.Parameter, value: str | N
 )
 @model_argument
 @click.option(
-    "--engine", "name", required=True, metavar="NAME", help="vllm or llama.cpp; `make engines` installs them."
+    "--engine",
+    "name",
+    required=True,
+    metavar="NAME",
+    shell_complete=complete_engines,
+    help="vllm or llama.cpp; `make engines` installs them.",
 )
 @click.option("--base", metavar="MODEL", help="Also load this one, and time both in turns.")
 @click.option("--python", type=FILE, metavar="FILE", help="Python of another environment that has the engine.")
@@ -51,6 +57,7 @@ def _read_counts(context: click.Context, option: click.Parameter, value: str | N
 @click.option("--memory", type=float, metavar="GB", help="End an engine that has more.  [default: 0.9 of what is free]")
 @recipe_options("seed", "model")
 @click.option("--output", type=FILE, metavar="FILE", help="Keep the report, JSON; must not exist.")
+@device_option
 @reports
 def serve_check(
     model: str,

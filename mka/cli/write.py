@@ -8,7 +8,7 @@ import click
 
 from mka.cli.console import examples, reports
 from mka.cli.models import find_work, open_model
-from mka.cli.options import FILE, Command, model_argument, recipe_options
+from mka.cli.options import FILE, Command, device_option, model_argument, recipe_options
 from mka.store.publishing import check_free, make_work, write_file
 from mka.terminal import Outcome, align, quiet_libraries
 
@@ -19,6 +19,7 @@ from mka.terminal import Outcome, align, quiet_libraries
 @recipe_options("seed", "model", help={"seed": "Draws the beginnings and every token.  [default: 0]"})
 @click.option("--output", type=FILE, required=True, metavar="FILE", help="Table, JSON lines; must not exist.")
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would happen; a remote MODEL is fetched.")
+@device_option
 @reports
 def write(model: str, tokens: int, output: Path, dry_run: bool, asked: dict[str, Any]) -> Outcome:
     """Let MODEL write a calibration table itself.

@@ -126,8 +126,9 @@ def describe_machine(model: Any) -> dict[str, Any]:
     import torch
 
     on_gpu = torch.cuda.is_available() if model is None else model.device.type == "cuda"
+    elsewhere = "cpu" if model is None else model.device.type
     return {
-        "device": torch.cuda.get_device_name(None if model is None else model.device) if on_gpu else "cpu",
+        "device": torch.cuda.get_device_name(None if model is None else model.device) if on_gpu else elsewhere,
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "platform": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",

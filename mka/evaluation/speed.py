@@ -91,5 +91,5 @@ def _time_rounds(models: Mapping[str, Any], call: Callable[[Any], None], tokens:
 def _synchronize(model: Any) -> None:
     import torch
 
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
+    if model.device.type != "cpu":
+        getattr(torch, model.device.type).synchronize()

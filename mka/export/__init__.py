@@ -63,6 +63,12 @@ def export_names() -> list[str]:
     return list(_EXPORTS)
 
 
+def type_names(form: str | None) -> list[str]:
+    """Types of the weights that a form writes; of all forms where it has none, or there is none of that name."""
+    own = _EXPORTS[form].types if form in _EXPORTS else ()
+    return list(own or dict.fromkeys(kind for row in _EXPORTS.values() for kind in row.types))
+
+
 def get_export(name: str, file_type: str | None = None) -> Export:
     """Return what writes a model folder in a form.
 

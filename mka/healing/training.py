@@ -19,6 +19,7 @@ from mka.errors import NumericsError, OutputError
 from mka.healing.curve import has_diverged, is_worse, read_curve
 from mka.healing.student import Student
 from mka.healing.table import HealingWindows
+from mka.model.device import find_device
 from mka.recipe import HealFit
 from mka.terminal import quiet_libraries, show_progress
 
@@ -132,7 +133,8 @@ def _arguments(
     keeping: bool,
     first: bool,
 ) -> TrainingArguments:
-    cuda = torch.cuda.is_available()
+    device = find_device().type
+    cuda = device == "cuda"
     return TrainingArguments(
         output_dir=str(scratch),
         max_steps=steps,
@@ -149,7 +151,7 @@ def _arguments(
         weight_decay=0.0,
         max_grad_norm=1.0,
         bf16=cuda and torch.cuda.is_bf16_supported(),
-        use_cpu=not cuda,
+        use_cpu=device == "cpu",
         activation_checkpointing=settings.checkpointing,
         eval_strategy="steps",
         eval_steps=every,

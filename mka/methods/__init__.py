@@ -1,7 +1,7 @@
 """Compressors: one file each, behind one seam. `get_method` imports the file when it is asked for."""
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from mka.evidence.cuts import CutEvidence
 from mka.evidence.needs import HIDDEN_STATES, Evidence
 from mka.evidence.states import LayerScores
 from mka.plan.plan import Decision, MergePlan
-from mka.plan.target import Aim
+from mka.plan.target import Aim, count_fewest
 from mka.recipe import MethodChoice
 from mka.sections import Section, explain_validation
 from mka.transforms.fold import Folds
@@ -53,6 +53,7 @@ class Method:
         competing: most layers whose heads or neurons compete for one output layer under given settings; above 1, only
             an alignment can write its plans.
         units: how many units at most, and of what, ``decide`` reports for L layers, an aim and settings.
+        fewest: fewest layers it can leave of layers of these kinds, an aim's protection and settings.
     """
 
     name: str
@@ -68,6 +69,9 @@ class Method:
     competing: Callable[[Any], int] = field(default=lambda settings: 1)
     units: Callable[[int, Aim, Any], tuple[int, str]] = field(
         default=lambda layers, aim, settings: (layers - aim.layers_out, "merge")
+    )
+    fewest: Callable[[Sequence[Any], Aim, Any], int] = field(
+        default=lambda kinds, aim, settings: count_fewest(kinds, aim)
     )
 
 

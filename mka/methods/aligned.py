@@ -21,7 +21,7 @@ from mka.methods import Method
 from mka.plan.deleting import deletable_layers
 from mka.plan.grouping import merge_adjacent, partition_layers
 from mka.plan.plan import Decision, MergedLayer, Step, take_layers
-from mka.plan.target import Aim
+from mka.plan.target import Aim, count_fewest
 from mka.sections import Section
 from mka.similarity.npib import SimilaritySettings, score_similarity
 
@@ -166,4 +166,10 @@ METHOD = Method(
     plan_settings=frozenset(Settings.model_fields),
     competing=lambda settings: settings.largest if settings.operator == "concat-select" else 1,
     units=count_units,
+    fewest=lambda kinds, aim, settings: count_fewest(
+        kinds if settings.operator == "average" else [None] * len(kinds),
+        aim,
+        merged=True,
+        largest=None if settings.selection == "similarity" else settings.largest,
+    ),
 )

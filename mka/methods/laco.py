@@ -22,7 +22,7 @@ Where this departs from the source:
 
 import math
 from collections.abc import Sequence
-from itertools import groupby, takewhile
+from itertools import takewhile
 from typing import Any
 
 from pydantic import Field
@@ -31,7 +31,7 @@ from mka.evidence.needs import OUTPUT_SIMILARITY, Evidence
 from mka.evidence.states import LayerScores
 from mka.methods import Method
 from mka.plan.plan import Decision, MergedLayer, Step, identity_layers
-from mka.plan.target import Aim, refuse_unreachable
+from mka.plan.target import Aim, count_fewest, refuse_unreachable
 from mka.sections import Section
 
 Layers = tuple[MergedLayer, ...]
@@ -58,9 +58,9 @@ def collapse_layers(group: Sequence[MergedLayer]) -> MergedLayer:
 
 def decide(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> Decision:
     """Walk with an ever lower threshold until the target is met. A step's score is the cosine after it."""
-    free = evidence.kinds[aim.protect_first : max(aim.protect_first, evidence.layers - aim.protect_last)]
-    fewest = evidence.layers - len(free) + len(list(groupby(free)))
-    refuse_unreachable(aim.layers_out, fewest, aim.protect_first, aim.protect_last)
+    refuse_unreachable(
+        aim.layers_out, count_fewest(evidence.kinds, aim, merged=True), aim.protect_first, aim.protect_last
+    )
     walk = _Walk(evidence, aim, settings)
     base = identity_layers(evidence.layers)
     layers: Layers = base
@@ -131,4 +131,5 @@ METHOD = Method(
     settings=Settings,
     decide=decide,
     needs=lambda settings: frozenset({OUTPUT_SIMILARITY}),
+    fewest=lambda kinds, aim, settings: count_fewest(kinds, aim, merged=True),
 )

@@ -152,12 +152,15 @@ def _kinds(
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return path, digest, model_type, layers, parameters (as unpacked), bytes and dtype of a checkpoint."""
+    return {"path": str(checkpoint.path), "digest": checkpoint.digest, **describe_headers(checkpoint)}
+
+
+def describe_headers(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what `describe_checkpoint` does without reading a tensor: neither path nor digest."""
     parameters = sum(t.parameters for t in checkpoint.tensors.values())
     if checkpoint.is_quantized:
         parameters = _count_unpacked(checkpoint)
     return {
-        "path": str(checkpoint.path),
-        "digest": checkpoint.digest,
         "model_type": checkpoint.family.model_type,
         "layers": checkpoint.layers,
         "parameters": parameters,

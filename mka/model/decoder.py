@@ -9,6 +9,7 @@ import torch
 
 from mka.errors import CalibrationError
 from mka.model.checkpoint import Checkpoint
+from mka.model.device import find_device, refuse_single
 from mka.model.families import Family, get_family
 from mka.model.outline import build_outline, find_pieces
 from mka.model.tensors import TRIM_BYTES, TensorReader, give_memory_back
@@ -114,7 +115,7 @@ class StreamedDecoder(Decoder):
     """
 
     def __init__(self, checkpoint: Checkpoint, read: TensorReader, dtype: str) -> None:
-        """Build the model without its weights, on cuda if there is one.
+        """Build the model without its weights, where models are run.
 
         Args:
             checkpoint: unquantized.
@@ -123,12 +124,15 @@ class StreamedDecoder(Decoder):
 
         Raises:
             CheckpointError: if a weight is missing, left over or of another shape than the config says.
+            RecipeError: if that device cannot hold the sums that are made of what is walked.
         """
+        device = find_device()
+        refuse_single(device, "what is seen layer by layer")
         self.read, self.dtype = read, getattr(torch, dtype)
         model = build_outline(checkpoint, self.dtype)
         self._pieces = find_pieces(checkpoint, model)
         super().__init__(model)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device
         # Only gradients read it, and rows are numbered anew.
         self.family.get_embedding(model).padding_idx = None
         for module in model.modules():

@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mka.errors import CheckpointError
+from mka.errors import CheckpointError, MkaError
 from mka.model.checkpoint import Checkpoint, open_checkpoint
 from mka.model.config import build_config
+from mka.model.device import find_device
 from mka.model.families import FAMILIES
 from mka.model.weights import read_json
 from mka.terminal import quiet_libraries
@@ -20,7 +21,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load_model(folder: str | Path, dtype: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Load a causal language model and its tokenizer from a local folder, in eval mode, on cuda if there is one.
+    """Load a causal language model and its tokenizer from a local folder, in eval mode, where models are run.
 
     The class is stock's, and how it attends and what it returns are the library's defaults, whatever the config names.
 
@@ -53,7 +54,7 @@ def load_model(folder: str | Path, dtype: str, trust_remote_code: bool = False) 
                 f"{folder}: config and weights disagree: {len(found)} {kind.replace('_', ' ')}, e.g. {found[0]}; "
                 "fetch or write the model again"
             )
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model = model.to(find_device()).eval()
     if getattr(model.config, "quantization_config", None) is not None:
         # Packed weights are unpacked by the first forward pass; now, so that no measurement pays for it.
         with quiet_libraries(quantized=True), torch.inference_mode():
@@ -107,7 +108,7 @@ def _refusing(folder: Path) -> Iterator[None]:
     """Loaders raise whatever their parsers raise; a person needs the folder's name and the reason, in one line."""
     try:
         yield
-    except CheckpointError:
+    except MkaError:
         raise
     except Exception as error:
         raise CheckpointError(f"{folder}: does not load: {' '.join(str(error).split())[:300]}") from None

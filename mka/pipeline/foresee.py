@@ -63,6 +63,11 @@ def estimate_states(job: Job, lengths: Sequence[int] | None = None) -> int:
     return (job.base.layers + 1) * len(lengths) * hidden * 4 + 2 * sum(lengths) * hidden * width_of(job)
 
 
+def estimate_observing(job: Job, lengths: Sequence[int] | None = None) -> int:
+    """Bytes of what observing holds: one layer, and `estimate_states`."""
+    return largest_layer(job) + estimate_states(job, lengths)
+
+
 def estimate_writing(job: Job) -> int:
     """Bytes of what the base needs to write its own text: all weights, and the cache of one batch; 0 if it is there."""
     if job.inputs.own_text is None or not job.inputs.own_text.foreseen:

@@ -8,7 +8,7 @@ from mka.evidence.gather import observe_texts
 from mka.evidence.needs import HIDDEN_STATES
 from mka.evidence.states import HiddenStates
 from mka.model.checkpoint import Checkpoint
-from mka.pipeline.foresee import estimate_states, largest_layer
+from mka.pipeline.foresee import estimate_observing
 from mka.pipeline.job import Job
 from mka.pipeline.stage import STATES_FILE, Cost, Found, Stage
 from mka.recipe import CalibrationSettings, ModelSource
@@ -51,6 +51,6 @@ OBSERVE = Stage(
         job.recipe.calibration.model_dump(include={"max_tokens", "pooling"}) | {"dtype": job.recipe.model.dtype}
     ),
     make=_make,
-    foresee=lambda job: Cost(memory=largest_layer(job) + estimate_states(job)),
+    foresee=lambda job: Cost(memory=estimate_observing(job)),
     describe=lambda job: f"observe {job.base.layers} layers",
 )

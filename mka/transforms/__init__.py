@@ -135,7 +135,7 @@ def resolve_transforms(choices: Iterable[TransformChoice], where: str = "recipe"
 def _resolve(choice: TransformChoice, where: str) -> Treatment:
     transform = get_transform(choice.name) if choice.name in _TRANSFORMS else None
     if transform is None or transform.settings is None:
-        names = [name for name in _TRANSFORMS if get_transform(name).settings is not None]
+        names = transform_names()
         hint = nearest(choice.name, names)
         raise RecipeError(f"{where}: unknown transform {choice.name!r}{hint}; transforms: {', '.join(names)}")
     try:
@@ -143,6 +143,11 @@ def _resolve(choice: TransformChoice, where: str) -> Treatment:
     except ValidationError as error:
         about = f"{where}: settings of transform {choice.name!r}"
         raise RecipeError(explain_validation(error, transform.settings, about)) from None
+
+
+def transform_names() -> list[str]:
+    """Names of the transforms that a recipe may list."""
+    return [name for name in _TRANSFORMS if get_transform(name).settings is not None]
 
 
 def get_transform(name: str) -> Transform:

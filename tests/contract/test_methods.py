@@ -53,6 +53,22 @@ def test_a_plan_reaches_its_target_and_keeps_the_rules(name, settings, family, m
     assert facts["layers"] == facts["config_layers"] == 4
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
+@every_method
+def test_a_method_knows_how_few_layers_it_can_leave(name, settings, family, models, texts):
+    kinds = layer_kinds(models[family].config, get_family(family, "test"))
+    method, chosen = get_method(name), method_settings(name, settings)
+    fewest = method.fewest(kinds, Aim(1, 1, 1), chosen)
+    # One layer at either end is protected.
+    assert 2 <= fewest <= LAYERS
+    if name != "reference_code":  # which protects nothing
+        with pytest.raises(PlanError, match="cannot be reached"):
+            score_and_plan(models[family], name, settings, Aim(fewest - 1, 1, 1), texts)
+    if getattr(chosen, "selection", None) not in ("both", "divergence"):  # these may try too few groups
+        _, plan = score_and_plan(models[family], name, settings, Aim(fewest, 1, 1), texts)
+        assert plan.layers_out == fewest
+
+
 @pytest.mark.parametrize("family", ["llama", "smollm3", "gemma3_text"])
 @every_method
 def test_protected_layers_are_untouched(name, settings, family, models, texts):

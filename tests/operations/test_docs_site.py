@@ -1,4 +1,4 @@
-"""The documentation site, built and opened in a real browser: from disk, with no network, wide and narrow, light and dark."""
+"""The documentation site, built and opened in a browser from disk with no network: wide and narrow, light and dark."""
 
 import subprocess
 from pathlib import Path
@@ -8,7 +8,17 @@ import pytest
 pytestmark = [pytest.mark.browser, pytest.mark.operations]
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("index", "own-model", "report", "recipe", "library", "operations", "formats", "benchmarks", "project/decisions")
+PAGES = (
+    "index",
+    "own-model",
+    "report",
+    "recipe",
+    "library",
+    "operations",
+    "formats",
+    "benchmarks",
+    "project/decisions",
+)
 
 
 @pytest.fixture(scope="module")

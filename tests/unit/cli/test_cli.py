@@ -30,6 +30,9 @@ SAMPLES = 60
 HEAVY = {"torch", "transformers", "pandas", "scipy", "matplotlib", "datasets", "lm_eval", "mlflow", "prefect"}
 STAGES = (
     *(
+        "inspect",
+        "init",
+        "recipe",
         "compress",
         "methods",
         "tasks",
@@ -39,11 +42,9 @@ STAGES = (
         "plan",
         "merge",
         "heal",
-        "evaluate",
-        "report",
-        "export",
     ),
-    *("serve-check", "sign", "verify", "publish", "bench", "budget", "frontier", "clean"),
+    *("evaluate", "chat", "compare", "report", "export", "serve-check", "sign", "verify", "publish", "bench"),
+    *("budget", "frontier", "clean", "completion"),
 )
 
 

@@ -10,7 +10,8 @@ from mka.cli.options import Command, RecipeOption, default_of, find_field, find_
 from mka.recipe import BOUNDS, DEPTHS, Recipe
 
 # Command -> option -> key of the recipe; what people have typed into scripts since 0.1.
-MODEL = {"--dtype": "model.dtype", "--trust-remote-code": "model.trust_remote_code"}
+DTYPE = {"--dtype": "model.dtype"}
+MODEL = DTYPE | {"--trust-remote-code": "model.trust_remote_code"}
 METHOD = {"--method": "method.name", "--set": "method.settings"}
 TARGET = {f"--{name.replace('_', '-')}": f"target.{name}" for name in DEPTHS + BOUNDS}
 TARGET |= {"--protect-first": "target.protect_first", "--protect-last": "target.protect_last"}
@@ -70,6 +71,10 @@ COMMANDS = {
     "serve-check": {"--seed": "seed"} | MODEL,
     "tasks": {"--tasks-folder": "evaluation.tasks_folder", "--include-path": "evaluation.include_path"},
     "evaluate": EVALUATION | {"--batch-size": "evaluation.batch_size"} | MODEL,
+    "inspect": DTYPE,
+    "init": DTYPE,
+    "chat": DTYPE | {"--seed": "seed"},
+    "compare": {"--seed": "seed"},
 }
 # What is typed -> the keys of the recipe it sets.
 TYPED = {
