@@ -14,24 +14,23 @@ from typing import Any
 
 import click
 
-# Command -> its line in `mka --help`. The command is the object of that name in the module of that name in flows/cli.
+# Command -> its line in `mka --help`. It is the object of that name in the module of that name in flows/cli.
 COMMANDS = {
     "run": "Recompress a model: all stages, the gate, the registry.",
     "watch": "Start a recompression where a base model has changed.",
     "promote": "Make a registered version champion.",
     "rollback": "Make the champion before champion again.",
-    "status": "Tell of a registered model, of servers and of the last run.",
+    "status": "Show a registered model, the servers, the last run.",
     "index": "Write the page of all recompressions.",
-    "ci": "Run a recompression for a CI job: a line per stage, a summary, an exit code.",
+    "ci": "Recompress as a job of CI: a line per stage, a summary, outputs.",
     "registry-sign": "Sign what the registry holds of a version.",
     "registry-publish": "Send a registered version to a model hub.",
     "sweep": "Compare methods side by side, cells as tasks.",
     "up": "Start the local servers and a worker.",
     "down": "Stop the servers that `mka up` started.",
 }
-# What they are run with. One that is missing means that the extra was not installed.
-NEEDED = ("prefect", "mlflow", "dvc", "great_expectations")
-EXTRA = "flow"
+# Those of a module with another name.
+MODULES = {"up": "servers", "down": "servers"}
 
 
 def find_flows() -> None:
@@ -52,23 +51,11 @@ class Later(click.Command):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        """Import the command and have it read its arguments; refused where its libraries are missing.
-
-        Raises:
-            MkaError: naming the extra to install.
-        """
+        """Import the command and have it read its arguments."""
         find_flows()
         name = str(self.name).replace("-", "_")
-        command = getattr(importlib.import_module(f"flows.cli.{name}"), name)
+        command = getattr(importlib.import_module(f"flows.cli.{MODULES.get(name, name)}"), name)
         context: click.Context = command.make_context(info_name, args, parent, **extra)
-        missing = [library for library in NEEDED if importlib.util.find_spec(library) is None]
-        if missing and not context.resilient_parsing:
-            from mka.errors import MkaError
-
-            raise MkaError(
-                f"`mka {self.name}` needs {', '.join(missing)}, which this environment lacks; install the extra: "
-                f"pip install 'mka-compress[{EXTRA}]'"
-            )
         return context
 
 

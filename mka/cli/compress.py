@@ -76,7 +76,9 @@ def compress(
         job = prepare(recipe, find_work(), evaluate=evaluated, write=not dry_run, command=typed(), output=output)
         if dry_run:
             facts = foresee(job, output)
-            return Outcome(facts, show_foresight(job, facts))
+            files = "\n".join(f"  {file}" for file in facts["files"])
+            told = [show_foresight(job, facts), "would write", files, "dry run: nothing was written"]
+            return Outcome(facts, "\n".join(told))
         return show_compression(run(job, find_work() / "stages", output, say=say))
 
 
@@ -181,10 +183,7 @@ def show_foresight(job: "Job", facts: dict[str, Any]) -> str:
         ["peak memory", f"about {facts['memory_bytes'] / 1e9:,.1f} GB, beside Python and its libraries"],
         ["disk", f"about {facts['disk_bytes'] / 1e6:,.0f} MB while writing"],
     ]
-    files = "\n".join(f"  {file}" for file in facts["files"])
-    return "\n".join(
-        [*(f"{name:<12} {value}" for name, value in rows), "would write", files, "dry run: nothing was written"]
-    )
+    return "\n".join(f"{name:<12} {value}" for name, value in rows)
 
 
 def describe_gains(facts: Mapping[str, Any]) -> str:

@@ -110,7 +110,7 @@ def _check_folder(folder: Path, label: str) -> Path:
 def _leave_to_runs(address: str) -> CheckpointError:
     return CheckpointError(
         f"model {address} lies in a registry, which the library does not know: name it as model.registered in a recipe "
-        f"of python -m flows.recompress, or fetch it first: mlflow artifacts download -u {address}/artifacts/model"
+        f"of `mka run`, or fetch it first: mlflow artifacts download -u {address}/artifacts/model"
     )
 
 
