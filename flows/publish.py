@@ -5,6 +5,7 @@ mka registry-publish smollm2-135m-mka@champion --to me/smollm2-135m-mka
 
 import sys
 from functools import partial
+from typing import Any
 
 from flows.cli.console import run_program
 from mka.terminal import Outcome
@@ -49,7 +50,7 @@ def publish(
     alias = named or CHAMPION
     version = find_alias(uri, model, alias)
     branches = [MAIN, alias] if alias == CHAMPION else [alias]
-    facts = {"model": model, "version": version.version, "repo": repo, "branches": branches}
+    facts: dict[str, Any] = {"model": model, "version": version.version, "repo": repo, "branches": branches}
     tag = f"v{version.version}"
     with fetch_version(place, version) as folder, quiet_hub():
         page = lay_out_page(folder, repo, base=base)

@@ -17,6 +17,7 @@ from typing import Any
 
 from flows.cli.console import run_program
 from flows.run_log import Log, write_last_run
+from flows.told import tell_outcome
 
 if __name__ == "__main__":
     sys.exit(run_program("recompress", "run:run"))
@@ -163,6 +164,7 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
     log.facts["registry"] = as_facts(registration)
     log.facts["index"] = str(write_index_page(place, registration.tracking_uri))
     publish_artifacts(run, found, log.facts)
+    tell_outcome(log.facts)
     print_summary(run, found, log.facts)
     announce_verdict(recipe, verdict, f"{log.facts['report']} and MLflow run {registration.run_id}")
     if verdict == "fail":

@@ -86,6 +86,12 @@ class GateRefused(MkaError):
     exit_code = 1
 
 
+class GateUndecided(MkaError):
+    """The candidate was measured, and the gate can neither let it pass nor refuse it by what was measured."""
+
+    exit_code = 3
+
+
 class EngineError(MkaError):
     """An engine that is not installed, died, hung or ran out of memory: of the model nothing is known."""
 

@@ -1,7 +1,7 @@
 """What of a pipeline is stored already: looked up, nothing is made."""
 
-from collections.abc import ItemsView
 from pathlib import Path
+from typing import Any
 
 from mka.pipeline.job import Job
 from mka.pipeline.pipeline import PIPELINE
@@ -13,7 +13,7 @@ class _Stored(dict[str, Product]):
 
     whole = True
 
-    def items(self) -> ItemsView[str, Product]:
+    def items(self) -> Any:
         if not self.whole:
             raise LookupError
         return super().items()
