@@ -16,7 +16,7 @@ from uuid import UUID
 
 from flows.told import Told, read_told
 from mka.errors import GateRefused, GateUndecided, MkaError, ServerError, WatchError
-from mka.outside.printable import make_printable, one_line
+from mka.outside.printable import hide_passwords, make_printable, one_line
 from mka.terminal import Outcome, align
 
 POLL_SECONDS = 3.0
@@ -154,10 +154,10 @@ def find_page(run_id: UUID) -> str | None:
     from prefect.settings import get_current_settings
 
     settings = get_current_settings()
-    shown = (settings.server.ui.api_url and settings.ui_url) or settings.api.url
-    if settings.api.url is None or shown is None:
+    if settings.api.url is None:
         return None
-    return f"{str(shown).removesuffix('/').removesuffix('/api')}/runs/flow-run/{run_id}"
+    shown = hide_passwords(str(settings.ui_url or settings.api.url))
+    return f"{shown.removesuffix('/').removesuffix('/api')}/runs/flow-run/{run_id}"
 
 
 def describe_stage(stage: Mapping[str, Any]) -> str:

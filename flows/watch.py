@@ -71,7 +71,7 @@ def look_at(place: Workplace, recipe: str, deployment: str, dry_run: bool) -> di
         if not is_on_server():
             raise ServerError(
                 f"{change.describe()}, and no Prefect server to start its recompression on: set PREFECT_API_URL "
-                f"(`make up` starts one), or run mka run {recipe}"
+                f"(`make up` starts one), or `mka run {recipe}`"
             )
         run = start_recompression(change, deployment)
         done = f"started {run.run}" if run.is_new else f"{run.run} was started for it before ({run.state})"

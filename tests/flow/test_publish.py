@@ -50,7 +50,7 @@ def test_no_version_becomes_champion_without_the_signature_its_recipe_wants(proj
     pytest.importorskip("model_signing", reason="needs the extra sign")
     (private, public), (other, _) = make_keys(tmp_path), make_keys(tmp_path, "other")
     assert project.run(registry__signature=str(public)) == 0
-    assert "waits for a signature: python -m flows.sign tiny --version 1" in project.last_run["promotion"]
+    assert "waits for a signature: mka registry-sign tiny --version 1" in project.last_run["promotion"]
     asked = ("tiny", "--because", "evidence read")
     capsys.readouterr()
     assert call("promote", *asked) == 1
