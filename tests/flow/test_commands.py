@@ -82,7 +82,7 @@ def test_moves_are_foreseen_and_told_and_status_shows_them(project, capsys):
     assert run_program("status", "status:status", ["tiny", "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
     assert [row["version"] for row in status["versions"]] == ["2", "1"]
-    assert {alias for alias in status["versions"][0]["aliases"]} == {"candidate", "champion"}
+    assert set(status["versions"][0]["aliases"]) == {"candidate", "champion"}
     first, second = status["moves"][:2]
     assert (first["after"], second["after"]) == ("2", "1") and "evidence read" in first["why"]
     assert status["servers"] == [] and status["last_run"]["name"] == "tiny"
@@ -116,10 +116,16 @@ def test_a_job_of_ci_tells_stages_result_and_verdict_as_the_server_has_them(proj
     assert run.state == "Completed" and run.told.outcome["address"] == "models:/tiny/1"
     assert [line.split("  ")[0] for line in lines] == list(facts["stages"])
 
-    assert run_ci(str(project.write_recipe(gate__perplexity_recovery=1.5)), "--local") == 1
+    project.teach_base_its_own_text()
+    failing = {"gate__perplexity_recovery": 0.9, "target__layers": 3, "method__name": "reference_code"}
+    recipe = str(project.write_recipe(**failing))
+    assert run_ci(recipe, "--local") == 1
     said = capsys.readouterr()
     assert "verdict      fail" in said.out and said.err.splitlines()[-1].startswith("ci: the gate says fail")
     assert "verdict=fail\n" in (tmp_path / "output").read_text()
+    assert call("recompress", recipe, "--json") == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out)["verdict"] == "fail" and "gate refused tiny" in said.err.splitlines()[-1]
 
 
 def test_a_job_of_ci_without_a_server_or_a_deployment_says_what_to_do(project, monkeypatch, capsys):
