@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import flows.index
 import mka.methods
-from flows.command_line import run_command
 from mka.cli.main import main
 from mka.errors import MkaError
 from mka.outside.printable import one_line
@@ -34,7 +34,8 @@ def end(request, monkeypatch, capsys, work):
             monkeypatch.setattr(mka.methods, "method_names", fail(error))
             code = main(["methods"])
         else:
-            code = run_command("watch", fail(error), is_flow=False)
+            monkeypatch.setattr(flows.index, "rebuild", fail(error))
+            code = flows.index.main([])
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1
         return code, err

@@ -3,10 +3,12 @@
 import importlib
 import importlib.metadata
 import inspect
+import itertools
 import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -57,7 +59,11 @@ def test_the_recompress_workflow_installs_what_it_types():
     providers = importlib.metadata.packages_distributions()
     imported = {canonicalize_name(found) for name in done.stdout.split() for found in providers.get(name, [])}
     assert "prefect" in imported
-    assert sorted(imported - installed - {"mka-compress"}) == []
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    own = {canonicalize_name(Requirement(text).name) for text in wanted}
+    assert sorted(imported & own - installed - {"mka-compress"}) == []
+    assert "torch" not in installed
 
 
 ASK_AND_SAY_WHAT_WAS_IMPORTED = """
