@@ -119,7 +119,7 @@ def follow(client: Any, run_id: UUID, page: str | None, tell: Callable[[str], An
         name = run.state.name if run.state else "unknown"
         if ended:
             return Run(run.name, run_id, name, run.state.message or "", page, told)
-        if name != state and name not in ("Running", "Scheduled", "Pending"):
+        if name != state and name not in ("Scheduled", "Submitting", "Pending", "Running"):
             tell(f"{run.name}: {name}" + ("; no worker has taken it yet" if name == "Late" else ""))
         state = name
         time.sleep(POLL_SECONDS)

@@ -1,7 +1,7 @@
 """Deliveries of webhooks: is a request from who it says, and which base model does it tell of?
 
-The Hugging Face hub sends its secret as it is (``X-Webhook-Secret``). MLflow signs: ``X-MLflow-Signature`` is ``v1,`` and
-the base64 of the HMAC-SHA256, under the secret, of delivery id, time and body with dots between them.
+The Hugging Face hub sends its secret as it is (``X-Webhook-Secret``). MLflow signs: ``X-MLflow-Signature`` is ``v1,``
+and the base64 of the HMAC-SHA256, under the secret, of delivery id, time and body with dots between them.
 """
 
 import base64
