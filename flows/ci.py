@@ -15,9 +15,10 @@ from typing import Any
 from uuid import UUID
 
 from flows.told import Told, read_told
-from mka.errors import GateRefused, GateUndecided, MkaError, ServerError, WatchError
+from mka.errors import GateRefused, GateUndecided, MkaError, ServerError
 from mka.outside.printable import hide_passwords, make_printable, one_line
 from mka.terminal import Outcome, align
+from tasks.machine.deployments import find_deployment
 
 POLL_SECONDS = 3.0
 # For so long a server may be away, e.g. because it is started anew.
@@ -65,15 +66,9 @@ def run_on_server(deployment: str, recipe: str, overrides: Mapping[str, Any]) ->
         ServerError: if the server is away for too long.
     """
     from prefect.client.orchestration import get_client
-    from prefect.exceptions import ObjectNotFound
 
     with get_client(sync_client=True) as client:
-        try:
-            found = client.read_deployment_by_name(deployment)
-        except ObjectNotFound:
-            raise WatchError(
-                f"the Prefect server has no deployment {deployment!r}; `prefect deploy --all` makes it, `make up` does"
-            ) from None
+        found = find_deployment(client, deployment)
         parameters = {"recipe": recipe, "overrides": dict(overrides)}
         run = client.create_flow_run_from_deployment(found.id, parameters=parameters, tags=["ci"])
         page = find_page(run.id)

@@ -61,7 +61,7 @@ def require_server() -> None:
     if (failure := client.api_healthcheck()) is not None:
         reason = " ".join(str(failure).split()) or type(failure).__name__
         raise ServerError(
-            f"Prefect server {settings.api.url} does not answer: {reason}; start it (`make up` on this machine), name "
+            f"Prefect server {settings.api.url} does not answer: {reason}; start it (`mka up` on this machine), name "
             f"another in PREFECT_API_URL, or unset that to run without one"
         )
 
@@ -118,7 +118,7 @@ def refuse(program: str, error: BaseException, hint: str = "") -> int:
 
 
 def prepare_flow(registry: str | None = None) -> None:
-    """See to it that a flow can be begun: a server answers, and nothing secret would be kept as a parameter.
+    """See to it that a flow can be begun: it has a place, a server answers, nothing secret is kept as a parameter.
 
     Args:
         registry: the store that was named on the command line.
@@ -127,4 +127,5 @@ def prepare_flow(registry: str | None = None) -> None:
         MkaError: if not.
     """
     refuse_password(registry, "--registry")
+    find_workplace().prepare()
     require_server()

@@ -46,8 +46,8 @@ def start_servers(dry_run: bool = False) -> Outcome:
         describe(running),
         "\nfrom another terminal, in this folder:",
         f"  export PREFECT_API_URL={running['prefect'].address}/api",
-        "  .venv/bin/prefect deployment run recompress/default --watch",
-        "  .venv/bin/prefect deployment schedule resume --all    # the watch looks every hour; it is off so far",
+        "  mka ci recipes/smollm2_135m.yaml",
+        "  prefect deployment schedule resume --all    # the watch looks every hour; it is off so far",
         "stop them: mka down",
     ]
     return Outcome(as_document(running.values()), "\n".join(lines))

@@ -17,15 +17,14 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 
 from mka.errors import MkaError, ServerError, WatchError
+from tasks.machine.deployments import RECOMPRESS
 from tasks.machine.slots import is_on_server
 from tasks.machine.workplace import Workplace, find_workplace
 from tasks.watching import compare_base_model, start_recompression
 
-DEPLOYMENT = "recompress/default"
-
 
 @flow(name="watch-base-models", validate_parameters=False)
-def watch_base_models(recipes: list[str], deployment: str = DEPLOYMENT, dry_run: bool = False) -> list[dict[str, Any]]:
+def watch_base_models(recipes: list[str], deployment: str = RECOMPRESS, dry_run: bool = False) -> list[dict[str, Any]]:
     """Compare each recipe's base model with the one its champion was made from; start what is due.
 
     A run is started once per base revision and recipe: the Prefect server refuses a second one with the same key, so
@@ -71,7 +70,7 @@ def look_at(place: Workplace, recipe: str, deployment: str, dry_run: bool) -> di
         if not is_on_server():
             raise ServerError(
                 f"{change.describe()}, and no Prefect server to start its recompression on: set PREFECT_API_URL "
-                f"(`make up` starts one), or `mka run {recipe}`"
+                f"(`mka up` starts one), or `mka run {recipe}`"
             )
         run = start_recompression(change, deployment)
         done = f"started {run.run}" if run.is_new else f"{run.run} was started for it before ({run.state})"

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from flows.cli.console import LIBRARIES, carries_out, require_libraries
-from flows.cli.options import set_option
+from flows.cli.options import deployment_option, set_option
 from flows.command_line import prepare_flow
 from mka.cli.console import examples
 from mka.errors import ServerError
@@ -21,9 +21,7 @@ from mka.terminal import Outcome
     )
 )
 @click.argument("recipe")
-@click.option(
-    "--deployment", default="recompress/default", show_default=True, metavar="FLOW/NAME", help="What to start."
-)
+@deployment_option
 @set_option
 @click.option("--local", is_flag=True, help="Run it here, in this process, instead of starting a deployment.")
 @carries_out(needs=("prefect",))

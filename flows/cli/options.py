@@ -3,6 +3,7 @@
 import click
 
 from mka.cli.options import read_settings
+from tasks.machine.deployments import RECOMPRESS
 
 registry_option = click.option(
     "--registry",
@@ -22,4 +23,7 @@ set_option = click.option(
     metavar="KEY=VALUE",
     callback=read_settings,
     help="Set a key of the recipe, e.g. target.layers=26; may be repeated.",
+)
+deployment_option = click.option(
+    "--deployment", default=RECOMPRESS, show_default=True, metavar="FLOW/NAME", help="What to start."
 )

@@ -42,7 +42,6 @@ def run(recipe: Path, overrides: dict[str, Any], dry_run: bool) -> Outcome:
         return foresee_recompression(str(path), overrides)
     with resumable(f"finished stages are kept; resume: {again}") as resumption:
         load_recipe(path, overrides)
-        place.prepare()
         prepare_flow()
         resumption.begun = True
         try:

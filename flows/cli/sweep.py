@@ -28,12 +28,10 @@ def sweep(recipe: Path, workers: int | None) -> Outcome:
     `mka bench --dry-run` says what would be run.
     """
     from flows import sweep as flow
-    from tasks.machine.workplace import find_workplace
     from tasks.sweep.fan_out import choose_fan_out
 
     with resumable(f"finished cells are kept; resume: mka sweep {shlex.quote(str(recipe))}") as resumption:
         loaded = flow.load_bench(recipe.resolve())
-        find_workplace().prepare()
         prepare_flow()
         choose_fan_out(loaded.fan_out, workers)
         resumption.begun = True

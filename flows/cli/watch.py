@@ -5,11 +5,10 @@ from pathlib import Path
 import click
 
 from flows.cli.console import carries_out
+from flows.cli.options import deployment_option
 from flows.command_line import prepare_flow
 from mka.cli.console import examples
 from mka.terminal import Outcome
-
-DEPLOYMENT = "recompress/default"
 
 
 @click.command(
@@ -19,7 +18,7 @@ DEPLOYMENT = "recompress/default"
     )
 )
 @click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
-@click.option("--deployment", default=DEPLOYMENT, show_default=True, metavar="FLOW/NAME", help="What to start.")
+@deployment_option
 @click.option("--dry-run", is_flag=True, help="Only say what has changed.")
 @click.option("--listen", "listens", is_flag=True, help="Go on, and look again whenever a webhook says so.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")

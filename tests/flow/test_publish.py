@@ -27,6 +27,8 @@ def test_versions_become_tags_and_aliases_branches(project, hub, capsys):
     assert call("publish", "tiny@nobody", "--to", "me/tiny") == 2
     told = refusal(capsys, "publish")
     assert "tiny has no alias 'nobody'; aliases: candidate = version 1, champion = version 1" in told
+    assert call("publish", "tiny@candidate", "--to", "me/tiny", "--dry-run") == 0
+    assert "would go to me/tiny, candidate, tag v1" in capsys.readouterr().out
     assert hub.repos == {}
     assert call("publish", "tiny@candidate", "--to", "me/tiny") == 0
     assert "tag v1" in capsys.readouterr().out

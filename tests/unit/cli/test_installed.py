@@ -99,6 +99,7 @@ def test_commands_are_listed_without_their_libraries_and_found_where_they_are_in
     assert done.returncode == 0 and "mka run recipes/" in done.stdout, done.stderr
     imported = {line.rsplit("|", 1)[-1].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "flows" in imported and not imported & {"prefect", "mlflow", "torch"}
+    assert not (tmp_path / "work").exists()
 
 
 def test_somebody_elses_flows_are_passed_over_unread(tmp_path):
