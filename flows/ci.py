@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from flows.cli.console import run_program
 from flows.told import Told, read_told
 from mka.errors import GateRefused, GateUndecided, MkaError, ServerError
 from mka.outside.printable import hide_passwords, make_printable, one_line
@@ -237,3 +239,9 @@ def _cell(value: object) -> str:
 def _append(file: Path, text: str) -> None:
     with file.open("a", encoding="utf-8") as opened:
         opened.write(text)
+
+
+main = partial(run_program, "ci", "ci:ci")
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,11 @@
 """What there is: a registered model's versions and who moved its champion, the servers, the last run. It only reads."""
 
+import sys
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
+from flows.cli.console import run_program
 from mka.errors import RegistryError, nearest
 from mka.outside.reading import read_json
 from mka.report.index import AliasMove, Recompression
@@ -115,3 +118,9 @@ def describe_last(facts: dict[str, Any] | None) -> str:
     why = f": {facts['error']}" if "error" in facts else ""
     report = f"\n  report {facts['report']}" if "report" in facts else ""
     return f"last run: {what}: {facts.get('status', 'unknown')}{verdict}{why}{report}"
+
+
+main = partial(run_program, "status", "status:status")
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,12 +13,6 @@ def call(module, *arguments):
     return import_module(f"flows.{module}").main([*arguments])
 
 
-def run_ci(*arguments):
-    from flows.cli.console import run_program
-
-    return run_program("ci", "ci:ci", [*arguments])
-
-
 def aliases(project):
     found = project.client.get_registered_model("tiny").aliases
     return {name: int(version) for name, version in found.items()}
@@ -77,19 +71,17 @@ def test_moves_are_foreseen_and_told_and_status_shows_them(project, capsys):
     assert json.loads(capsys.readouterr().out)["moves"] == {"champion": ["2", "1"], "previous": ["1", "2"]}
     assert aliases(project) == {"candidate": 2, "champion": 2, "previous": 1}
 
-    from flows.cli.console import run_program
-
-    assert run_program("status", "status:status", ["tiny", "--json"]) == 0
+    assert call("status", "tiny", "--json") == 0
     status = json.loads(capsys.readouterr().out)
     assert [row["version"] for row in status["versions"]] == ["2", "1"]
     assert set(status["versions"][0]["aliases"]) == {"candidate", "champion"}
     first, second = status["moves"][:2]
     assert (first["after"], second["after"]) == ("2", "1") and "evidence read" in first["why"]
     assert status["servers"] == [] and status["last_run"]["name"] == "tiny"
-    assert run_program("status", "status:status", ["tiny"]) == 0
+    assert call("status", "tiny") == 0
     text = capsys.readouterr().out
     assert "evidence read" in text and "servers: none run" in text and "last run: tiny" in text
-    assert run_program("status", "status:status", ["tny"]) == 2
+    assert call("status", "tny") == 2
     assert "has no model 'tny' (did you mean 'tiny'?); it has: tiny" in capsys.readouterr().err
 
 
@@ -100,7 +92,7 @@ def test_a_job_of_ci_tells_stages_result_and_verdict_as_the_server_has_them(proj
 
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     monkeypatch.setenv("GITHUB_OUTPUT", str(tmp_path / "output"))
-    assert run_ci(str(project.write_recipe()), "--local", "--json") == 0
+    assert call("ci", str(project.write_recipe()), "--local", "--json") == 0
     made = json.loads(capsys.readouterr().out)
     facts = project.last_run
     assert {row["stage"]: row["why"] for row in made["stages"]} == {n: s["why"] for n, s in facts["stages"].items()}
@@ -119,7 +111,7 @@ def test_a_job_of_ci_tells_stages_result_and_verdict_as_the_server_has_them(proj
     project.teach_base_its_own_text()
     failing = {"gate__perplexity_recovery": 0.9, "target__layers": 3, "method__name": "reference_code"}
     recipe = str(project.write_recipe(**failing))
-    assert run_ci(recipe, "--local") == 1
+    assert call("ci", recipe, "--local") == 1
     said = capsys.readouterr()
     assert "verdict      fail" in said.out and said.err.splitlines()[-1].startswith("ci: the gate says fail")
     assert "verdict=fail\n" in (tmp_path / "output").read_text()
@@ -130,10 +122,10 @@ def test_a_job_of_ci_tells_stages_result_and_verdict_as_the_server_has_them(proj
 
 def test_a_job_of_ci_without_a_server_or_a_deployment_says_what_to_do(project, monkeypatch, capsys):
     recipe = str(project.write_recipe())
-    assert run_ci(recipe, "--deployment", "recompress/nosuch") == 2
+    assert call("ci", recipe, "--deployment", "recompress/nosuch") == 2
     assert "no deployment 'recompress/nosuch'" in capsys.readouterr().err
-    assert run_ci(recipe, "--local", "--set", "target.layers=99") == 2
+    assert call("ci", recipe, "--local", "--set", "target.layers=99") == 2
     assert "ci: " in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.setattr("tasks.machine.slots.is_on_server", lambda: False)
-    assert run_ci(recipe) == 2
+    assert call("ci", recipe) == 2
     assert "set PREFECT_API_URL, or run it here with --local" in capsys.readouterr().err

@@ -68,9 +68,8 @@ def test_the_recompress_workflow_installs_what_it_types():
 
 ASK_AND_SAY_WHAT_WAS_IMPORTED = """
 import sys
-from flows.cli.console import run_program
-run_program("ci", "ci:ci", sys.argv[1:])
-import flows.ci, flows.told
+import flows.ci
+flows.ci.main(sys.argv[1:])
 print(*{name.partition(".")[0] for name in sys.modules})
 """
 
