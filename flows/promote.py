@@ -113,13 +113,16 @@ def foresee_promotion(
     uri = registry or registry_address(place)
     chosen = read_version(uri, model, str(version)) if version else find_candidate(uri, model)
     recipe = read_recipe(chosen)
-    current = read_aliases(uri, model).get(CHAMPION)
+    aliases = read_aliases(uri, model)
+    current = aliases.get(CHAMPION)
     if current == chosen.version:
         raise PromotionError(f"{chosen.label} is champion already")
     refuse_unapproved(recipe, approver)
     refuse_stale.fn(place, recipe, chosen)
     require_signature(place, recipe, chosen)
-    moves = {CHAMPION: [current, chosen.version]} | ({PREVIOUS: [None, current]} if current else {})
+    moves = {CHAMPION: [current, chosen.version]}
+    if current is not None:
+        moves[PREVIOUS] = [aliases.get(PREVIOUS), current]
     asked = ["the gate of its recipe passes it today, on the files that the registry holds"]
     if current is not None and compare:
         asked.append(f"it is as good as version {current} on the same windows and items")
