@@ -101,7 +101,9 @@ def follow(client: Any, run_id: UUID, page: str | None, tell: Callable[[str], An
         try:
             # In this order: what a run that has ended told is whole.
             run, told = client.read_flow_run(run_id), read_told(client, run_id)
-        except httpx.TransportError as error:
+        except (httpx.TransportError, httpx.HTTPStatusError) as error:
+            if isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500:
+                raise
             if time.monotonic() - answered > PATIENCE_SECONDS:
                 raise ServerError(
                     f"the Prefect server does not answer any more: {error}; run {run_id} may go on, look at {page}"

@@ -89,9 +89,10 @@ def test_each_stage_is_told_once_and_a_server_that_was_away_is_waited_for(monkey
     import httpx
 
     monkeypatch.setattr("flows.ci.POLL_SECONDS", 0)
-    server = Server(
-        ("Scheduled", []), ("Late", []), httpx.ConnectError("away"), ("Running", STAGES[:1]), ("Completed", STAGES)
-    )
+    request = httpx.Request("GET", "http://host")
+    starting, gone = (httpx.HTTPStatusError("", request=request, response=httpx.Response(n)) for n in (503, 404))
+    away = httpx.ConnectError("away")
+    server = Server(("Scheduled", []), ("Late", []), away, starting, ("Running", STAGES[:1]), ("Completed", STAGES))
     lines = []
     run = follow(server, RUN_ID, None, lines.append)
     assert run.state == "Completed" and run.told.stages == STAGES
