@@ -94,15 +94,13 @@ def follow(client: Any, run_id: UUID, page: str | None, tell: Callable[[str], An
     Raises:
         ServerError: if the server is away for too long.
     """
-    import httpx
-
     shown, state, answered = 0, "Scheduled", time.monotonic()
     while True:
         try:
             # In this order: what a run that has ended told is whole.
             run, told = client.read_flow_run(run_id), read_told(client, run_id)
-        except (httpx.TransportError, httpx.HTTPStatusError) as error:
-            if isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500:
+        except Exception as error:
+            if not is_away(error):
                 raise
             if time.monotonic() - answered > PATIENCE_SECONDS:
                 raise ServerError(
@@ -122,6 +120,14 @@ def follow(client: Any, run_id: UUID, page: str | None, tell: Callable[[str], An
             tell(f"{run.name}: {name}" + ("; no worker has taken it yet" if name == "Late" else ""))
         state = name
         time.sleep(POLL_SECONDS)
+
+
+def is_away(error: Exception) -> bool:
+    """Whether a server does not answer, or only with a fault of its own, as one that is starting does."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return bool(response.status_code >= 500)
+    return type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "anyio")
 
 
 def run_here(recipe: str, overrides: Mapping[str, Any]) -> Run:

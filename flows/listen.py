@@ -14,7 +14,7 @@ from mka.errors import MkaError, ServerError
 from mka.outside.printable import describe_error, make_printable
 from mka.pipeline.recipes import load_recipe
 from tasks.machine.workplace import Workplace
-from tasks.webhooks import LONGEST_BODY, BadDelivery, Delivery, read_delivery
+from tasks.webhooks import HEADERS, LONGEST_BODY, BadDelivery, Delivery, read_delivery
 
 # Requests answered at a time, seconds one may keep silent, deliveries that wait to be looked at.
 AT_ONCE, SILENCE, WAITING = 16, 10, 100
@@ -77,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Take a delivery."""
         try:
-            told = read_delivery(self.headers, self.read_body(), self.server.secrets, time.time())
+            told = read_delivery(self.read_headers(), self.read_body(), self.server.secrets, time.time())
         except BadDelivery as error:
             tell(f"webhook from {self.client_address[0]}: {error.status}, {error}")
             self.answer(error.status, str(error))
@@ -91,6 +91,10 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(503, "too many wait; the watch by the clock will find it")
         else:
             self.answer(202, "will be looked at")
+
+    def read_headers(self) -> dict[str, str]:
+        """Return what says who sent it, however its names were spelled."""
+        return {name: value for name in HEADERS if (value := self.headers.get(name)) is not None}
 
     def read_body(self) -> bytes:
         """Read what was sent, if it says how much and that is not too much."""

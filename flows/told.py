@@ -87,7 +87,7 @@ def read_told(client: Any, flow_run_id: UUID) -> Told:
     found = {str(artifact.key): artifact.data for artifact in client.read_artifacts(artifact_filter=mine)}
 
     def read_table(suffix: str) -> list[dict[str, Any]]:
-        data = next((data for key, data in found.items() if key.endswith(suffix)), [])
+        data: Any = next((data for key, data in found.items() if key.endswith(suffix)), [])
         table: list[dict[str, Any]] = json.loads(data) if isinstance(data, str) else data
         return table
 

@@ -23,6 +23,7 @@ LONGEST_BODY = 1 << 20
 SECONDS_VALID = 300
 HUB_SECRET = "X-Webhook-Secret"
 SIGNATURE, DELIVERY, TIME = "X-MLflow-Signature", "X-MLflow-Delivery-Id", "X-MLflow-Timestamp"
+HEADERS = (HUB_SECRET, SIGNATURE, DELIVERY, TIME)
 
 
 class BadDelivery(Exception):
@@ -78,7 +79,7 @@ def read_delivery(headers: Mapping[str, str], body: bytes, secrets: Mapping[str,
     """Check who sent a request and read which model it tells of.
 
     Args:
-        headers: of the request; found whatever their case.
+        headers: of the request, those of `HEADERS` that it has.
         body: of the request.
         secrets: of `read_secrets`.
         now: seconds since the epoch.

