@@ -45,6 +45,20 @@ def find_flows() -> None:
     sys.modules.pop("tasks", None)
 
 
+def enter_checkout() -> dict[str, str]:
+    """Change into the project's root: the pull step of every deployment, see `tasks.machine.workplace`."""
+    find_flows()
+    from tasks.machine import workplace
+
+    return workplace.enter_checkout()
+
+
+def dask_setup(worker: Any) -> None:
+    """Make a Dask worker ready for cells: what ``dask worker --preload mka_flows`` calls."""
+    find_flows()
+    importlib.import_module("flows")
+
+
 class Later(click.Command):
     """A command that stands in the list of commands, and is imported when it is used."""
 

@@ -1,11 +1,11 @@
 """The model that was typed, and the work folder it is fetched to."""
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mka.cli.options import pick
+from mka.outside.project import find_work
 
 if TYPE_CHECKING:
     from mka.model.checkpoint import Checkpoint
@@ -13,11 +13,6 @@ if TYPE_CHECKING:
 
 
 Table = TypeVar("Table")
-
-
-def find_work() -> Path:
-    """Return the work folder: ``MKA_WORK``, or ``data/work`` here."""
-    return Path(os.environ.get("MKA_WORK") or "data/work")
 
 
 def name_source(model: str, asked: Mapping[str, Any]) -> "ModelSource":

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mka.errors import NumericsError, RecipeError, nearest
+from mka.errors import NumericsError, RecipeError, nearest, require_extra
 from mka.evaluation.definitions import read_definitions
 from mka.evaluation.metrics import Subject
 from mka.evaluation.scores import Score
@@ -34,8 +34,7 @@ LONGEST_PROMPT = 2048
 
 def _definitions() -> Path:
     spec = importlib.util.find_spec("lm_eval")
-    if spec is None or not spec.submodule_search_locations:
-        raise RecipeError("benchmarks need the package lm-eval; install the project's requirements")
+    assert spec is not None and spec.submodule_search_locations
     return Path(spec.submodule_search_locations[0]) / "tasks"
 
 
@@ -54,7 +53,10 @@ def check_tasks(tasks: Mapping[str, int | None], folder: Path | None = None) -> 
     Raises:
         RecipeError: on an unknown or doubled task, a definition that is not run here, or fewer than two items (one item
             has no error bar).
+        ExtraError: if the extra `eval` is not installed.
     """
+    if tasks:
+        require_extra("eval", f"task {next(iter(tasks))!r}")
     defined = {} if all(map(is_built_in, tasks)) else read_definitions(folder)
     if shadowing := next(filter(is_built_in, defined), None):
         raise RecipeError(f"task {shadowing!r} is one of lm-eval's own; give the definition in {folder} another name")

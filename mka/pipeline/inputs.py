@@ -12,6 +12,7 @@ from mka.evaluation.task_tables import list_tables, read_task_texts
 from mka.evaluation.tasks import check_tasks
 from mka.healing.table import HealingTable, open_healing
 from mka.methods import Planner
+from mka.outside.project import suggest_table
 from mka.pipeline.written import OwnText, locate_table, refuse_used, want_text
 from mka.recipe import Measurement, Recipe
 from mka.store.sums import file_sha256
@@ -154,7 +155,8 @@ def check_evaluation(settings: Measurement, text: Path | None, tasks_folder: Pat
     check_tasks(settings.tasks, tasks_folder)
     for task in settings.tasks:
         if tasks_folder is not None and not list_tables(tasks_folder, task):
-            raise RecipeError(f"task {task!r}: no table in {tasks_folder}; `make data` builds the project's own tables")
+            hint = suggest_table("name the folder that has one, or `hub` (null in a recipe) for the hub's data sets")
+            raise RecipeError(f"task {task!r}: no table in {tasks_folder}; {hint}")
     return read_heldout(text) if text is not None else {}
 
 
