@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mka.cli.console import examples, reports, show_results, typed
-from mka.cli.models import find_work, name_source
+from mka.cli.models import find_work, name_source, stand_in
 from mka.cli.options import FILE, Command, default_of, pick, recipe_option, recipe_options, require_align
 from mka.store.publishing import check_free, make_work
 from mka.terminal import Outcome, quiet_libraries, say
@@ -142,20 +142,17 @@ def choose_healing(asked: Mapping[str, Any]) -> dict[str, Any]:
 def stand_in_for_missing(recipe: "Recipe") -> tuple["Recipe", list[Path]]:
     """Let the base write the texts that a recipe reads from the project's own tables, where those are not there.
 
-    A table that somebody named is left alone: that it is missing is a mistake then.
-
     Returns:
         The recipe, and the tables that are missing.
     """
     from mka.methods import resolve_method
     from mka.pipeline.inputs import list_read
-    from mka.recipe import BASE_TEXT
 
     missing: dict[str, Path] = {}
     for name, section in list_read(recipe, resolve_method(recipe.method)).items():
-        if "path" not in section.model_fields_set and not section.path.is_file():
+        if (written := stand_in(section, said=False)) is not section:
             missing[name] = section.path
-            recipe = recipe.model_copy(update={name: section.model_copy(update={"path": BASE_TEXT})})
+            recipe = recipe.model_copy(update={name: written})
     return recipe, list(dict.fromkeys(missing.values()))
 
 
