@@ -14,11 +14,11 @@ from mka.healing.table import HealingTable, open_healing
 from mka.methods import Planner
 from mka.outside.project import suggest_table
 from mka.pipeline.written import OwnText, locate_table, refuse_used, want_text
-from mka.recipe import Measurement, Recipe
+from mka.recipe import BASE_TEXT, Measurement, Recipe
 from mka.store.sums import file_sha256
 from mka.texts.calibration import CalibrationSet, load_calibration
 from mka.texts.overlap import refuse_overlap
-from mka.texts.rows import digest_sources, digest_texts, read_heldout, read_texts
+from mka.texts.rows import digest_sources, digest_texts, read_heldout, read_rows, read_texts
 from mka.texts.writing import Wanted
 from mka.transforms import CALIBRATION, list_needs
 
@@ -91,6 +91,16 @@ def list_read(recipe: Recipe, planner: Planner) -> dict[str, Any]:
 def want_own_text(recipe: Recipe, planner: Planner) -> Wanted | None:
     """Return how much text the base has to write before a recipe's tables can be read; None if none is its own."""
     return want_text(**list_read(recipe, planner), seed=recipe.seed)
+
+
+def check_named(recipe: Recipe, planner: Planner) -> None:
+    """Read the tables that a recipe names, before the base writes the others.
+
+    Raises:
+        CalibrationError: if one cannot be read.
+    """
+    for path in {section.path for section in list_read(recipe, planner).values()} - {BASE_TEXT}:
+        read_rows(path)
 
 
 def read_inputs(recipe: Recipe, planner: Planner, *, evaluate: bool = True, own_text: OwnText | None = None) -> Inputs:
