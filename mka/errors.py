@@ -127,18 +127,19 @@ EXTRAS = {
 }
 
 
-def require_extra(extra: str, what: str) -> None:
+def require_extra(extra: str, what: str, names: Iterable[str] = ()) -> None:
     """Refuse what needs an extra, where that is not installed, before anything is computed for it.
 
     Args:
         extra: one of `EXTRAS`.
         what: needs it, as the beginning of the line.
+        names: what of the extra is needed; nothing named: all of it.
 
     Raises:
         ExtraError: naming the extra and how it is installed.
     """
     # A folder of a library's name in the current one, as a checkout's mlflow/, is found as well, but has no file.
-    found = ((name, importlib.util.find_spec(name)) for name in EXTRAS[extra])
+    found = ((name, importlib.util.find_spec(name)) for name in names or EXTRAS[extra])
     missing = next((name for name, spec in found if spec is None or spec.origin is None), None)
     if missing is not None:
         raise _name_extra(extra, what, missing)
