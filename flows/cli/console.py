@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,7 @@ import click
 
 from flows.command_line import is_interruption, refuse, silence_prefect
 from mka.cli.main import main, shorten_program
-from mka.errors import MkaError
+from mka.errors import MkaError, require_extra
 from mka.outside.printable import make_page
 from mka.terminal import Outcome, interrupt_on_sigterm, showing
 
@@ -29,13 +28,9 @@ def require_libraries(names: Sequence[str] = LIBRARIES) -> None:
     """Refuse a command whose libraries are not installed.
 
     Raises:
-        MkaError: naming the extra that brings them.
+        ExtraError: naming the extra that brings them.
     """
-    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
-        raise MkaError(
-            f"this command needs {', '.join(missing)}, which is not installed here; install the extra that brings it: "
-            f"pip install 'mka-compress[{EXTRA}]'"
-        )
+    require_extra(EXTRA, "this command", names)
 
 
 @dataclass
