@@ -1,7 +1,7 @@
 # `make` lists the targets. Works with GNU make 3.81 (what macOS ships) and any POSIX shell.
 # VENV=DIR uses another environment, PYTHON=EXE another interpreter to make it with.
 .DEFAULT_GOAL := help
-.PHONY: help setup data demo test test-operations test-engines engines bench check audit up down lock clean FORCE
+.PHONY: help setup data demo test test-operations test-engines engines bench check docs audit up down lock clean FORCE
 .DELETE_ON_ERROR:
 
 VENV ?= .venv
@@ -32,7 +32,7 @@ setup: $(INSTALLED) ## Install the locked environment into .venv (nothing to do 
 
 data: $(BUILT) $(FETCHED) ## Build the tables (dvc repro) and fetch the demo's base model, where outdated
 
-demo: setup data ## Recompress SmolLM2-135M-Instruct: the whole road, on CPU
+demo: setup data ## Recompress SmolLM2-135M-Instruct: every stage, on CPU
 	@$(BIN)/python -m flows.recompress $(RECIPE)
 
 test: setup data ## Run the tests that need no network, no GPU and no server; PYTEST_ARGS="-k gate" narrows them
@@ -65,7 +65,13 @@ up: setup ## Start a local Prefect server, MLflow server and worker; prints thei
 down: ## Stop exactly what `make up` started
 	@$(BIN)/python -m flows.servers down
 
-# Tools of an environment of their own: they are no part of what is locked.
+# Tools of environments of their own: they are no part of what is locked.
+docs: setup ## Build the documentation site into build/site/index.html
+	@test -x build/docs/bin/mkdocs || { $(BIN)/python -m venv build/docs && build/docs/bin/python -m pip install --quiet \
+		--disable-pip-version-check mkdocs==1.6.1 mkdocs-material==9.8.2 'mkdocstrings[python]==1.0.8'; }
+	@$(BIN)/mka recipe --schema > build/recipe.schema.json
+	@NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build --quiet
+
 audit: setup ## List every locked package in build/sbom.json, and ask the advisory database about each
 	@test -x build/audit/bin/pip-audit || { $(BIN)/python -m venv build/audit && \
 		build/audit/bin/python -m pip install --quiet pip-audit==2.10.1 cyclonedx-bom==7.5.0; }

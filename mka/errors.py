@@ -158,9 +158,9 @@ def _name_extra(extra: str, what: str, missing: str) -> ExtraError:
     return ExtraError(f"{what} needs {missing}, which is not installed; pip install 'mka-compress[{extra}]' brings it")
 
 
-def nearest(given: str, allowed: Iterable[str]) -> str:
-    """Return ``" (did you mean 'x'?)"`` for the allowed name closest to ``given``, or an empty string."""
+def nearest(given: str, allowed: Iterable[str], most: int = 1, cutoff: float = 0.5) -> str:
+    """Return ``" (did you mean 'x'?)"`` for the allowed names closest to ``given``, or an empty string."""
     if len(given) > 100:  # no misspelling, and the comparison would take long
         return ""
-    matches = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
+    matches = difflib.get_close_matches(given, list(allowed), n=most, cutoff=cutoff)
+    return f" (did you mean {' or '.join(map(repr, matches))}?)" if matches else ""

@@ -367,6 +367,21 @@ class QuantizeSettings(StageSettings):
         return self
 
 
+class ModelArguments(Section):
+    """What lm-eval's model class is told, where it loads a model of its own to answer tasks."""
+
+    tensor_parallel_size: int = Field(1, ge=1, le=1024, description="Cards that share the model")
+    gpu_memory_utilization: float | None = Field(
+        None, gt=0, le=1, description="Share of a card's memory that vllm takes; null: its own default"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Precision of forward passes; null: `model.dtype`"
+    )
+    max_model_len: int | None = Field(
+        None, ge=16, description="Longest prompt with its answer, tokens; null: the model's"
+    )
+
+
 class Measurement(Section):
     """What models are measured on beside texts, and how, under equal conditions."""
 
@@ -375,13 +390,19 @@ class Measurement(Section):
         Option(
             help="A benchmark and how many of its items (all, if not said), e.g. hellaswag=40; may be repeated",
         ),
-    ] = Field(default_factory=dict, description="lm-eval task -> number of items (null: all of them)")
+    ] = Field(
+        default_factory=dict,
+        description="Task, group or tag of lm-eval -> number of items (null: all of them); `mka tasks` lists them",
+    )
     tasks_folder: Annotated[
         Path | None,
         Option(metavar="DIR|hub", null="hub", help="Tables of the benchmarks, or `hub` to download them by name"),
     ] = Field(
         Path("data/prepared/evaluation"),
         description="Tables of the tasks, and lm-eval's definitions of your own; null downloads from the hub by name",
+    )
+    include_path: Annotated[Path | None, Option(metavar="DIR")] = Field(
+        None, description="Further definitions of your own, NAME.yaml, on JSON lines beside them or a hub's data sets"
     )
     context: Annotated[int, Option()] = Field(512, ge=16, description="Tokens per perplexity window")
     text_tokens: Annotated[int, Option("--tokens")] = Field(
@@ -391,7 +412,13 @@ class Measurement(Section):
         Path("data/prepared/evaluation_texts.jsonl"),
         description="Texts no calibration set may contain; null: only `text`",
     )
-    shots: int = Field(0, ge=0, description="Few-shot examples per item")
+    shots: Annotated[int | None, Option(null="own", metavar="N|own")] = Field(
+        0, ge=0, le=100, description="Few-shot examples per item; null: as many as each definition says"
+    )
+    chat_template: Annotated[Literal["off", "auto", "on"], Option()] = Field(
+        "off", description="Ask tasks in the model's chat template; auto: if it has one"
+    )
+    system_instruction: str | None = Field(None, description="What is said before every item of a task")
     batch_size: Annotated[int, Option()] = Field(8, ge=1, description="Sequences per forward pass")
     generation: Annotated[int, Option()] = Field(
         0, ge=0, description="Items of copying, of retrieval from a passage and of repetition each; 0 leaves them out"
@@ -417,6 +444,25 @@ class EvaluationSettings(Measurement):
         ("The capital of France is", "To make a cup of tea, first"), description="Continued greedily, before and after"
     )
     new_tokens: int = Field(32, ge=1, description="Tokens generated per prompt; also times decoding")
+    model: Literal["hf", "vllm"] = Field("hf", description="lm-eval's name of what answers the items of tasks")
+    model_args: ModelArguments = Field(ModelArguments(), description="Arguments of that model class")
+
+    @model_validator(mode="after")
+    def _arguments_have_a_class(self) -> Self:
+        given = self.model_args.model_dump(exclude_defaults=True).keys()
+        if self.model == "hf" and "gpu_memory_utilization" in given:
+            raise ValueError("model_args.gpu_memory_utilization belongs to model vllm")
+        if not self.loads_apart and given - {"tensor_parallel_size"}:
+            raise ValueError(
+                "model_args goes with model vllm, or with a tensor_parallel_size above 1; else what everything is "
+                "measured of answers"
+            )
+        return self
+
+    @property
+    def loads_apart(self) -> bool:
+        """Whether tasks are scored by a model that lm-eval loads for itself."""
+        return self.model != "hf" or self.model_args.tensor_parallel_size > 1
 
 
 class EngineCheck(Section):

@@ -9,12 +9,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mka.errors import MkaError, explain_missing
 from mka.outside.printable import describe_error, hide_passwords, make_printable
+
+if TYPE_CHECKING:
+    from mka.outside.rendering import Renderer
 
 # Exit code of what ^C or SIGTERM ended.
 INTERRUPTED = 130
@@ -155,8 +158,9 @@ REPLACED = {
     "bars of tasks": ("lm_eval.api.task.tqdm", "lm_eval.api.model.tqdm", "lm_eval.models.huggingface.tqdm"),
     # lm-eval's account of git and the machine costs seconds and prints; ours is in the report's conditions.
     "account of tasks": ("lm_eval.evaluator.get_git_commit_hash", "lm_eval.evaluator.add_env_info"),
-    # Whoever writes a task writes templates, which could otherwise call anything.
-    "templates of tasks": ("lm_eval.utils.env",),
+    # Whoever writes a task writes templates and patterns, which could otherwise call anything and take for ever.
+    "templates of tasks": ("lm_eval.utils.apply_template",),
+    "patterns of tasks": ("lm_eval.filters.extraction.re", "lm_eval.api.metrics.re"),
     # Not for the terminal: of weights that stay on disk transformers draws values, and of whole numbers it cannot.
     "first values": ("transformers.initialization.normal_",),
 }
@@ -234,19 +238,18 @@ def quiet_hub() -> Iterator[None]:
 
 
 @contextmanager
-def quiet_lm_eval(progress: bool) -> Iterator[None]:
+def quiet_lm_eval(progress: bool) -> "Iterator[Renderer]":
     """Draw one bar for all requests, if any, instead of one per step and task, and warn of no item.
 
-    Templates of tasks see their item and nothing else meanwhile.
+    Templates and patterns of tasks are worked out by the renderer that is handed over: they see their item and nothing
+    else, within bounds of time and memory.
     """
     import datasets
-    from jinja2 import StrictUndefined
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from lm_eval import utils
     from tqdm import tqdm
 
-    closed = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    closed.filters.update(utils.env.filters)
+    from mka.outside.rendering import Patterns, Renderer
+
+    renderer = Renderer()
 
     def bar(*args: Any, desc: str = "", **options: Any) -> Any:
         shown = progress and desc.startswith("Running")
@@ -260,10 +263,12 @@ def quiet_lm_eval(progress: bool) -> Iterator[None]:
             _errors_only("lm_eval"),
             _replacing("account of tasks", lambda *_: None),
             _replacing("bars of tasks", bar),
-            _replacing("templates of tasks", closed),
+            _replacing("templates of tasks", renderer.render),
+            _replacing("patterns of tasks", Patterns(renderer)),
         ):
-            yield
+            yield renderer
     finally:
+        renderer.close()
         if bars:
             datasets.enable_progress_bars()
 

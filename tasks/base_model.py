@@ -109,9 +109,8 @@ def _at_root(place: Workplace, source: ModelSource) -> ModelSource:
 
 def _find_tasks(place: Workplace, recipe: Recipe) -> Recipe:
     evaluation = recipe.evaluation
-    if evaluation.tasks_folder is None:
-        return recipe
-    found = evaluation.model_copy(update={"tasks_folder": place.path(evaluation.tasks_folder)})
+    places = {"tasks_folder": evaluation.tasks_folder, "include_path": evaluation.include_path}
+    found = evaluation.model_copy(update={key: place.path(path) for key, path in places.items() if path is not None})
     return recipe.model_copy(update={"evaluation": found})
 
 

@@ -10,13 +10,14 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from mka.alignment.table import AlignmentTable, fit_windows, open_alignment
-from mka.evaluation.task_tables import is_built_in, read_task_texts
+from mka.evaluation.catalog import Catalog
+from mka.evaluation.task_tables import is_built_in
 from mka.healing.table import HealingTable, cut_healing, open_healing
 from mka.methods import resolve_method
 from mka.model.checkpoint import Checkpoint
 from mka.pipeline.inputs import Inputs, list_read, read_measured
 from mka.pipeline.written import as_own_text, want_text, write_table
-from mka.recipe import Recipe
+from mka.recipe import Measurement, Recipe
 from mka.store.products import Product, produce, reading
 from mka.texts.calibration import load_calibration
 from mka.texts.overlap import refuse_overlap
@@ -198,11 +199,17 @@ def _read_evaluation(place: Workplace, recipe: Recipe, tables: Tables, run: str)
         guard.check("heldout", table, heldout_suite(), place.checks, run)
         claimed |= dict(zip(table["text_sha256"], sources))
         used += texts
-    if evaluation.tasks_folder is not None:
-        # No index knows the tasks of one's own.
-        for name in [task for task in evaluation.tasks if not is_built_in(task)]:
-            used += read_task_texts(name, tables.find(evaluation.tasks_folder))
+    # Of these alone there is an index.
+    if others := [task for task in evaluation.tasks if not is_built_in(task)]:
+        catalog = _find_catalog(evaluation, tables)
+        for name in catalog.expand(dict.fromkeys(others)):
+            used += catalog.read_texts(name)
     return claimed, used
+
+
+def _find_catalog(evaluation: Measurement, tables: Tables) -> Catalog:
+    places = (evaluation.tasks_folder, evaluation.include_path)
+    return Catalog(*(tables.find(path) if path is not None else None for path in places))
 
 
 def open_inputs(recipe: Recipe, tables: Tables, chosen: Mapping[str, Product]) -> Inputs:
@@ -217,8 +224,8 @@ def open_inputs(recipe: Recipe, tables: Tables, chosen: Mapping[str, Product]) -
         RecipeError: on an unknown task or a missing table.
         StoreError: if one of them has changed since it was copied or chosen.
     """
-    text, folder = recipe.evaluation.text, recipe.evaluation.tasks_folder if recipe.evaluation.tasks else None
-    text, folder = (tables.find(path) if path is not None else None for path in (text, folder))
+    text = tables.find(recipe.evaluation.text) if recipe.evaluation.text is not None else None
+    catalog = _find_catalog(recipe.evaluation, tables) if recipe.evaluation.tasks else Catalog()
     found: dict[str, Any] = {}
     with reading():
         if (product := chosen.get("calibration")) is not None:
@@ -230,4 +237,4 @@ def open_inputs(recipe: Recipe, tables: Tables, chosen: Mapping[str, Product]) -
             found["healing"] = HealingTable(read_heldout(product.open() / TABLE_FILE), recipe.heal)
         if tables.own_text is not None:
             found["own_text"] = as_own_text(tables.own_text)
-        return replace(read_measured(recipe.evaluation, text, folder), **found)
+        return replace(read_measured(recipe.evaluation, text, catalog), **found)

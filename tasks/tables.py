@@ -50,7 +50,7 @@ class Tables:
         evaluation = recipe.evaluation
         roles = {role: path, "heldout": evaluation.text, "overlap index": evaluation.overlap_index}
         if evaluation.tasks:
-            roles["tasks"] = evaluation.tasks_folder
+            roles |= {"tasks": evaluation.tasks_folder, "included tasks": evaluation.include_path}
         named = {name: found for name, found in roles.items() if found is not None}
         return {
             name: self.own_text.digest
@@ -71,8 +71,8 @@ def read_tables(place: Workplace, recipe: Recipe) -> tuple[dict[str, Version], P
     evaluation = recipe.evaluation
     paths = [recipe.calibration.path] if recipe.calibration.path != BASE_TEXT else []
     paths += [p for p in (evaluation.text, evaluation.overlap_index) if p is not None]
-    if evaluation.tasks and evaluation.tasks_folder is not None:
-        paths.append(evaluation.tasks_folder)
+    if evaluation.tasks:
+        paths += [p for p in (evaluation.tasks_folder, evaluation.include_path) if p is not None]
     versions = resolve_versions(place, paths, recipe.calibration.rev)
     if recipe.alignment.enabled:
         versions |= _resolve_table(place, recipe.alignment, "alignment", versions)

@@ -105,6 +105,7 @@ def measure(
             else:
                 limit = settings.tasks[name]
                 keyed = dtype | {"task": name, "limit": limit, "shots": settings.shots, "seed": recipe.seed}
+                keyed |= settings.model_dump(include={"chat_template", "system_instruction"}, exclude_defaults=True)
                 part = bench.part("task", keyed | asked, checkpoint | {"tables": bench.digests[f"task {name}"]})
                 make = partial(model.measure_task, metric, name)
             products.append((name, get(part, make)))

@@ -9,6 +9,7 @@ from mka.alignment.table import AlignmentTable, fit_windows
 from mka.bench.parts import Bench
 from mka.bench.recipe import BenchRecipe, TextSource
 from mka.errors import CalibrationError, RecipeError
+from mka.evaluation.catalog import open_catalog
 from mka.healing.table import HealingTable, cut_healing
 from mka.methods import Planner, resolve_method
 from mka.model.checkpoint import Checkpoint
@@ -41,7 +42,10 @@ def prepare(recipe: BenchRecipe, work: Path, *, root: Path = Path(), write: bool
     texts, paragraphs = {}, {}
     for text in recipe.texts:
         texts[text.name], paragraphs[text.name] = _read_text(text)
-    check_evaluation(recipe.evaluation, None, recipe.evaluation.tasks_folder)
+    catalog = open_catalog(recipe.evaluation)
+    check_evaluation(recipe.evaluation, None, catalog)
+    asked = recipe.evaluation.model_copy(update={"tasks": catalog.expand(recipe.evaluation.tasks)})
+    recipe = recipe.model_copy(update={"evaluation": asked})
     planners = {
         entry.row: resolve_method(MethodChoice(name=entry.name, settings=entry.settings)) for entry in recipe.methods
     }
@@ -60,7 +64,7 @@ def prepare(recipe: BenchRecipe, work: Path, *, root: Path = Path(), write: bool
     jobs = _open_jobs(recipe, planners, base, revision, inputs, opened)
     digests = {f"text {name}": digest_texts(body) for name, body in texts.items()}
     settings = recipe.evaluation
-    digests |= {f"task {task}": digest_task(settings.tasks_folder, task, settings.shots) for task in settings.tasks}
+    digests |= {f"task {task}": digest_task(catalog, task, settings.shots) for task in settings.tasks}
     return Bench(recipe, base, revision, inputs, texts, digests, notes, work, command, jobs, opened)
 
 
@@ -77,7 +81,7 @@ def _resolve_paths(recipe: BenchRecipe, root: Path) -> BenchRecipe:
                 for name in ("calibration", "alignment", "heal")
                 for section in (getattr(recipe, name),)
             },
-            "evaluation": at_root(recipe.evaluation, "tasks_folder", "overlap_index"),
+            "evaluation": at_root(recipe.evaluation, "tasks_folder", "include_path", "overlap_index"),
             "texts": tuple(at_root(text, "path") for text in recipe.texts),
         }
     )

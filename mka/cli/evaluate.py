@@ -27,6 +27,7 @@ def evaluate(model: str, output: Path | None, asked: dict[str, Any]) -> Outcome:
 
     Also its speed and a sample of its text. Every figure comes with its n and, as ±, one standard error.
     """
+    from mka.evaluation.catalog import open_catalog
     from mka.model.checkpoint import describe_checkpoint
     from mka.pipeline.evaluate import measure_checkpoint
     from mka.pipeline.inputs import read_measured
@@ -36,7 +37,7 @@ def evaluate(model: str, output: Path | None, asked: dict[str, Any]) -> Outcome:
     if output is not None:
         check_free(output)
     settings = build_section(EvaluationSettings, {"text": None} | pick(asked, "evaluation"))
-    inputs = read_measured(settings, settings.text, settings.tasks_folder)
+    inputs = read_measured(settings, settings.text, open_catalog(settings))
     if not inputs.measures:
         raise RecipeError("nothing to evaluate on; give --text FILE, --tasks TASK=ITEMS, --generation N, or several")
     seed = asked.get("seed", default_of("seed"))

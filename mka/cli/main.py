@@ -31,6 +31,7 @@ from mka.cli.report import report
 from mka.cli.score import score
 from mka.cli.serve_check import serve_check
 from mka.cli.sign import sign, verify
+from mka.cli.tasks import tasks
 from mka.cli.write import write
 from mka.errors import MkaError
 from mka.outside.printable import LONGEST, one_line
@@ -153,6 +154,7 @@ def cli(context: click.Context, progress: bool | None) -> None:
 for command in (
     compress,
     methods,
+    tasks,
     write,
     observe,
     score,

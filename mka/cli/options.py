@@ -55,6 +55,20 @@ class Size(click.ParamType):
         return size
 
 
+class NumberOr(click.ParamType):
+    """A whole number, or a word that stands for null."""
+
+    name = "number"
+
+    def __init__(self, null: str) -> None:
+        """Remember the word."""
+        self.null = null
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int | None:
+        """Read what was typed."""
+        return None if value == self.null else click.INT.convert(value, parameter, context)
+
+
 FILE = FileName(path_type=Path)
 SIZE = Size()
 
@@ -184,7 +198,9 @@ def make_option(key: str, help: str | None = None, own: str = "") -> RecipeOptio
     attributes = {"type": str, "metavar": "SIZE"} if marker.is_size else read_type(field.annotation)
     if marker.metavar is not None:
         attributes["metavar"] = marker.metavar
-    if marker.null is not None:
+    if marker.null is not None and attributes.get("type") is int:
+        attributes["type"] = NumberOr(marker.null)
+    elif marker.null is not None:
         attributes["callback"] = lambda context, option, value: None if str(value) == marker.null else value
     plain = f"--{key.rpartition('.')[2].replace('_', '-')}"
     name = marker.name or plain

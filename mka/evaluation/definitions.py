@@ -6,13 +6,14 @@ elsewhere, is refused.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from mka.errors import RecipeError
+from mka.evaluation.task_data import HubData, read_hub_data
 from mka.evaluation.task_keys import SCORED_BY, TaskKeys
 from mka.outside.reading import UnreadableError, quote, read_within
 from mka.sections import explain_validation, parse_yaml
@@ -38,20 +39,25 @@ class Definition:
         body: what it says, without where its data are.
         metric: what is measured.
         tables: split -> JSON lines in the same folder; the first is what is measured on.
+        data: of the hub, where there are no tables.
+        own: whether it is somebody's own, and not lm-eval's.
     """
 
     name: str
     file: Path
     body: Mapping[str, Any]
     metric: str
-    tables: Mapping[str, Path]
+    tables: Mapping[str, Path] = field(default_factory=dict)
+    data: HubData | None = None
+    own: bool = True
 
 
-def read_definitions(folder: Path | None) -> dict[str, tuple[Definition, ...]]:
+def read_definitions(folder: Path | None, *, on_hub: bool = False) -> dict[str, tuple[Definition, ...]]:
     """Read the definitions of a folder: name of a task or group -> its tasks.
 
     Args:
         folder: of the tables; one that is missing has none.
+        on_hub: whether folders within it are looked through too, and data sets may be those of a hub.
 
     Raises:
         RecipeError: if one cannot be read, defines no task, asks for what is not run here, or names a table that is not
@@ -61,7 +67,7 @@ def read_definitions(folder: Path | None) -> dict[str, tuple[Definition, ...]]:
         return {}
     tasks: dict[str, Definition] = {}
     groups: dict[str, tuple[Path, list[str]]] = {}
-    for file in sorted(folder.glob("*.yaml")):
+    for file in sorted(folder.glob("**/*.yaml" if on_hub else "*.yaml")):
         body = _read(file)
         name = body.get("group", body.get("task"))
         if not isinstance(name, str):
@@ -73,7 +79,7 @@ def read_definitions(folder: Path | None) -> dict[str, tuple[Definition, ...]]:
         if "group" in body:
             groups[name] = file, _list_members(file, body.get("task"))
         else:
-            tasks[name] = _define(name, file, body)
+            tasks[name] = _define(name, file, body, on_hub)
     found: dict[str, tuple[Definition, ...]] = {name: (task,) for name, task in tasks.items()}
     for name, (file, members) in groups.items():
         if strange := [member for member in members if member not in tasks]:
@@ -111,7 +117,7 @@ def _list_members(file: Path, members: Any) -> list[str]:
     return members
 
 
-def _define(name: str, file: Path, body: dict[str, Any]) -> Definition:
+def _define(name: str, file: Path, body: dict[str, Any], on_hub: bool) -> Definition:
     try:
         keys = TaskKeys.model_validate(body)
     except ValidationError as error:
@@ -122,10 +128,21 @@ def _define(name: str, file: Path, body: dict[str, Any]) -> Definition:
             f"{file}: metric_list asks for none of {', '.join(allowed)}, which are what a score of output_type "
             f"{keys.output_type} is made of"
         )
+    data = None
+    if on_hub and keys.dataset_path not in ("json", None):
+        try:
+            data = read_hub_data(keys)
+        except ValueError as error:
+            raise RecipeError(f"{file}: {error}") from None
+    tables = {} if data else _find_tables(file, keys)
+    return Definition(name, file, strip_body(body, keys, keys.scored), keys.scored[0]["metric"], tables, data)
+
+
+def strip_body(body: Mapping[str, Any], keys: TaskKeys, scored: list[dict[str, Any]]) -> dict[str, Any]:
+    """Leave out of a definition where its data are, and what lm-eval does nothing with here."""
     kept = {key: value for key, value in body.items() if key not in _LEFT_OUT}
-    kept |= {"metric_list": keys.scored}
-    kept |= {"metadata": {"version": keys.metadata.version}} if keys.metadata.version is not None else {}
-    return Definition(name, file, kept, keys.scored[0]["metric"], _find_tables(file, keys))
+    kept |= {"metric_list": scored}
+    return kept | ({"metadata": {"version": keys.metadata.version}} if keys.metadata.version is not None else {})
 
 
 def _find_tables(file: Path, keys: TaskKeys) -> dict[str, Path]:

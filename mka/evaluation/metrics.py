@@ -32,6 +32,7 @@ class Subject:
         seed: of task subsets and few-shot sampling.
         progress: show bars with rates.
         base: the base's model, for metrics that hold one against the other; else None.
+        answers: of lm-eval's, answers tasks in the model's place; None: the model does.
     """
 
     model: Any
@@ -42,6 +43,7 @@ class Subject:
     seed: int = 0
     progress: bool = True
     base: Any = None
+    answers: Any = None
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,26 @@
 """Local tables in place of the hub's data sets, behind lm-eval's own task definitions."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from mka.errors import RecipeError
-from mka.evaluation.definitions import Definition, read_definitions
+from mka.evaluation.definitions import Definition
+from mka.evaluation.packaged import find_packaged
 from mka.outside.printable import describe_error
 from mka.outside.reading import parse_json, quote, read_within
 from mka.texts.rows import LARGEST_TABLE
 
-# Task -> (folder in lm_eval/tasks, columns it reads). Indexing these takes milliseconds; indexing all, minutes.
+# Task -> (file in lm_eval/tasks, columns it reads).
 TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "hellaswag": ("hellaswag", ("activity_label", "ctx_a", "ctx_b", "endings", "label")),
-    "piqa": ("piqa", ("goal", "sol1", "sol2", "label")),
-    "arc_easy": ("arc", ("question", "choices", "answerKey")),
-    "arc_challenge": ("arc", ("question", "choices", "answerKey")),
-    "winogrande": ("winogrande", ("sentence", "option1", "option2", "answer")),
-    "boolq": ("super_glue/boolq", ("passage", "question", "label")),
-    "lambada_openai": ("lambada", ("text",)),
+    "hellaswag": ("hellaswag/hellaswag.yaml", ("activity_label", "ctx_a", "ctx_b", "endings", "label")),
+    "piqa": ("piqa/piqa.yaml", ("goal", "sol1", "sol2", "label")),
+    "arc_easy": ("arc/arc_easy.yaml", ("question", "choices", "answerKey")),
+    "arc_challenge": ("arc/arc_challenge.yaml", ("question", "choices", "answerKey")),
+    "winogrande": ("winogrande/default.yaml", ("sentence", "option1", "option2", "answer")),
+    "boolq": ("super_glue/boolq/default.yaml", ("passage", "question", "label")),
+    "lambada_openai": ("lambada/lambada_openai.yaml", ("text",)),
 }
 MMLU = "mmlu"
 MMLU_FOLDER = "mmlu/default"
@@ -28,31 +30,28 @@ DEEPEST_VALUE = 8
 MMLU_COLUMNS = ("question", "choices", "answer")
 
 
+@cache
+def list_mmlu() -> tuple[str, ...]:
+    """Return the task names of MMLU's 57 subjects, e.g. "mmlu_anatomy"."""
+    return tuple(sorted(path.stem for path in (find_packaged() / MMLU_FOLDER).glob("mmlu_*.yaml")))
+
+
 def is_built_in(name: str) -> bool:
-    """Whether a name is one of lm-eval's own tasks that are read here."""
-    return name in TASKS or name == MMLU or name.startswith(f"{MMLU}_")
+    """Whether a name is one of lm-eval's own tasks that the project has tables of."""
+    return name in TASKS or name == MMLU or (name.startswith(f"{MMLU}_") and name in list_mmlu())
 
 
-def find_definitions(name: str, folder: Path) -> tuple[Definition, ...] | None:
-    """Return the tasks that a name is defined as in the folder of the tables; None for lm-eval's own.
-
-    Raises:
-        RecipeError: if the folder's definitions cannot be read.
-    """
-    return None if is_built_in(name) else read_definitions(folder).get(name)
-
-
-def define_task(definition: Definition) -> dict[str, Any]:
-    """Return lm-eval's fields of a task of one's own, with its tables in the place of its data.
+def hold_tables(definition: Definition) -> dict[str, Any]:
+    """Put the tables of a task of one's own in the place of its data.
 
     Raises:
         RecipeError: if a table is empty or unreadable.
     """
     rows = {split: read_table(definition.name, path) for split, path in definition.tables.items()}
-    return {**definition.body, "task": definition.name, "custom_dataset": _hold_rows(rows)}
+    return {"custom_dataset": _hold_rows(rows)}
 
 
-def name_tables(name: str, folder: Path, shots: int = 0) -> dict[str, Path]:
+def name_tables(name: str, folder: Path, shots: int | None = 0) -> dict[str, Path]:
     """Say where the tables of a task of lm-eval's own lie: split -> file. Of all MMLU the subject is ``*``."""
     if name in TASKS:
         files = {"validation": folder / f"{name}.jsonl"}
@@ -61,36 +60,21 @@ def name_tables(name: str, folder: Path, shots: int = 0) -> dict[str, Path]:
     return {split: folder / MMLU / f"{subject}.{split}.jsonl" for split in ("test", "dev")}
 
 
-def list_tables(folder: Path, task: str, *, every: bool = False, shots: int = 0) -> list[Path]:
-    """List the tables of a task that are there: of its items, or every one that decides a score, with its definition.
+def list_tables(folder: Path, task: str, *, every: bool = False, shots: int | None = 0) -> list[Path]:
+    """List the project's tables of a task that are there: of its items, or every one that decides a score.
 
     Args:
         folder: holds them.
-        task: of `TASKS`, "mmlu" or one of its subjects, or one that is defined in the folder.
+        task: of `TASKS`, "mmlu" or one of its subjects.
         every: few-shot examples too.
         shots: few-shot examples per item; with any, the train table is one of every.
     """
-    if defined := find_definitions(task, folder):
-        measured = [next(iter(one.tables.values())) for one in defined]
-        all_tables = [table for one in defined for table in one.tables.values()]
-        return sorted([*all_tables, *(one.file for one in defined)] if every else measured)
     files = list(name_tables(task, folder, shots).values())
     wanted = files if every else files[:1]
     return sorted(found for file in wanted for found in file.parent.glob(file.name))
 
 
-def read_task_texts(task: str, folder: Path) -> Iterator[str]:
-    """Yield the texts of a task's items, which no calibration text may hold.
-
-    Raises:
-        RecipeError: if a table cannot be read.
-    """
-    for table in list_tables(folder, task):
-        for row in read_table(task, table):
-            yield from (value for value in row.values() if isinstance(value, str))
-
-
-def override_tables(name: str, folder: Path, shots: int) -> dict[str, Any]:
+def override_tables(name: str, folder: Path, shots: int | None) -> dict[str, Any]:
     """Point a task definition at local tables; prompts and metrics stay lm-eval's.
 
     Args:

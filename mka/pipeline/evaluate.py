@@ -77,7 +77,13 @@ def measure_checkpoint(
 
     return evaluate_checkpoint(
         checkpoint.path,
-        settings.model_copy(update={"tasks": inputs.tasks, "tasks_folder": inputs.tasks_folder}),
+        settings.model_copy(
+            update={
+                "tasks": inputs.tasks,
+                "tasks_folder": inputs.catalog.folder,
+                "include_path": inputs.catalog.include,
+            }
+        ),
         dtype=source.dtype,
         seed=seed,
         trust_remote_code=source.trust_remote_code,
@@ -123,7 +129,9 @@ def evaluate_stage(
         return inputs
 
     def settings(job: Job) -> dict[str, Any]:
-        keyed = job.recipe.evaluation.model_dump(mode="json", exclude={"text", "tasks_folder", "overlap_index"})
+        keyed = job.recipe.evaluation.model_dump(
+            mode="json", exclude={"text", "tasks_folder", "include_path", "overlap_index"}
+        )
         return keyed | {"seed": job.recipe.seed, "dtype": job.recipe.model.dtype}
 
     return Stage(

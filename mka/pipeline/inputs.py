@@ -8,14 +8,12 @@ from typing import Any
 
 from mka.alignment.table import AlignmentTable, open_alignment
 from mka.errors import CalibrationError, RecipeError, StoreError
-from mka.evaluation.task_tables import list_tables, read_task_texts
-from mka.evaluation.tasks import check_tasks
+from mka.evaluation.catalog import Catalog, open_catalog
 from mka.healing.table import HealingTable, open_healing
 from mka.methods import Planner
 from mka.outside.project import suggest_table
 from mka.pipeline.written import OwnText, locate_table, refuse_used, want_text
 from mka.recipe import BASE_TEXT, Measurement, Recipe
-from mka.store.sums import file_sha256
 from mka.texts.calibration import CalibrationSet, load_calibration
 from mka.texts.overlap import refuse_overlap
 from mka.texts.rows import digest_sources, digest_texts, read_heldout, read_rows, read_texts
@@ -33,7 +31,7 @@ class Inputs:
         healing: what the merged model is healed on; None if it is not.
         heldout: source -> texts of perplexity; empty if there are none.
         tasks: task -> number of items (None: all); empty if none is measured.
-        tasks_folder: tables of the tasks; None if they come from the hub.
+        catalog: where the tasks are from.
         digests: what evaluation reads, by name; "heldout" and one "task NAME" each.
         generation: items of copying, retrieval and repetition each; 0 if they are not measured.
         own_text: what the base wrote itself, if a table is that; already read into those above.
@@ -44,7 +42,7 @@ class Inputs:
     healing: HealingTable | None = None
     heldout: Mapping[str, Sequence[str]] = field(default_factory=dict)
     tasks: Mapping[str, int | None] = field(default_factory=dict)
-    tasks_folder: Path | None = None
+    catalog: Catalog = field(default_factory=Catalog)
     digests: Mapping[str, str] = field(default_factory=dict)
     generation: int = 0
     own_text: OwnText | None = None
@@ -110,7 +108,8 @@ def read_inputs(recipe: Recipe, planner: Planner, *, evaluate: bool = True, own_
         RecipeError: on an unknown task or a missing table.
         CalibrationError: if texts cannot be read, are too few, or are used by evaluation.
     """
-    measured = read_measured(recipe.evaluation, recipe.evaluation.text, recipe.evaluation.tasks_folder, evaluate)
+    catalog = open_catalog(recipe.evaluation)
+    measured = read_measured(recipe.evaluation, recipe.evaluation.text, catalog, evaluate)
     settings = recipe.calibration
     calibration, alignment = None, None
     if reads_calibration(recipe, planner):
@@ -119,7 +118,7 @@ def read_inputs(recipe: Recipe, planner: Planner, *, evaluate: bool = True, own_
     used: list[str] = []
     healed = recipe.heal.mode != "off"
     if evaluate and (calibration is not None or recipe.alignment.enabled or healed or own_text is not None):
-        used = [*(t for group in measured.heldout.values() for t in group), *_task_texts(recipe.evaluation)]
+        used = [*(t for group in measured.heldout.values() for t in group), *_task_texts(recipe.evaluation, measured)]
     if own_text is not None:
         refuse_used(own_text, used)
     if calibration is not None:
@@ -130,13 +129,13 @@ def read_inputs(recipe: Recipe, planner: Planner, *, evaluate: bool = True, own_
     return replace(measured, calibration=calibration, alignment=alignment, healing=healing, own_text=own_text)
 
 
-def read_measured(settings: Measurement, text: Path | None, tasks_folder: Path | None, evaluate: bool = True) -> Inputs:
+def read_measured(settings: Measurement, text: Path | None, catalog: Catalog, evaluate: bool = True) -> Inputs:
     """Read and digest what base and candidate are measured on.
 
     Args:
         settings: names the tasks.
         text: the held-out table, wherever it is read from.
-        tasks_folder: tables of the tasks, wherever they are read from; None: the hub.
+        catalog: the tasks, wherever their tables and definitions are read from.
         evaluate: whether anything is measured.
 
     Raises:
@@ -145,41 +144,40 @@ def read_measured(settings: Measurement, text: Path | None, tasks_folder: Path |
     """
     if not evaluate:
         return Inputs()
-    heldout = check_evaluation(settings, text, tasks_folder)
+    heldout = check_evaluation(settings, text, catalog)
+    tasks = catalog.expand(settings.tasks)
     digests = {"heldout": digest_sources(heldout)} if heldout else {}
-    digests |= {f"task {task}": digest_task(tasks_folder, task, settings.shots) for task in settings.tasks}
+    digests |= {f"task {task}": digest_task(catalog, task, settings.shots) for task in tasks}
     return Inputs(
         heldout=heldout,
-        tasks=settings.tasks,
-        tasks_folder=tasks_folder,
+        tasks=tasks,
+        catalog=catalog,
         digests=digests,
         generation=settings.generation,
     )
 
 
-def check_evaluation(settings: Measurement, text: Path | None, tasks_folder: Path | None) -> dict[str, list[str]]:
+def check_evaluation(settings: Measurement, text: Path | None, catalog: Catalog) -> dict[str, list[str]]:
     """Read the held-out texts and check tasks and their tables; returns source -> texts.
 
     Refusals are those of `read_measured`.
     """
-    check_tasks(settings.tasks, tasks_folder)
-    for task in settings.tasks:
-        if tasks_folder is not None and not list_tables(tasks_folder, task):
+    tasks = catalog.expand(settings.tasks)
+    catalog.check(tasks)
+    for task in tasks:
+        if any(map(catalog.reads_tables, catalog.find(task).tasks)) and not catalog.list_files(task):
             hint = suggest_table("name the folder that has one, or `hub` (null in a recipe) for the hub's data sets")
-            raise RecipeError(f"task {task!r}: no table in {tasks_folder}; {hint}")
+            raise RecipeError(f"task {task!r}: no table in {catalog.folder}; {hint}")
     return read_heldout(text) if text is not None else {}
 
 
-def digest_task(folder: Path | None, task: str, shots: int) -> str:
-    """Digest the tables of one task, those of its few-shot examples too; "hub" if they come from there."""
-    if folder is None:
-        return "hub"
-    files = list_tables(folder, task, every=True, shots=shots)
-    return digest_texts(f"{file.name} {file_sha256(file)}" for file in files)
+def digest_task(catalog: Catalog, task: str, shots: int | None) -> str:
+    """Digest what decides the score of one task: tables, those of few-shot examples too, definitions and data sets."""
+    return digest_texts(catalog.digest(task, shots))
 
 
 @contextmanager
-def hold_tables(inputs: Inputs, shots: int) -> Iterator[None]:
+def hold_tables(inputs: Inputs, shots: int | None) -> Iterator[None]:
     """Compare the tables of tasks, which are read while they are measured, with their digests before and after a block.
 
     Args:
@@ -194,18 +192,20 @@ def hold_tables(inputs: Inputs, shots: int) -> Iterator[None]:
     _verify_tables(inputs, shots)
 
 
-def _verify_tables(inputs: Inputs, shots: int) -> None:
+def _verify_tables(inputs: Inputs, shots: int | None) -> None:
     for task in inputs.tasks:
-        if digest_task(inputs.tasks_folder, task, shots) != inputs.digests[f"task {task}"]:
+        # Anew: what was read of definitions is remembered.
+        catalog = Catalog(inputs.catalog.folder, inputs.catalog.include)
+        if digest_task(catalog, task, shots) != inputs.digests[f"task {task}"]:
             raise StoreError(
-                f"table of task {task!r} in {inputs.tasks_folder} has changed since the run began; nothing measured on "
-                "it is kept, run again"
+                f"table or definition of task {task!r} in {catalog.place} has changed since the run began; nothing "
+                "measured on it is kept, run again"
             )
 
 
-def _task_texts(settings: Measurement) -> Iterator[str]:
+def _task_texts(settings: Measurement, measured: Inputs) -> Iterator[str]:
     """Texts of the tasks that calibration must not contain."""
     if settings.overlap_index is not None and settings.overlap_index.is_file():
         yield from read_texts(settings.overlap_index)
-    for task in settings.tasks:
-        yield from read_task_texts(task, settings.tasks_folder or Path())
+    for task in measured.tasks:
+        yield from measured.catalog.read_texts(task)

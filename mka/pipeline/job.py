@@ -8,7 +8,7 @@ from typing import Any
 
 from mka.alignment.table import fit_windows
 from mka.engines.loadable import check_engines
-from mka.evaluation.tasks import check_tasks
+from mka.evaluation.catalog import open_catalog
 from mka.healing.table import cut_healing
 from mka.methods import Planner, check_alignment, resolve_method
 from mka.model.checkpoint import Checkpoint
@@ -146,7 +146,7 @@ def prepare(
     else:  # writing takes minutes; what can be refused before is
         check_named(recipe, planner)
         if evaluate:
-            check_evaluation(recipe.evaluation, recipe.evaluation.text, recipe.evaluation.tasks_folder)
+            check_evaluation(recipe.evaluation, recipe.evaluation.text, open_catalog(recipe.evaluation))
     base, revision = fetch_base(recipe.model, work)
     aim = check_feasible(recipe, base)
     deletable_layers(base.layers, aim)  # refuses a protection that leaves more than the target
@@ -205,5 +205,6 @@ def check_feasible(recipe: Recipe, checkpoint: Checkpoint) -> Aim:
         # Layers that go make room for the budget's bytes.
         get_quantizer(recipe.quantize).check(treated, raise_bytes(treated, recipe.quantize))
         refuse_bytes(treated, recipe.quantize, aim.layers_out)
-    check_tasks(recipe.evaluation.tasks, recipe.evaluation.tasks_folder)
+    catalog = open_catalog(recipe.evaluation)
+    catalog.check(catalog.expand(recipe.evaluation.tasks))
     return aim

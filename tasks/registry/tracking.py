@@ -167,10 +167,32 @@ def _open_client(uri: str) -> Any:
     # One that is there may be read where nothing can be written.
     makes = not database.exists() or os.access(database.parent, os.W_OK)
     with _hold_file(database, "tables") if makes else nullcontext():
-        client = mlflow.MlflowClient(uri, uri)
-        client.search_registered_models(max_results=1)
-        client.search_experiments(max_results=1)
+        if not database.exists():
+            _make_database(uri, database)
+        client = _touch_tables(uri)
     _OPENED.add(uri)
+    return client
+
+
+def _make_database(uri: str, database: Path) -> None:
+    """Have MLflow make its tables aside, and put the file in its place when they are whole.
+
+    It makes them step by step, and goes on with none that a kill has left half done.
+    """
+    partial = database.with_name(f".{database.name}.partial")
+    for left in (partial, partial.with_name(f"{partial.name}-journal")):
+        left.unlink(missing_ok=True)
+    start, end = _SQLITE.match(uri).span("path")  # type: ignore[union-attr]
+    _touch_tables(f"{uri[:start]}{partial}{uri[end:]}")
+    partial.replace(database)
+
+
+def _touch_tables(uri: str) -> Any:
+    import mlflow
+
+    client = mlflow.MlflowClient(uri, uri)
+    client.search_registered_models(max_results=1)
+    client.search_experiments(max_results=1)
     return client
 
 

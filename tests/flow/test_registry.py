@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -373,3 +374,23 @@ def test_the_work_folder_is_its_owners(project):
 
     find_workplace().prepare()
     assert stat.S_IMODE(project.work.stat().st_mode) == 0o700
+
+
+def test_a_registry_whose_making_was_killed_is_made_again(tmp_path, monkeypatch):
+    from tasks.registry import tracking
+
+    database = tmp_path / "mlflow.db"
+
+    def die(uri):
+        with sqlite3.connect(tracking.find_database(uri)) as half_made:
+            half_made.execute("create table jobs (creator text)")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(tracking, "_touch_tables", die)
+        with tracking.connect_registry(f"sqlite:///{database}"):
+            pass
+    assert not database.exists()
+    with tracking.connect_registry(f"sqlite:///{database}") as client:
+        assert list(client.search_registered_models()) == []
+    assert [file.name for file in tmp_path.iterdir() if "partial" in file.name] == []

@@ -59,6 +59,13 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
+    def put_data_set(self, name: str, files: dict[str, bytes]) -> str:
+        """Hold a data set at a new commit, which is what its main branch is then; returns the commit."""
+        repo = self.repos.setdefault(f"datasets/{name}", Repo(private=False))
+        commit = oid(name, len(repo.trees), sorted(files.items()))
+        repo.trees[commit], repo.branches["main"] = {path: (data, False) for path, data in files.items()}, commit
+        return commit
+
     def fail(self, pattern: str, how: int | str, times: int = 1) -> None:
         self.failures.append([pattern, how, times])
 
@@ -133,8 +140,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.create(json.loads(body))
         if match := re.fullmatch(r"/([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", path):
             return self.batch(json.loads(body))
-        if match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", raw):
+        if match := re.fullmatch(r"/((?:datasets/)?[\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", raw):
             return self.resolve(match[1], unquote(match[2]), unquote(match[3]))
+        if match := re.fullmatch(r"/api/(datasets/[\w.-]+/[\w.-]+)(?:/([\w-]+)(?:/([^/]+)(?:/(.+))?)?)?", raw):
+            return self.read_data_set(*(unquote(part or "") for part in match.groups()), body)
         match = re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/(\w+)(?:/([^/]+))?)?.*", raw)
         repo = hub.repos.get(match[1]) if match else None
         if match is None or repo is None:
@@ -162,6 +171,25 @@ class Handler(BaseHTTPRequestHandler):
         if verb == "commit":
             return self.commit(match[1], repo, name, body)
         return self.refuse(400)
+
+    def read_data_set(self, name: str, verb: str, revision: str, under: str, body: bytes) -> None:
+        """Of data sets only what reading one takes."""
+        repo = self.hub.repos.get(name)
+        commit = repo.resolve(revision or "main") if repo else None
+        if repo is None or commit is None:
+            return self.refuse(404, "RepoNotFound" if repo is None else "RevisionNotFound")
+        tree = repo.trees[commit]
+        folders = sorted({path.rpartition("/")[0] for path in tree} - {""})
+        listed = [describe(path, *held) for path, held in sorted(tree.items())]
+        listed += [{"type": "directory", "path": path, "oid": oid(path), "size": 0} for path in folders]
+        if verb == "tree":
+            return self.answer([row for row in listed if not under or row["path"].startswith(f"{under}/")])
+        if verb == "paths-info":
+            asked = parse_qs(body.decode()).get("paths", []) if body[:1] != b"{" else json.loads(body)["paths"]
+            return self.answer([row for row in listed if row["path"] in asked])
+        siblings = [{"rfilename": path} for path in tree]
+        facts = {"sha": commit, "private": False, "siblings": siblings, "tags": [], "cardData": None}
+        self.answer({"id": name.removeprefix("datasets/"), **facts})
 
     def create(self, asked: dict) -> None:
         name = f"{asked['organization']}/{asked['name']}"

@@ -29,7 +29,20 @@ ROOT = Path(__file__).parents[3]
 SAMPLES = 60
 HEAVY = {"torch", "transformers", "pandas", "scipy", "matplotlib", "datasets", "lm_eval", "mlflow", "prefect"}
 STAGES = (
-    *("compress", "methods", "write", "observe", "score", "plan", "merge", "heal", "evaluate", "report", "export"),
+    *(
+        "compress",
+        "methods",
+        "tasks",
+        "write",
+        "observe",
+        "score",
+        "plan",
+        "merge",
+        "heal",
+        "evaluate",
+        "report",
+        "export",
+    ),
     *("serve-check", "sign", "verify", "publish", "bench", "budget", "frontier", "clean"),
 )
 

@@ -48,6 +48,9 @@ EVALUATION = {
     "--text": "evaluation.text",
     "--tasks": "evaluation.tasks",
     "--tasks-folder": "evaluation.tasks_folder",
+    "--include-path": "evaluation.include_path",
+    "--shots": "evaluation.shots",
+    "--chat-template": "evaluation.chat_template",
     "--context": "evaluation.context",
     "--tokens": "evaluation.text_tokens",
     "--generation": "evaluation.generation",
@@ -65,6 +68,7 @@ COMMANDS = {
     | {"--mode": "heal.mode", "--seed": "seed"}
     | MODEL,
     "serve-check": {"--seed": "seed"} | MODEL,
+    "tasks": {"--tasks-folder": "evaluation.tasks_folder", "--include-path": "evaluation.include_path"},
     "evaluate": EVALUATION | {"--batch-size": "evaluation.batch_size"} | MODEL,
 }
 # What is typed -> the keys of the recipe it sets.
@@ -83,6 +87,8 @@ TYPED = {
     "--text t.txt --tokens 99": {"evaluation.text": Path("t.txt"), "evaluation.text_tokens": 99},
     "--tasks piqa=4,boolq --tasks sciq=all": {"evaluation.tasks": {"piqa": 4, "boolq": None, "sciq": None}},
     "--tasks-folder hub": {"evaluation.tasks_folder": None},
+    "--shots own --include-path mine": {"evaluation.shots": None, "evaluation.include_path": Path("mine")},
+    "--shots 5 --chat-template auto": {"evaluation.shots": 5, "evaluation.chat_template": "auto"},
     "--tasks-folder tables": {"evaluation.tasks_folder": Path("tables")},
     "--generation 20": {"evaluation.generation": 20},
     "--seed 0": {"seed": 0},

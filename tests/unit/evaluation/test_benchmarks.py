@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mka.errors import NumericsError, RecipeError
-from mka.evaluation.task_tables import TASKS
-from mka.evaluation.tasks import check_tasks, choose_items, list_mmlu, run_tasks
+from mka.evaluation.task_tables import TASKS, list_mmlu
+from mka.evaluation.tasks import check_tasks, choose_items, run_tasks
 
 WORDS = ["red", "green", "blue", "cold", "warm", "tall", "small", "round", "quick", "slow"]
 
@@ -277,17 +277,18 @@ def test_without_tables_data_sets_are_asked_from_the_hub_by_name(model, tokenize
 
     def load_dataset(path, name=None, **_):
         asked.append((path, name))
-        if path != "baber/piqa":
+        if path != "hf://datasets/baber/piqa":
             raise ConnectionError("no route\nto host")
         rows = datasets.Dataset.from_list(TABLES["piqa"])
         return datasets.DatasetDict({"train": rows, "validation": rows})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("mka.evaluation.task_data.pin_revision", lambda data: "c" * 40)
     (score,) = run(model, tokenizer, {"piqa": 3}, None)
-    assert (score.n, score.extra["source"]) == (3, "hub")
-    with pytest.raises(RecipeError, match=r"boolq: .* cannot be fetched .ConnectionError: no route to host.*dvc repro"):
+    assert (score.n, score.extra["source"], score.extra["data"]) == (3, "hub", {"baber/piqa": "c" * 40})
+    with pytest.raises(RecipeError, match=r"boolq cannot be fetched .ConnectionError: no route to host.*dvc repro"):
         run(model, tokenizer, {"boolq": 3}, None)
-    assert asked[-1] == ("aps/super_glue", "boolq")
+    assert asked[-1] == ("hf://datasets/aps/super_glue", "boolq")
 
 
 @given(

@@ -6,30 +6,15 @@ import pytest
 import torch
 import yaml
 from support.models import make_texts, make_tiny_model, make_tokenizer
+from support.tasks import define
 
 from mka.errors import RecipeError
+from mka.evaluation.catalog import Catalog
 from mka.evaluation.definitions import read_definitions
-from mka.evaluation.task_tables import list_tables, read_task_texts
 from mka.evaluation.tasks import check_tasks, run_tasks
 from mka.pipeline.inputs import digest_task
 
 WORDS = make_texts(8, seed=3)
-MINE = {
-    "task": "mine",
-    "dataset_path": "json",
-    "dataset_kwargs": {"data_files": {"test": "/written/down/elsewhere/mine.jsonl"}},
-    "test_split": "test",
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{question}}",
-    "doc_to_choice": "choices",
-    "doc_to_target": "answer",
-    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-}
-
-
-def define(folder, name="mine", **changes):
-    body = {key: value for key, value in (MINE | {"task": name} | changes).items() if value is not ...}
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(body))
 
 
 @pytest.fixture
@@ -65,17 +50,17 @@ def test_a_group_is_the_mean_over_the_items_of_its_tasks(folder):
     (folder / "both.yaml").write_text(yaml.safe_dump({"group": "both", "task": ["mine", "second"]}))
     _, (both, one) = run(folder, {"both": None, "mine": None})
     assert both.n == 2 * one.n and both.value == one.value
-    names = [file.name for file in list_tables(folder, "both", every=True)]
+    names = [file.name for file in Catalog(folder).list_files("both", every=True)]
     assert sorted(set(names)) == ["mine.jsonl", "mine.yaml", "second.yaml"]
 
 
 def test_definition_and_table_are_in_the_digest_and_texts_are_kept_apart(folder):
-    before = digest_task(folder, "mine", 0)
-    assert list(read_task_texts("mine", folder)) == WORDS
+    before = digest_task(Catalog(folder), "mine", 0)
+    assert list(Catalog(folder).read_texts("mine")) == WORDS
     define(folder, doc_to_text="{{question}}?")
-    changed = digest_task(folder, "mine", 0)
+    changed = digest_task(Catalog(folder), "mine", 0)
     (folder / "mine.jsonl").write_text((folder / "mine.jsonl").read_text() + "\n")
-    assert len({before, changed, digest_task(folder, "mine", 0)}) == 3
+    assert len({before, changed, digest_task(Catalog(folder), "mine", 0)}) == 3
 
 
 @pytest.mark.parametrize(
@@ -159,14 +144,14 @@ def test_a_value_that_is_nested_without_end_is_refused(folder):
     deep = "[" * 30 + "0" + "]" * 30
     (folder / "mine.jsonl").write_text((folder / "mine.jsonl").read_text().replace('"answer": 1', f'"answer": {deep}'))
     with pytest.raises(RecipeError, match="item 2: 'answer' is nested deeper than 8 levels"):
-        list(read_task_texts("mine", folder))
+        list(Catalog(folder).read_texts("mine"))
 
 
 def test_a_table_is_found_by_its_name_though_that_reads_like_a_pattern(folder):
     (folder / "mine.jsonl").rename(folder / "mine[1].jsonl")
     define(folder, dataset_kwargs={"data_files": {"test": "mine[1].jsonl"}})
-    assert list(read_task_texts("mine", folder)) == WORDS
-    assert {file.name for file in list_tables(folder, "mine", every=True)} == {"mine[1].jsonl", "mine.yaml"}
+    assert list(Catalog(folder).read_texts("mine")) == WORDS
+    assert {file.name for file in Catalog(folder).list_files("mine", every=True)} == {"mine[1].jsonl", "mine.yaml"}
 
 
 def test_answers_that_are_generated_are_scored_by_exact_match(folder):

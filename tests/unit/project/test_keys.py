@@ -109,10 +109,20 @@ OTHER: dict[str, Any] = {
     "evaluation.context": 99,
     "evaluation.tasks": {"evaluation": {"tasks": {"piqa": 4}}},
     "evaluation.tasks_folder": None,
+    "evaluation.include_path": "other",
     "evaluation.overlap_index": None,
     "evaluation.shots": 3,
+    "evaluation.chat_template": "auto",
+    "evaluation.system_instruction": "other",
     "evaluation.batch_size": 99,
     "evaluation.generation": 9,
+    "evaluation.model": "vllm",
+    "evaluation.model_args.tensor_parallel_size": 2,
+    "evaluation.model_args.gpu_memory_utilization": {
+        "evaluation": {"model": "vllm", "model_args": {"gpu_memory_utilization": 0.5}}
+    },
+    "evaluation.model_args.dtype": {"evaluation": {"model": "vllm", "model_args": {"dtype": "bfloat16"}}},
+    "evaluation.model_args.max_model_len": {"evaluation": {"model": "vllm", "model_args": {"max_model_len": 99}}},
     "evaluation.prompts": ["other"],
     "evaluation.new_tokens": 99,
     "engines.engine": {"engines": [{"engine": "llama.cpp"}]},
@@ -205,8 +215,11 @@ OTHER_BENCH: dict[str, Any] = {key: value for key, value in OTHER.items() if key
     "evaluation.tasks": {"evaluation": TASKS},
     "evaluation.task_targets": {"evaluation": TASKS | {"task_targets": [5]}},
     "evaluation.tasks_folder": None,
+    "evaluation.include_path": "other",
     "evaluation.overlap_index": None,
     "evaluation.shots": 3,
+    "evaluation.chat_template": "auto",
+    "evaluation.system_instruction": "other",
     "evaluation.batch_size": 99,
     "evaluation.generation": {"evaluation": {"generation": 9, "task_targets": [4]}},
     "resamples": 999,
@@ -225,6 +238,7 @@ ELSEWHERE = {
     *("name", "calibration.path", "calibration.samples", "calibration.batch_size", "calibration.rev"),
     *("heal.path", "heal.rev", "heal.checkpointing", "engines.limit", "engines.memory"),
     *("alignment.path", "alignment.rev", "evaluation.text", "evaluation.tasks_folder", "evaluation.overlap_index"),
+    "evaluation.include_path",
     *(
         "gate.champion_recovery",
         "model.hub",
@@ -252,7 +266,7 @@ def list_stage_keys(recipe: Recipe, base: Any) -> dict[str, str]:
     table = AlignmentTable({"words": ["w1"]}, recipe.alignment) if recipe.alignment.enabled else None
     texts = CalibrationSet(("w1 " * 512,), ("words",), "digest", "texts.jsonl")  # a window of what rounds by texts
     healing = HealingTable({"words": ["w1"]}, recipe.heal)
-    inputs = Inputs(texts, table, healing, {"words": ["w1"]}, recipe.evaluation.tasks, None, {})
+    inputs = Inputs(texts, table, healing, {"words": ["w1"]}, recipe.evaluation.tasks)
     job = open_job(recipe, resolve_method(recipe.method), base, "revision", inputs)
     # Products whose digests are the keys they were made under: a change goes on to what is made of them.
     found: dict[str, Product] = {}
