@@ -92,7 +92,7 @@ clean: ## Remove .venv, caches and build products; data/ stays
 
 # An environment that was never finished is started over; a finished one is brought up to date in place.
 # The project itself is built with the setuptools of the lock, so that step asks no registry.
-$(INSTALLED): requirements.lock pyproject.toml
+$(INSTALLED): requirements.lock pyproject.toml setup.py
 	@if [ ! -e $@ ] || ! $(BIN)/python -c '' 2>/dev/null; then \
 		suitable='import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; \
 		found=; \

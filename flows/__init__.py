@@ -4,10 +4,8 @@ Importing this package settles the environment of the libraries before any of th
 Prefect home in the work folder for runs without a server, and enough patience for its first start.
 """
 
-import contextlib
 import os
 import warnings
-from pathlib import Path
 
 from mka.terminal import SHARED_MACHINE
 from tasks.machine.workplace import find_workplace
@@ -29,8 +27,5 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-# Prefect makes its home, but not the folders above it. Where it cannot be made the flow says so itself, in one line.
+# Prefect makes its home, but not the folders above it; those are made by whoever begins a flow, in one place.
 warnings.filterwarnings("ignore", message="Failed to create the Prefect home directory")
-with contextlib.suppress(OSError):
-    _WORK.mkdir(mode=0o700, parents=True, exist_ok=True)
-    Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)

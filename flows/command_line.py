@@ -3,12 +3,11 @@
 import logging
 import os
 import sys
-from collections.abc import Callable
-from typing import Any, TextIO
+from typing import TextIO
 
 from mka.errors import MkaError, ServerError
 from mka.outside.printable import LONGEST, describe_error, make_printable, one_line
-from mka.terminal import INTERRUPTED, explain_unforeseen, interrupt_on_sigterm, keep_traceback, was_interrupted
+from mka.terminal import INTERRUPTED, explain_unforeseen, keep_traceback, was_interrupted
 from tasks.machine.temporary import start_temporary_server
 from tasks.machine.workplace import find_workplace
 from tasks.registry.tracking import refuse_password
@@ -62,7 +61,7 @@ def require_server() -> None:
     if (failure := client.api_healthcheck()) is not None:
         reason = " ".join(str(failure).split()) or type(failure).__name__
         raise ServerError(
-            f"Prefect server {settings.api.url} does not answer: {reason}; start it (`make up` on this machine), name "
+            f"Prefect server {settings.api.url} does not answer: {reason}; start it (`mka up` on this machine), name "
             f"another in PREFECT_API_URL, or unset that to run without one"
         )
 
@@ -118,21 +117,15 @@ def refuse(program: str, error: BaseException, hint: str = "") -> int:
     return error.exit_code if isinstance(error, MkaError) else MkaError.exit_code
 
 
-def run_command(program: str, run: Callable[[], Any], *, is_flow: bool = True, registry: str | None = None) -> int:
-    """Run a command; return its exit code. A flow is not begun on a server that does not answer.
+def prepare_flow(registry: str | None = None) -> None:
+    """See to it that a flow can be begun: it has a place, a server answers, nothing secret is kept as a parameter.
 
     Args:
-        program: what messages begin with.
-        run: does it.
-        is_flow: whether it is a flow, whose parameters are kept.
         registry: the store that was named on the command line.
+
+    Raises:
+        MkaError: if not.
     """
-    interrupt_on_sigterm()
-    try:
-        if is_flow:
-            refuse_password(registry, "--registry")
-            require_server()
-        run()
-    except (Exception, KeyboardInterrupt) as error:
-        return refuse(program, error)
-    return 0
+    refuse_password(registry, "--registry")
+    find_workplace().prepare()
+    require_server()

@@ -1,32 +1,33 @@
 """Make a registered version champion: today's gate, today's base, and the champion there is are asked first.
 
-python -m flows.promote smollm2-135m-mka --because "evidence read"
+mka promote smollm2-135m-mka --because "evidence read"
 """
 
 import sys
-from argparse import ArgumentParser
-from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
-from flows.command_line import run_command, say, silence_prefect
+from flows.cli.console import run_program
+from flows.command_line import say
 
 if __name__ == "__main__":
-    silence_prefect()
+    sys.exit(run_program("promote", "promote:promote"))
 
 from prefect import flow
 from prefect.runtime import flow_run
 
+from mka.errors import PromotionError
 from mka.methods import resolve_method
 from mka.pipeline.job import open_job
+from mka.terminal import Outcome
 from tasks.base_model import fetch_base_model
 from tasks.calibration import open_inputs
 from tasks.machine.slots import compute_slot, hold_slot
 from tasks.machine.workplace import find_workplace
 from tasks.registry.challenge import promote_measured, read_recipe, refuse_stale, refuse_unapproved, require_pass
 from tasks.registry.index import write_index_page
-from tasks.registry.promotion import Move, find_candidate, name_person, read_version
+from tasks.registry.promotion import Move, find_candidate, name_person, read_aliases, read_version
 from tasks.registry.signature import require_signature
-from tasks.registry.tracking import registry_address
+from tasks.registry.tracking import CHAMPION, PREVIOUS, registry_address
 from tasks.stages import Run
 from tasks.tables import Tables, read_tables
 
@@ -68,7 +69,7 @@ def promote(
     require_signature(place, recipe, chosen)
     base = fetch_base_model(place, recipe)
     versions, tables = read_tables(place, recipe)
-    command = f"python -m flows.promote {model} --version {chosen.version}"
+    command = f"mka promote {model} --version {chosen.version}"
     job = open_job(
         recipe,
         resolve_method(recipe.method),
@@ -92,34 +93,48 @@ def say_move(move: Move) -> None:
     say(f"{move.model}: champion is version {move.new}, before {before}; {move.action} by {move.who}: {move.why}")
 
 
-def add_move_arguments(parser: ArgumentParser) -> None:
-    """Add what every move of a champion is told: which model, why, on whose word, in which registry."""
-    parser.add_argument("model", help="registered model")
-    parser.add_argument("--because", required=True, metavar="TEXT", help="why, for the record")
-    parser.add_argument("--approver", metavar="NAME", help="who stands for it; a recipe may want one to promote")
-    parser.add_argument("--registry", metavar="URI", help="MLflow store; default as for runs")
+def foresee_promotion(
+    model: str,
+    version: str | None = None,
+    approver: str | None = None,
+    compare: bool = True,
+    registry: str | None = None,
+) -> Outcome:
+    """Say which aliases a promotion would move and what evidence it would ask for; measures and changes nothing.
+
+    What can be refused without measuring is refused; the arguments are those of `promote`.
+
+    Raises:
+        PromotionError: if it is champion already, stale, not approved, or not signed where its recipe asks for that.
+        MkaError: if anything that needs cannot be had.
+    """
+    place = find_workplace()
+    place.prepare()
+    uri = registry or registry_address(place)
+    chosen = read_version(uri, model, str(version)) if version else find_candidate(uri, model)
+    recipe = read_recipe(chosen)
+    aliases = read_aliases(uri, model)
+    current = aliases.get(CHAMPION)
+    if current == chosen.version:
+        raise PromotionError(f"{chosen.label} is champion already")
+    refuse_unapproved(recipe, approver)
+    refuse_stale.fn(place, recipe, chosen)
+    require_signature(place, recipe, chosen)
+    moves = {CHAMPION: [current, chosen.version]}
+    if current is not None:
+        moves[PREVIOUS] = [aliases.get(PREVIOUS), current]
+    asked = ["the gate of its recipe passes it today, on the files that the registry holds"]
+    if current is not None and compare:
+        asked.append(f"it is as good as version {current} on the same windows and items")
+    lines = [
+        f"{model}: champion would be version {chosen.version}, before {f'version {current}' if current else 'none'}",
+        *([f"previous would be version {current}"] if current else []),
+        f"the base is unchanged; approver {approver or 'none asked for'}; "
+        f"signature {'holds' if recipe.registry.signature else 'none asked for'}",
+        *(f"would be asked: {line}" for line in asked),
+        "dry run: nothing was measured or moved",
+    ]
+    return Outcome({"model": model, "version": chosen.version, "moves": moves, "asked": asked}, "\n".join(lines))
 
 
-def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
-    """Read the command line."""
-    parser = ArgumentParser(
-        prog="python -m flows.promote",
-        description="Make a registered version champion, if today's gate passes it and it is as good as the champion.",
-        epilog='example: python -m flows.promote smollm2-135m-mka --approver alice --because "evidence read"',
-    )
-    add_move_arguments(parser)
-    parser.add_argument("--version", metavar="N", help="default: what the alias candidate points at")
-    parser.add_argument(
-        "--without-comparison", dest="compare", action="store_false", help="do not hold it against the champion"
-    )
-    return vars(parser.parse_args(arguments))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the flow on this machine."""
-    given = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    return run_command("promote", lambda: promote(**given), registry=given["registry"])
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = partial(run_program, "promote", "promote:promote")

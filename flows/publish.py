@@ -1,21 +1,26 @@
 """Publish what a registry's alias points at on a model hub: a tag per version, and the alias as a branch.
 
-python -m flows.publish smollm2-135m-mka@champion --to me/smollm2-135m-mka
+mka registry-publish smollm2-135m-mka@champion --to me/smollm2-135m-mka
 """
 
 import sys
-from argparse import ArgumentParser
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from flows.command_line import run_command
-from mka.outside.printable import make_printable
+from flows.cli.console import run_program
+from mka.terminal import Outcome
 from tasks.machine.workplace import find_workplace
 
 
 def publish(
-    name: str, repo: str, *, base: str | None = None, private: bool = False, registry: str | None = None
-) -> None:
+    name: str,
+    repo: str,
+    *,
+    base: str | None = None,
+    private: bool = False,
+    registry: str | None = None,
+    dry_run: bool = False,
+) -> Outcome:
     """Send the version that an alias points at, fetched from the registry and compared with its digest first.
 
     It goes to the branch that is called like the alias, the champion to ``main`` as well, and is tagged ``vVERSION``.
@@ -26,6 +31,7 @@ def publish(
         base: the base model's id on the hub, where the card does not say it.
         private: make the page private.
         registry: MLflow store; default: `MLFLOW_TRACKING_URI`, else that of the work folder.
+        dry_run: send nothing.
 
     Raises:
         MkaError: if the version cannot be had, or the hub does not take it.
@@ -44,35 +50,23 @@ def publish(
     alias = named or CHAMPION
     version = find_alias(uri, model, alias)
     branches = [MAIN, alias] if alias == CHAMPION else [alias]
+    facts: dict[str, Any] = {"model": model, "version": version.version, "repo": repo, "branches": branches}
+    tag = f"v{version.version}"
     with fetch_version(place, version) as folder, quiet_hub():
         page = lay_out_page(folder, repo, base=base)
-        tag, message = f"v{version.version}", f"{version.label}, {alias}"
+        facts |= {"files": {file: found.sha256 for file, found in page.files.items()}, "bytes": page.nbytes}
+        if dry_run:
+            size = f"{len(page.files)} files, {page.nbytes / 1e6:,.1f} MB"
+            told = f"{version.label}, {size}, would go to {repo}, {', '.join(branches)}, tag {tag}"
+            return Outcome(facts | {"tag": tag, "sent": False}, f"{told}\ndry run: nothing was sent")
+        message = f"{version.label}, {alias}"
         made = publish_page(page, branches=branches, tag=tag, private=private, message=message)
     said = "sent and compared" if made.sent else "was there already"
-    print(make_printable(f"{version.label} {said}: {made.url}, {', '.join(branches)}, tag {made.tag}"))
+    told = f"{version.label} {said}: {made.url}, {', '.join(branches)}, tag {made.tag}"
+    return Outcome(facts | {"tag": made.tag, "url": made.url, "sent": made.sent}, told)
 
 
-def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
-    """Read the command line."""
-    parser = ArgumentParser(
-        prog="python -m flows.publish",
-        description="Send a registered version to a model hub: tagged by its number, on a branch named by its alias. "
-        "The token is that in HF_TOKEN or of `hf auth login`; HF_ENDPOINT names another hub.",
-        epilog="example: python -m flows.publish smollm2-135m-mka@champion --to me/smollm2-135m-mka --private",
-    )
-    parser.add_argument("name", metavar="NAME[@ALIAS]", help="registered model; its champion if no alias is given")
-    parser.add_argument("--to", dest="repo", required=True, metavar="ORG/NAME", help="the page; made if missing")
-    parser.add_argument("--base", metavar="ORG/NAME", help="base model on the hub; default: what the card says")
-    parser.add_argument("--private", action="store_true", help="make it private")
-    parser.add_argument("--registry", metavar="URI", help="MLflow store; default as for runs")
-    return vars(parser.parse_args(arguments))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Publish; what is refused is one line on stderr and exit code 2."""
-    given = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    return run_command("publish", lambda: publish(**given), is_flow=False)
-
+main = partial(run_program, "publish", "registry_publish:registry_publish")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,24 +1,26 @@
 """Recompress one model: data -> observe -> score -> plan -> merge -> quantize -> evaluate -> gate -> register.
 
-python -m flows.recompress recipes/smollm2_135m.yaml
-python -m flows.recompress recipes/smollm2_135m.yaml --set target.layers=26
+mka run recipes/smollm2_135m.yaml
+mka run recipes/smollm2_135m.yaml --set target.layers=26
 """
 
 import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flows.command_line import is_interruption, refuse, require_server, silence_prefect
+from flows.cli.console import run_program
 from flows.run_log import Log, write_last_run
+from flows.told import tell_outcome
 
 if __name__ == "__main__":
-    silence_prefect()
+    sys.exit(run_program("recompress", "run:run"))
 
 from prefect import flow, get_run_logger
 from prefect.events import emit_event
@@ -27,15 +29,12 @@ from prefect.runtime import flow_run
 from mka.engines.loadable import check_engines
 from mka.errors import GateRefused, GuardError, PromotionError
 from mka.methods import resolve_method
-from mka.outside.reading import UnreadableError
 from mka.pipeline.job import Job, open_job
 from mka.pipeline.pipeline import run as run_pipeline
 from mka.pipeline.recipes import load_recipe
 from mka.pipeline.stage import MODEL_FOLDER, PLAN_FILE, Found, Stage, find_model
 from mka.recipe import Recipe
-from mka.sections import parse_yaml
 from mka.store.products import Product
-from mka.terminal import interrupt_on_sigterm
 from tasks.base_model import fetch_base_model
 from tasks.calibration import (
     open_inputs,
@@ -111,7 +110,7 @@ def describe_command(place: Workplace, recipe: str, overrides: dict[str, Any] | 
     # Of a deployment's parameters anything may come; what is no mapping is refused when the recipe is read.
     changed = overrides.items() if isinstance(overrides, Mapping) else ()
     options = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in changed)
-    return f"python -m flows.recompress {shown}{options}"
+    return f"mka run {shown}{options}"
 
 
 def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
@@ -147,8 +146,7 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
         registered=registered_address(recipe.registered_name),
         provenance=describe_provenance(recipe, versions, place.root),
     )
-    if not job.judged:
-        raise GuardError("the gate has nothing to decide on; evaluate on held-out text or on tasks, or give it rules")
+    require_judged(job)
     run = Run(place, job, name, versions, tables)
     with hold_slot(compute_slot()):
         found = compress(run, start, log)
@@ -166,10 +164,21 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
     log.facts["registry"] = as_facts(registration)
     log.facts["index"] = str(write_index_page(place, registration.tracking_uri))
     publish_artifacts(run, found, log.facts)
+    tell_outcome(log.facts)
     print_summary(run, found, log.facts)
     announce_verdict(recipe, verdict, f"{log.facts['report']} and MLflow run {registration.run_id}")
     if verdict == "fail":
         raise GateRefused(f"gate refused {recipe.name}; nothing was registered. Evidence: {log.facts['report']}")
+
+
+def require_judged(job: Job) -> None:
+    """Refuse a run whose gate would have nothing to decide on.
+
+    Raises:
+        GuardError: saying what it could have.
+    """
+    if not job.judged:
+        raise GuardError("the gate has nothing to decide on; evaluate on held-out text or on tasks, or give it rules")
 
 
 def announce_verdict(recipe: Recipe, verdict: str, evidence: str) -> None:
@@ -205,7 +214,7 @@ def promote_on_pass(run: Run, found: Found, registration: Registration) -> tuple
     if registration.name is None or registration.version is None:
         return "none: nothing was registered", registration
     chosen = read_version(registration.tracking_uri, registration.name, registration.version)
-    by_hand = f"python -m flows.promote {registration.name} --version {registration.version} --because TEXT"
+    by_hand = f"mka promote {registration.name} --version {registration.version} --because TEXT"
     if found["gate"].facts["verdict"] != "pass":
         said = "none: the gate is undecided"
     elif CHAMPION in registration.aliases:
@@ -215,7 +224,7 @@ def promote_on_pass(run: Run, found: Found, registration: Registration) -> tuple
     elif settings.approvers:
         said = f"waits for {' or '.join(settings.approvers)}: {by_hand} --approver NAME"
     elif settings.signature is not None:
-        signing = f"python -m flows.sign {registration.name} --version {registration.version} --key PRIVATE.pem"
+        signing = f"mka registry-sign {registration.name} --version {registration.version} --key PRIVATE.pem"
         said = f"waits for a signature: {signing}; then {by_hand}"
     elif settings.promote == "manual":
         said = f"waits for a person: {by_hand}"
@@ -240,50 +249,4 @@ def open_checks(place: Workplace, log: Log) -> Path:
     return guard.build_docs(place.checks)
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Read the command line: a recipe and ``--set key=value`` overrides."""
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        prog="python -m flows.recompress",
-        description="Recompress a model: observe, merge, quantize, evaluate, gate, register.",
-        epilog="example: python -m flows.recompress recipes/smollm2_135m.yaml --set target.layers=26",
-    )
-    parser.add_argument("recipe", help="recipe file (YAML)")
-    parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a recipe key, e.g. target.layers=26"
-    )
-    given = parser.parse_args(arguments)
-    overrides = {}
-    for item in given.set:
-        key, separator, value = item.partition("=")
-        if not separator:
-            parser.error(f"--set wants KEY=VALUE, got {item!r}")
-        try:
-            overrides[key] = parse_yaml(value)
-        except UnreadableError as error:
-            parser.error(f"--set {key}: the value cannot be read: {error}")
-    return given.recipe, overrides
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the flow on this machine; refusals are one line on stderr and a non-zero exit."""
-    given, overrides = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    recipe = Path(given).resolve()
-    hint = f"finished stages are kept; resume: {describe_command(find_workplace(), str(recipe), overrides)}"
-    begun = False
-    interrupt_on_sigterm()
-    try:
-        load_recipe(recipe, overrides)
-        find_workplace().prepare()
-        require_server()
-        begun = True
-        recompress(str(recipe), overrides)
-    except (Exception, KeyboardInterrupt) as error:
-        helps = is_interruption(error) or (begun and not isinstance(error, GateRefused))
-        return refuse("recompress", error, hint if helps else "")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = partial(run_program, "recompress", "run:run")

@@ -1,25 +1,25 @@
 """Point champion back at the version before: one command, nothing is measured.
 
-python -m flows.rollback smollm2-135m-mka --because "answers in the wrong language"
+mka rollback smollm2-135m-mka --because "answers in the wrong language"
 """
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
-from flows.command_line import run_command, silence_prefect
+from flows.cli.console import run_program
 
 if __name__ == "__main__":
-    silence_prefect()
+    sys.exit(run_program("rollback", "rollback:rollback"))
 
 from prefect import flow
 
-from flows.promote import add_move_arguments, say_move
+from flows.promote import say_move
 from mka.errors import PromotionError
+from mka.terminal import Outcome
 from tasks.machine.workplace import find_workplace
 from tasks.registry.index import write_index_page
 from tasks.registry.promotion import Move, find_previous, move_champion, name_person
-from tasks.registry.tracking import registry_address
+from tasks.registry.tracking import CHAMPION, PREVIOUS, registry_address
 
 
 @flow(name="rollback", validate_parameters=False)
@@ -48,24 +48,21 @@ def rollback(model: str, because: str, approver: str | None = None, registry: st
     return move
 
 
-def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
-    """Read the command line."""
-    import argparse
+def foresee_rollback(model: str, registry: str | None = None) -> Outcome:
+    """Say which aliases a rollback would move; changes nothing.
 
-    parser = argparse.ArgumentParser(
-        prog="python -m flows.rollback",
-        description="Make the previous champion champion again. Nothing is measured; running it twice undoes it.",
-        epilog='example: python -m flows.rollback smollm2-135m-mka --because "answers in the wrong language"',
-    )
-    add_move_arguments(parser)
-    return vars(parser.parse_args(arguments))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the flow on this machine."""
-    given = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    return run_command("rollback", lambda: rollback(**given), registry=given["registry"])
+    Raises:
+        PromotionError: if there is no previous champion.
+        RegistryError: if the registry cannot be reached.
+    """
+    champion, previous = find_previous(registry or registry_address(find_workplace()), model)
+    moves = {CHAMPION: [champion, previous.version], PREVIOUS: [previous.version, champion]}
+    lines = [
+        f"{model}: champion would be version {previous.version}, before version {champion}",
+        f"previous would be version {champion}; nothing would be measured",
+        "dry run: nothing was moved",
+    ]
+    return Outcome({"model": model, "version": previous.version, "moves": moves}, "\n".join(lines))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = partial(run_program, "rollback", "rollback:rollback")

@@ -4,7 +4,9 @@ import json
 import sys
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import UUID
 
+from flows.told import tell_stages
 from mka.outside.printable import hide_passwords, make_printable
 from mka.store.products import Product
 from mka.store.publishing import write_text
@@ -13,9 +15,10 @@ from tasks.machine.workplace import Workplace
 
 @dataclass
 class Log:
-    """What a run did, for last_run.json and the terminal: facts grow stage by stage."""
+    """What a run did, for last_run.json, the terminal and the run's page: facts grow stage by stage."""
 
     facts: dict[str, Any] = field(default_factory=dict)
+    page: UUID | None = None
 
     def stage(self, name: str, seconds: float, reused: bool, why: str) -> None:
         """Note one stage and say so on the terminal."""
@@ -25,6 +28,7 @@ class Log:
         from prefect import get_run_logger
 
         get_run_logger().info("%s: %s, %s", name, took.strip(), why)
+        self.page = tell_stages(self.facts["stages"], self.page)
 
     def product(self, name: str, product: Product) -> Product:
         """Note one stage's result."""

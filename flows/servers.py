@@ -1,14 +1,17 @@
 """Start and stop the local servers: Prefect, MLflow, and a worker that runs the deployments of prefect.yaml.
 
-python -m flows.servers up
-python -m flows.servers down
+mka up
+mka down
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from functools import partial
 
-from flows.command_line import run_command
-from tasks.machine.servers import POOL, Server, Servers
+from flows.cli.console import run_program
+from mka.terminal import Outcome
+from tasks.machine.servers import POOL, PORTS, Server, Servers, address_of, refuse_taken
 from tasks.machine.workplace import find_workplace
 
 
@@ -20,36 +23,69 @@ def describe(servers: Mapping[str, Server]) -> str:
     return tabulate(rows, tablefmt="plain")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Start, stop or list the servers; refusals are one line on stderr and a non-zero exit."""
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        prog="python -m flows.servers",
-        description="Local Prefect server, MLflow server and worker, on this machine's own address only.",
-        epilog="ports: MKA_PREFECT_PORT (4200), MKA_MLFLOW_PORT (5000). Logs and records: servers/ in the work folder.",
-    )
-    parser.add_argument("action", choices=["up", "down", "status"], help="start, stop, or say what runs")
-    given = parser.parse_args(arguments)
-    return run_command("servers", lambda: act(given.action), is_flow=False)
+def list_servers() -> Outcome:
+    """Say what runs."""
+    running = Servers(find_workplace()).read()
+    return Outcome(as_document(running), describe({server.name: server for server in running}) or "nothing runs")
 
 
-def act(action: str) -> None:
-    """Do one of the actions and print what came of it."""
+def start_servers(dry_run: bool = False) -> Outcome:
+    """Start what does not run yet; say where everything is.
+
+    Args:
+        dry_run: only say what would be started, and refuse what starting would refuse.
+
+    Raises:
+        ServerError: if a port is taken or a server does not answer.
+    """
     servers = Servers(find_workplace())
-    if action == "up":
-        running = {server.name: server for server in servers.up()}
-        print(describe(running))
-        print("\nfrom another terminal, in this folder:")
-        print(f"  export PREFECT_API_URL={running['prefect'].address}/api")
-        print("  .venv/bin/prefect deployment run recompress/default --watch")
-        print("  .venv/bin/prefect deployment schedule resume --all    # the watch looks every hour; it is off so far")
-        print("stop them: make down")
-    elif action == "down":
-        print("\n".join(f"stopped {server.name} (pid {server.pid})" for server in servers.down()) or "nothing runs")
-    else:
-        print(describe({server.name: server for server in servers.read()}) or "nothing runs")
+    if dry_run:
+        return _foresee_start(servers)
+    running = {server.name: server for server in servers.up()}
+    lines = [
+        describe(running),
+        "\nfrom another terminal, in this folder:",
+        f"  export PREFECT_API_URL={running['prefect'].address}/api",
+        "  mka ci recipes/smollm2_135m.yaml",
+        "  prefect deployment schedule resume --all    # the watch looks every hour; it is off so far",
+        "stop them: mka down",
+    ]
+    return Outcome(as_document(running.values()), "\n".join(lines))
 
+
+def _foresee_start(servers: Servers) -> Outcome:
+    running = {server.name: server for server in servers.read()}
+    missing = [name for name in (*PORTS, "worker") if name not in running]
+    for name in PORTS:
+        if name in missing:
+            refuse_taken(name)
+    wanted = {name: address_of(name) if name in PORTS else "" for name in missing}
+    lines = [f"would start {name}" + (f" at {address}" if address else "") for name, address in wanted.items()]
+    document = as_document(running.values()) | {"would_start": wanted}
+    return Outcome(document, "\n".join([*lines, "dry run: nothing was started"]))
+
+
+def stop_servers(dry_run: bool = False) -> Outcome:
+    """Stop what was started here.
+
+    Args:
+        dry_run: only say what would be stopped.
+    """
+    servers = Servers(find_workplace())
+    if dry_run:
+        found, done, key, end = servers.read(), "would stop", "would_stop", ["dry run: nothing was stopped"]
+    else:
+        found, done, key, end = servers.down(), "stopped", "stopped", []
+    lines = [f"{done} {server.name} (pid {server.pid})" for server in found] or ["nothing runs"]
+    return Outcome({key: as_document(found)["servers"]}, "\n".join([*lines, *end]))
+
+
+def as_document(servers: Iterable[Server]) -> dict[str, list[dict[str, object]]]:
+    """Return servers for machines."""
+    return {"servers": [asdict(server) for server in servers]}
+
+
+main = partial(run_program, "servers", "servers:servers")
 
 if __name__ == "__main__":
     sys.exit(main())

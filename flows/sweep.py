@@ -1,7 +1,7 @@
 """Compare methods side by side: the grid of `mka bench`, cell by cell as tasks, on the same stored parts.
 
-python -m flows.sweep recipes/bench_smollm2.yaml
-python -m flows.sweep recipes/bench_smollm2.yaml --workers 4
+mka sweep recipes/bench_smollm2.yaml
+mka sweep recipes/bench_smollm2.yaml --workers 4
 
 Where cells run is the recipe's `fan_out`: threads of this process, or worker processes of Dask, here or elsewhere.
 """
@@ -10,20 +10,20 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.command_line import is_interruption, refuse, require_server, say, silence_prefect
+from flows.cli.console import run_program
+from flows.command_line import say
 
 if __name__ == "__main__":
-    silence_prefect()
+    sys.exit(run_program("sweep", "sweep:sweep"))
 
 from prefect import flow
 from prefect.futures import as_completed
 
 from mka.bench.recipe import BenchRecipe, Cell, FanOut, load_bench
-from mka.outside.printable import make_page
-from mka.terminal import interrupt_on_sigterm
 from tasks.machine.slots import compute_slot, hold_slot
 from tasks.machine.workplace import Workplace, find_workplace
 from tasks.sweep.fan_out import choose_fan_out, open_runner, submit_cells, take_result
@@ -108,45 +108,4 @@ def describe_command(place: Workplace, path: Path) -> str:
     return f"mka bench {shlex.quote(str(place.relative(path)))}"
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[str, int | None]:
-    """Read the command line: a recipe and how many cells run at a time, None if it is not said."""
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        prog="python -m flows.sweep",
-        description="Compare methods side by side, cells as tasks; what `mka bench` stored is not run again.",
-        epilog="example: python -m flows.sweep recipes/bench_smollm2.yaml --workers 2",
-    )
-    parser.add_argument("recipe", help="recipe of a comparison (YAML)")
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="cells at a time, threads or processes; default: the recipe's fan_out"
-    )
-    given = parser.parse_args(arguments)
-    if given.workers is not None and given.workers < 1:
-        parser.error(f"--workers wants 1 or more, got {given.workers}")
-    return given.recipe, given.workers
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the flow on this machine; refusals are one line on stderr and a non-zero exit."""
-    given, workers = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    recipe = Path(given).resolve()
-    hint, begun = f"finished cells are kept; resume: python -m flows.sweep {shlex.quote(given)}", False
-    interrupt_on_sigterm()
-    try:
-        loaded = load_bench(recipe)
-        find_workplace().prepare()
-        require_server()
-        choose_fan_out(loaded.fan_out, workers)
-        begun = True
-        outcome = sweep(str(recipe), workers)
-    except (Exception, KeyboardInterrupt) as error:
-        return refuse("sweep", error, hint if begun or is_interruption(error) else "")
-    print(make_page(outcome.text))
-    if outcome.refusal is not None:
-        return refuse("sweep", outcome.refusal)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = partial(run_program, "sweep", "sweep:sweep")

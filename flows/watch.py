@@ -1,30 +1,30 @@
 """Have the base models changed? If so, start one recompression for each recipe concerned, however often this runs.
 
-python -m flows.watch recipes/smollm2_135m.yaml --dry-run
+mka watch recipes/smollm2_135m.yaml --dry-run
 """
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from flows.command_line import run_command, say, silence_prefect
+from flows.cli.console import run_program
+from flows.command_line import say
 
 if __name__ == "__main__":
-    silence_prefect()
+    sys.exit(run_program("watch", "watch:watch"))
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
 from mka.errors import MkaError, ServerError, WatchError
+from tasks.machine.deployments import RECOMPRESS
 from tasks.machine.slots import is_on_server
 from tasks.machine.workplace import Workplace, find_workplace
 from tasks.watching import compare_base_model, start_recompression
 
-DEPLOYMENT = "recompress/default"
-
 
 @flow(name="watch-base-models", validate_parameters=False)
-def watch_base_models(recipes: list[str], deployment: str = DEPLOYMENT, dry_run: bool = False) -> list[dict[str, Any]]:
+def watch_base_models(recipes: list[str], deployment: str = RECOMPRESS, dry_run: bool = False) -> list[dict[str, Any]]:
     """Compare each recipe's base model with the one its champion was made from; start what is due.
 
     A run is started once per base revision and recipe: the Prefect server refuses a second one with the same key, so
@@ -70,7 +70,7 @@ def look_at(place: Workplace, recipe: str, deployment: str, dry_run: bool) -> di
         if not is_on_server():
             raise ServerError(
                 f"{change.describe()}, and no Prefect server to start its recompression on: set PREFECT_API_URL "
-                f"(`make up` starts one), or run python -m flows.recompress {recipe}"
+                f"(`mka up` starts one), or `mka run {recipe}`"
             )
         run = start_recompression(change, deployment)
         done = f"started {run.run}" if run.is_new else f"{run.run} was started for it before ({run.state})"
@@ -80,26 +80,4 @@ def look_at(place: Workplace, recipe: str, deployment: str, dry_run: bool) -> di
     return {"recipe": recipe, "base model": change.base_model, "now": change.now, "known": change.known, "done": done}
 
 
-def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
-    """Read the command line."""
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        prog="python -m flows.watch",
-        description="Compare base models with those the champions were made from; start recompressions that are due.",
-        epilog="example: python -m flows.watch recipes/smollm2_135m.yaml --dry-run",
-    )
-    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="recipe files (YAML)")
-    parser.add_argument("--deployment", default=DEPLOYMENT, metavar="FLOW/NAME", help="what to start (%(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="only say what has changed")
-    return vars(parser.parse_args(arguments))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the flow on this machine."""
-    given = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    return run_command("watch", lambda: watch_base_models(**given))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = partial(run_program, "watch", "watch:watch")

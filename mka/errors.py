@@ -1,6 +1,7 @@
 """Refusals: what failed, what was given, what is allowed, what to do. One line each, exit code 2."""
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
 from mka.outside.printable import LONGEST, one_line
@@ -16,6 +17,10 @@ class MkaError(Exception):
     def __init__(self, message: object = "") -> None:
         """Keep one line that is safe to show, whatever names and addresses from outside stand in it."""
         super().__init__(one_line(message, self.longest))
+
+
+class ExtraError(MkaError):
+    """A library that is not installed; it comes with an extra of this project."""
 
 
 class RecipeError(MkaError):
@@ -86,6 +91,12 @@ class GateRefused(MkaError):
     exit_code = 1
 
 
+class GateUndecided(MkaError):
+    """The candidate was measured, and the gate can neither let it pass nor refuse it by what was measured."""
+
+    exit_code = 3
+
+
 class EngineError(MkaError):
     """An engine that is not installed, died, hung or ran out of memory: of the model nothing is known."""
 
@@ -104,6 +115,47 @@ class ServerError(MkaError):
 
 class PromotionError(GateRefused):
     """A version that may not become champion: stale, not approved, or worse than the champion."""
+
+
+# Extra of pyproject.toml -> what is imported of it.
+EXTRAS = {
+    "eval": ("lm_eval", "datasets"),
+    "gguf": ("gguf",),
+    "flow": ("prefect", "mlflow", "dvc", "dvc_data", "great_expectations", "sqlalchemy", "fastapi", "pandas"),
+    "dask": ("prefect_dask", "distributed"),
+    "sign": ("model_signing", "OpenSSL"),
+}
+
+
+def require_extra(extra: str, what: str, names: Iterable[str] = ()) -> None:
+    """Refuse what needs an extra, where that is not installed, before anything is computed for it.
+
+    Args:
+        extra: one of `EXTRAS`.
+        what: needs it, as the beginning of the line.
+        names: what of the extra is needed; nothing named: all of it.
+
+    Raises:
+        ExtraError: naming the extra and how it is installed.
+    """
+    # A folder of a library's name in the current one, as a checkout's mlflow/, is found as well, but has no file.
+    found = ((name, importlib.util.find_spec(name)) for name in names or EXTRAS[extra])
+    missing = next((name for name, spec in found if spec is None or spec.origin is None), None)
+    if missing is not None:
+        raise _name_extra(extra, what, missing)
+
+
+def explain_missing(error: BaseException) -> ExtraError | None:
+    """Return the refusal that an import which failed stands for; None if no extra would bring what is missing."""
+    if not isinstance(error, ModuleNotFoundError) or error.name is None:
+        return None
+    missing = error.name.partition(".")[0]
+    extra = next((extra for extra, names in EXTRAS.items() if missing in names), None)
+    return None if extra is None else _name_extra(extra, "this", missing)
+
+
+def _name_extra(extra: str, what: str, missing: str) -> ExtraError:
+    return ExtraError(f"{what} needs {missing}, which is not installed; pip install 'mka-compress[{extra}]' brings it")
 
 
 def nearest(given: str, allowed: Iterable[str], most: int = 1, cutoff: float = 0.5) -> str:

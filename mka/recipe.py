@@ -468,7 +468,7 @@ class EvaluationSettings(Measurement):
 class EngineCheck(Section):
     """An engine that base and candidate are loaded into, and how they are timed there."""
 
-    engine: Literal["vllm", "llama.cpp"] = Field(description="The engine; `make engines` installs it")
+    engine: Literal["vllm", "llama.cpp"] = Field(description="The engine; a checkout's `make engines` has it")
     concurrency: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field(
         (1, 16), min_length=1, description="Prompts at once, a timing of each"
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mka.errors import MkaError
+from mka.errors import MkaError, explain_missing
 from mka.outside.printable import describe_error, hide_passwords, make_printable
 
 if TYPE_CHECKING:
@@ -47,7 +47,12 @@ def say(line: str) -> None:
 
 
 def explain_unforeseen(error: BaseException, folder: Path) -> str:
-    """Say in one line what nobody foresaw, and where its traceback is; see `keep_traceback`."""
+    """Say in one line what nobody foresaw, and where its traceback is; see `keep_traceback`.
+
+    What lacks a library of an extra is told which.
+    """
+    if (missing := explain_missing(error)) is not None:
+        return str(missing)
     where = keep_traceback(error, folder)
     return f"unforeseen: {describe_error(error)}; {where}; please report it"
 

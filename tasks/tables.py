@@ -9,6 +9,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from mka.errors import CalibrationError
+from mka.outside.project import suggest_table
 from mka.pipeline.written import TEXTS_FILE
 from mka.recipe import BASE_TEXT, AlignmentSettings, HealSettings, Recipe
 from mka.store.products import Product
@@ -126,6 +127,6 @@ def read_index(file: Path, path: Path) -> list[dict[str, Any]]:
         if missing := [name for name in INDEX_COLUMNS if row.get(name) in (None, "")]:
             raise CalibrationError(
                 f"evaluation.overlap_index {path}, row {number}: nothing in {', '.join(missing)}; a row has "
-                f"{', '.join(INDEX_COLUMNS)}; `make data` builds the project's own"
+                f"{', '.join(INDEX_COLUMNS)}; {suggest_table()}"
             )
     return rows

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from mka.errors import CalibrationError
+from mka.outside.project import is_project, suggest_table
 from mka.store.products import Product, produce
 from mka.store.sums import file_sha256
 from tasks.machine.workplace import Workplace
 
 VERSION = 2
+# What recipes say where they name no revision.
+LATEST = "HEAD"
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,22 @@ def resolve_versions(
     """Look up what each path holds at a revision, without reading it.
 
     Paths outside the project, paths DVC does not track, and everything when ``rev`` is None are taken from the
-    working copy. ``key`` is the recipe's key of the revision, for messages.
+    working copy, and so is everything where there is no project. ``key`` is the recipe's key of the revision, for
+    messages.
 
     Raises:
-        CalibrationError: if a path exists neither at the revision nor in the working copy.
+        CalibrationError: if a path exists neither at the revision nor in the working copy, or a revision is named where
+            there is no project.
     """
     versions: dict[str, Version] = {}
-    tracked = _open(place, rev, key) if rev is not None else None
+    tracked = None
+    if rev is not None and is_project(place.root):
+        tracked = _open(place, rev, key)
+    elif rev not in (None, LATEST):
+        raise CalibrationError(
+            f"{key} {rev!r}: {place.root} is in no project of DVC's, and tables have no revisions; give null, which "
+            "reads them as they are, or run it where the project is"
+        )
     for path in paths:
         absolute = place.path(path)
         found = None
@@ -59,7 +71,7 @@ def resolve_versions(
         elif absolute.exists():
             versions[str(path)] = Version(str(path), None, _digest_working_copy(absolute))
         else:
-            raise CalibrationError(f"table not found: {path} (revision {rev or 'working copy'}); `make data` builds it")
+            raise CalibrationError(f"table not found: {path} (revision {rev or 'working copy'}); {suggest_table()}")
     return versions
 
 
@@ -101,7 +113,7 @@ def _copy(place: Workplace, version: Version, target: Path) -> None:
     except Exception as error:
         raise CalibrationError(
             f"{version.path} at revision {version.rev[:12]} is not in the DVC cache ({type(error).__name__}); "
-            "`make data` rebuilds it, `dvc pull` fetches it"
+            "`dvc pull` fetches it, `dvc repro` rebuilds it"
         ) from None
     found = _digest_as_dvc(target)
     # Older DVC digested text with the line ends of Unix.

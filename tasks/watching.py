@@ -11,10 +11,10 @@ from uuid import uuid4
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from mka.errors import WatchError
 from mka.pipeline.recipes import load_recipe
 from mka.recipe import Recipe
 from tasks.base_model import is_worth_retrying, pin_base_model
+from tasks.machine.deployments import find_deployment
 from tasks.machine.workplace import Workplace
 from tasks.registry.tracking import CHAMPION, COMPLETE, connect_registry, registry_address
 
@@ -131,16 +131,10 @@ def start_recompression(change: BaseChange, deployment: str) -> Started:
     """
     from prefect.client.orchestration import get_client
     from prefect.events import emit_event
-    from prefect.exceptions import ObjectNotFound
 
     asked = str(uuid4())
     with get_client(sync_client=True) as client:
-        try:
-            found = client.read_deployment_by_name(deployment)
-        except ObjectNotFound:
-            raise WatchError(
-                f"the Prefect server has no deployment {deployment!r}; `prefect deploy --all` makes it, `make up` does"
-            ) from None
+        found = find_deployment(client, deployment)
         run = client.create_flow_run_from_deployment(
             found.id,
             parameters={"recipe": change.recipe},

@@ -13,6 +13,7 @@ from mka.evaluation.catalog import open_catalog
 from mka.healing.table import HealingTable, cut_healing
 from mka.methods import Planner, resolve_method
 from mka.model.checkpoint import Checkpoint
+from mka.outside.project import suggest_table
 from mka.pipeline.inputs import Inputs, check_evaluation, digest_task
 from mka.pipeline.job import Job, Opened, fetch_base, open_job
 from mka.pipeline.written import OwnText, locate_table, open_own_text, want_text
@@ -89,7 +90,7 @@ def _resolve_paths(recipe: BenchRecipe, root: Path) -> BenchRecipe:
 def _read_text(text: TextSource) -> tuple[list[str], list[str]]:
     """Return what is measured, and the pieces that calibration must not contain."""
     if not text.path.is_file():
-        origin = f": {text.origin}" if text.origin else "; `make data` builds the project's own tables"
+        origin = f": {text.origin}" if text.origin else f"; {suggest_table()}"
         raise CalibrationError(f"text {text.name!r}: there is no file {text.path}{origin}")
     rows = read_rows(text.path)
     if text.path.suffix == ".txt":

@@ -8,7 +8,7 @@ import click
 
 from mka.cli.completion import complete_models
 from mka.cli.console import examples, reports, show_results, typed
-from mka.cli.models import find_work, name_source
+from mka.cli.models import find_work, name_source, stand_in
 from mka.cli.options import FILE, Command, default_of, device_option, pick, recipe_option, recipe_options, require_align
 from mka.store.publishing import check_free, make_work
 from mka.terminal import Outcome, quiet_libraries, say
@@ -78,7 +78,9 @@ def compress(
         job = prepare(recipe, find_work(), evaluate=evaluated, write=not dry_run, command=typed(), output=output)
         if dry_run:
             facts = foresee(job, output)
-            return Outcome(facts, show_foresight(job, facts))
+            files = "\n".join(f"  {file}" for file in facts["files"])
+            told = [show_foresight(job, facts), "would write", files, "dry run: nothing was written"]
+            return Outcome(facts, "\n".join(told))
         return show_compression(run(job, find_work() / "stages", output, say=say))
 
 
@@ -142,20 +144,17 @@ def choose_healing(asked: Mapping[str, Any]) -> dict[str, Any]:
 def stand_in_for_missing(recipe: "Recipe") -> tuple["Recipe", list[Path]]:
     """Let the base write the texts that a recipe reads from the project's own tables, where those are not there.
 
-    A table that somebody named is left alone: that it is missing is a mistake then.
-
     Returns:
         The recipe, and the tables that are missing.
     """
     from mka.methods import resolve_method
     from mka.pipeline.inputs import list_read
-    from mka.recipe import BASE_TEXT
 
     missing: dict[str, Path] = {}
     for name, section in list_read(recipe, resolve_method(recipe.method)).items():
-        if "path" not in section.model_fields_set and not section.path.is_file():
+        if (written := stand_in(section, said=False)) is not section:
             missing[name] = section.path
-            recipe = recipe.model_copy(update={name: section.model_copy(update={"path": BASE_TEXT})})
+            recipe = recipe.model_copy(update={name: written})
     return recipe, list(dict.fromkeys(missing.values()))
 
 
@@ -183,10 +182,7 @@ def show_foresight(job: "Job", facts: dict[str, Any]) -> str:
         ["peak memory", f"about {facts['memory_bytes'] / 1e9:,.1f} GB, beside Python and its libraries"],
         ["disk", f"about {facts['disk_bytes'] / 1e6:,.0f} MB while writing"],
     ]
-    files = "\n".join(f"  {file}" for file in facts["files"])
-    return "\n".join(
-        [*(f"{name:<12} {value}" for name, value in rows), "would write", files, "dry run: nothing was written"]
-    )
+    return "\n".join(f"{name:<12} {value}" for name, value in rows)
 
 
 def describe_gains(facts: Mapping[str, Any]) -> str:

@@ -1,9 +1,12 @@
 """The command `mka`: every stage on its own, or all of them in one call."""
 
+import contextlib
+import functools
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import click
@@ -48,8 +51,15 @@ class Interrupted(MkaError):
     longest = 8 * LONGEST  # the command that resumes is whole
 
 
+# Where whatever is installed beside the library names its commands: the orchestrated half does.
+COMMANDS = "mka.commands"
+
+
 class Commands(click.Group):
-    """A group that notes what was typed, and turns ^C into one line like any other refusal."""
+    """A group that notes what was typed, and turns ^C into one line like any other refusal.
+
+    Commands that the library does not have are entry points; they are imported by whoever uses one.
+    """
 
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> click.Context:
         """Keep the arguments, for reports."""
@@ -59,8 +69,43 @@ class Commands(click.Group):
         return context
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Name the commands in the order of the road."""
-        return list(self.commands)
+        """Name the commands in the order of the road, then those of entry points."""
+        return [*self.commands, *(name for name in find_installed() if name not in self.commands)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Find a command, here or among the entry points.
+
+        Raises:
+            MkaError: if an entry point cannot be loaded.
+        """
+        entry = None if cmd_name in self.commands else find_installed().get(cmd_name)
+        if entry is None:
+            return super().get_command(ctx, cmd_name)
+        try:
+            command: click.Command = entry.load()
+        except (ImportError, AttributeError) as error:
+            raise MkaError(
+                f"`mka {cmd_name}` cannot be loaded from {entry.value}: {error}; install the project again: "
+                "pip install --force-reinstall --no-deps mka-compress, in a checkout pip install -e ."
+            ) from None
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the library's commands, and below them those that are installed beside it."""
+        own, beside = list(self.commands), self.list_commands(ctx)[len(self.commands) :]
+        for title, names in (("Commands", own), ("Commands of production", beside)):
+            room = formatter.width - 6 - max(map(len, names), default=0)
+            rows = [(name, command.get_short_help_str(room)) for name, command in self.load_commands(ctx, names)]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+    def load_commands(self, ctx: click.Context, names: Sequence[str]) -> Iterator[tuple[str, click.Command]]:
+        """Yield commands by name; one that cannot be loaded is left out, and says why when it is called."""
+        for name in names:
+            with contextlib.suppress(MkaError):
+                if (command := self.get_command(ctx, name)) is not None:
+                    yield name, command
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -78,6 +123,12 @@ class Commands(click.Group):
                 "interrupted; no half-written output is left (mka compress, heal, bench and frontier go on where they "
                 f"were; observe, score and plan keep what they wrote); resume: {resume}"
             ) from None
+
+
+@functools.cache
+def find_installed() -> dict[str, EntryPoint]:
+    """Return the commands that are installed beside the library's: name -> entry point."""
+    return {entry.name: entry for entry in entry_points(group=COMMANDS)}
 
 
 @click.group(
@@ -105,7 +156,7 @@ def cli(context: click.Context, progress: bool | None) -> None:
     """Make a language model shallower: merge similar layers, quantize, and prove what was lost.
 
     Every command takes --json, and --help with an example. Exit codes: 0 done, 1 the gate failed the candidate,
-    2 refused (one line on stderr says why), 130 interrupted.
+    2 refused (one line on stderr says why), 3 the gate is undecided, 130 interrupted.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -142,37 +193,52 @@ for command in (
     cli.add_command(command)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code, after one line on stderr if it is not 0."""
+def main(arguments: Sequence[str] | None = None, command: click.Command = cli, name: str = "mka") -> int:
+    """Run the command line; returns the exit code, after one line on stderr if it is not 0.
+
+    Args:
+        arguments: what was typed; None: what this process was started with.
+        command: whose they are.
+        name: what was typed before them.
+    """
     # Libraries read these when they are imported; what a user set is kept.
-    for name, value in {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", **SHARED_MACHINE}.items():
-        os.environ.setdefault(name, value)
+    for variable, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        **SHARED_MACHINE,
+    }.items():
+        os.environ.setdefault(variable, value)
     interrupt_on_sigterm()
+
+    def refuse(reason: str, code: int, longest: int = LONGEST) -> int:
+        click.echo(f"{shorten_program(name)}: {one_line(reason, longest)}", err=True)
+        return code
+
     try:
-        code = cli.main(None if arguments is None else list(arguments), prog_name="mka", standalone_mode=False)
+        code = command.main(None if arguments is None else list(arguments), prog_name=name, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except MkaError as error:
-        return _refuse(str(error), error.exit_code, error.longest)
+        return refuse(str(error), error.exit_code, error.longest)
     except click.ClickException as error:
-        path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "mka"
-        return _refuse(f"{error.format_message()} See `{path} --help`.", error.exit_code)
+        path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else name
+        return refuse(f"{error.format_message()} See `{path} --help`.", error.exit_code)
     except click.Abort:
-        return _refuse("interrupted", INTERRUPTED)
+        return refuse("interrupted", INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        return _refuse(f"{place}{error.strerror or error}", 2)
+        return refuse(f"{place}{error.strerror or error}", 2)
     except MemoryError:
-        return _refuse("memory is used up; try --dtype bfloat16, fewer --samples or a smaller --batch-size", 2)
+        return refuse("memory is used up; try --dtype bfloat16, fewer --samples or a smaller --batch-size", 2)
     except Exception as error:
-        return _refuse(explain_unforeseen(error, find_work()), 2)
+        return refuse(explain_unforeseen(error, find_work()), 2)
 
 
-def _refuse(reason: str, code: int, longest: int = LONGEST) -> int:
-    click.echo(f"mka: {one_line(reason, longest)}", err=True)
-    return code
+def shorten_program(name: str) -> str:
+    """Return what refusals begin with: of ``python -m flows.watch`` the last word."""
+    return name.rpartition(".")[2]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """The model that was typed, and the work folder it is fetched to."""
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import click
+
 from mka.cli.options import pick
+from mka.outside.project import find_work
 
 if TYPE_CHECKING:
     from mka.model.checkpoint import Checkpoint
@@ -13,11 +15,7 @@ if TYPE_CHECKING:
 
 
 Table = TypeVar("Table")
-
-
-def find_work() -> Path:
-    """Return the work folder: ``MKA_WORK``, or ``data/work`` here."""
-    return Path(os.environ.get("MKA_WORK") or "data/work")
+Texts = TypeVar("Texts", "CalibrationTexts", "AlignmentFit", "HealFit")
 
 
 def name_source(model: str, asked: Mapping[str, Any]) -> "ModelSource":
@@ -59,7 +57,8 @@ def open_with_table(
 ) -> tuple["Checkpoint", "ModelSource", Table | None]:
     """Fetch and open MODEL, and read the table that one section names, if one is given.
 
-    A table is read first: for one that is not there nothing is fetched. What the base writes itself is read last.
+    A table is read first: for one that was named and is not there nothing is fetched. What the base writes itself,
+    where it is asked to or no table is at hand, is read last.
 
     Args:
         model: see `name_source`.
@@ -77,6 +76,8 @@ def open_with_table(
     from mka.store.publishing import make_work
     from mka.terminal import quiet_libraries
 
+    calibration, alignment = calibration and stand_in(calibration), alignment and stand_in(alignment)
+    heal = heal and stand_in(heal)
     section = calibration or alignment or heal
     wanted = want_text(calibration, alignment, heal, seed=seed)
     table = read(section.path) if section is not None and wanted is None else None
@@ -86,3 +87,21 @@ def open_with_table(
         with quiet_libraries():
             table = read(as_own_text(write_table(checkpoint, source, wanted, find_work() / "stages")).file)
     return checkpoint, source, table
+
+
+def stand_in(section: Texts, said: bool = True) -> Texts:
+    """Let the base write the texts that a section reads from the project's own table, where that is not there.
+
+    A table that somebody named is left alone: that it is missing is a mistake then.
+
+    Args:
+        section: of the recipe.
+        said: tell who is typing.
+    """
+    from mka.recipe import BASE_TEXT
+
+    if "path" in section.model_fields_set or section.path.is_file():
+        return section
+    if said:
+        click.echo(f"note: no {section.path}: the base writes its own text for it", err=True)
+    return section.model_copy(update={"path": BASE_TEXT})

@@ -37,7 +37,7 @@ def _read_counts(context: click.Context, option: click.Parameter, value: str | N
     required=True,
     metavar="NAME",
     shell_complete=complete_engines,
-    help="vllm or llama.cpp; `make engines` installs them.",
+    help="vllm or llama.cpp; a checkout's `make engines` has them.",
 )
 @click.option("--base", metavar="MODEL", help="Also load this one, and time both in turns.")
 @click.option("--python", type=FILE, metavar="FILE", help="Python of another environment that has the engine.")

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from mka.errors import EngineError, RecipeError, nearest
+from mka.outside.project import in_checkout
 
 _ROOT = Path(__file__).parents[2]
 _PROGRAMS = Path(__file__).parent / "programs"
@@ -57,11 +58,13 @@ class Engine:
         """
         python = given or Path(os.environ.get(self.variable) or self.environment)
         if not os.access(python, os.X_OK) or not python.is_file():
-            raise EngineError(
-                f"{self.name} is not installed: {python} is no program; run `make engines`, or name the python of an "
-                f"environment that has it by --python or {self.variable}"
-            )
+            raise EngineError(f"{self.name} is not installed: {python} is no program; {self.suggest_python()}")
         return python.absolute()
+
+    def suggest_python(self) -> str:
+        """Say how a python that has the engine is had."""
+        named = f"name the python of an environment that has it by --python or {self.variable}"
+        return f"run `make engines`, or {named}" if in_checkout() else named
 
 
 # A row per engine.

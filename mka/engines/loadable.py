@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mka.engines import Engine, get_engine
-from mka.errors import CheckpointError, RecipeError
+from mka.errors import CheckpointError, RecipeError, require_extra
 from mka.model.checkpoint import Checkpoint
 from mka.transforms import SCHEMES, list_options
 
@@ -28,6 +28,7 @@ def check_engines(recipe: "Recipe") -> None:
     Raises:
         RecipeError: if an engine loads a file that would say something else of what the recipe makes.
         EngineError: if one is not installed.
+        ExtraError: if the extra `gguf` is not, and an engine loads such a file.
     """
     for asked in recipe.engines:
         engine = get_engine(asked.engine)
@@ -38,6 +39,8 @@ def check_engines(recipe: "Recipe") -> None:
                 f"or leave {engine.name} out"
             )
         _refuse_kept(engine, asked.file_type)
+        if engine.converts:
+            require_extra("gguf", f"the file that {engine.name} loads")
         engine.find_python()
 
 

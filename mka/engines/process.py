@@ -156,7 +156,7 @@ def _judge(engine: Engine, request: Request, place: Path, code: int) -> Answer:
         return answer
     reason = find_reason(engine, request.log, answer.error)
     if answer.stage == IMPORT:
-        raise EngineError(f"{engine.name} cannot be used from its environment: {reason}; run `make engines`")
+        raise EngineError(f"{engine.name} cannot be used from its environment: {reason}; {engine.suggest_python()}")
     if _MEMORY.search(reason):
         raise EngineError(f"{engine.name} ran out of memory: {reason}")
     doing = {"load": "does not load the model", "run": "loads the model and fails on it"}.get(answer.stage, "failed")

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mka.errors import RecipeError, nearest
+from mka.errors import RecipeError, nearest, require_extra
 from mka.evaluation.definitions import Definition, read_definitions
 from mka.evaluation.packaged import NotRunError, define_packaged, find_packaged, read_packaged
 from mka.evaluation.task_data import find_commit, read_hub_texts
@@ -108,7 +108,10 @@ class Catalog:
         Raises:
             RecipeError: on an unknown or doubled task, a definition that is not run here, or fewer than two items (one
                 item has no error bar).
+            ExtraError: if the extra `eval` is not installed.
         """
+        if tasks:
+            require_extra("eval", f"task {next(iter(tasks))!r}")
         if shadowing := next(filter(is_built_in, {} if all(map(is_built_in, tasks)) else self.own), None):
             place = self.own[shadowing][0].file.parent
             raise RecipeError(

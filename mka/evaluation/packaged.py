@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from mka.errors import RecipeError
+from mka.errors import RecipeError, require_extra
 from mka.evaluation.definitions import Definition, strip_body
 from mka.evaluation.task_data import read_hub_data
 from mka.evaluation.task_keys import SCORED, SCORED_BY, TaskKeys
@@ -74,11 +74,11 @@ def find_packaged() -> Path:
     """Return the folder of lm-eval's task definitions.
 
     Raises:
-        RecipeError: if lm-eval is not installed.
+        ExtraError: if lm-eval is not installed.
     """
+    require_extra("eval", "evaluation on tasks")
     spec = importlib.util.find_spec("lm_eval")
-    if spec is None or not spec.submodule_search_locations:
-        raise RecipeError("benchmarks need the package lm-eval; install the project's requirements")
+    assert spec is not None and spec.submodule_search_locations
     return Path(spec.submodule_search_locations[0]) / "tasks"
 
 

@@ -32,6 +32,7 @@ def check_tasks(tasks: Mapping[str, int | None], folder: Path | None = None, inc
     Raises:
         RecipeError: on an unknown or doubled task, a definition that is not run here, or fewer than two items (one item
             has no error bar).
+        ExtraError: if the extra `eval` is not installed.
     """
     Catalog(folder, include).check(tasks)
 

@@ -11,11 +11,12 @@ from mka.errors import CalibrationError, RecipeError, StoreError
 from mka.evaluation.catalog import Catalog, open_catalog
 from mka.healing.table import HealingTable, open_healing
 from mka.methods import Planner
+from mka.outside.project import suggest_table
 from mka.pipeline.written import OwnText, locate_table, refuse_used, want_text
-from mka.recipe import Measurement, Recipe
+from mka.recipe import BASE_TEXT, Measurement, Recipe
 from mka.texts.calibration import CalibrationSet, load_calibration
 from mka.texts.overlap import refuse_overlap
-from mka.texts.rows import digest_sources, digest_texts, read_heldout, read_texts
+from mka.texts.rows import digest_sources, digest_texts, read_heldout, read_rows, read_texts
 from mka.texts.writing import Wanted
 from mka.transforms import CALIBRATION, list_needs
 
@@ -90,6 +91,16 @@ def want_own_text(recipe: Recipe, planner: Planner) -> Wanted | None:
     return want_text(**list_read(recipe, planner), seed=recipe.seed)
 
 
+def check_named(recipe: Recipe, planner: Planner) -> None:
+    """Read the tables that a recipe names, before the base writes the others.
+
+    Raises:
+        CalibrationError: if one cannot be read.
+    """
+    for path in {section.path for section in list_read(recipe, planner).values()} - {BASE_TEXT}:
+        read_rows(path)
+
+
 def read_inputs(recipe: Recipe, planner: Planner, *, evaluate: bool = True, own_text: OwnText | None = None) -> Inputs:
     """Read the tables a recipe names from the working copy, and those that are the base's own text.
 
@@ -155,9 +166,8 @@ def check_evaluation(settings: Measurement, text: Path | None, catalog: Catalog)
     catalog.check(tasks)
     for task in tasks:
         if any(map(catalog.reads_tables, catalog.find(task).tasks)) and not catalog.list_files(task):
-            raise RecipeError(
-                f"task {task!r}: no table in {catalog.folder}; `make data` builds the project's own tables"
-            )
+            hint = suggest_table("name the folder that has one, or `hub` (null in a recipe) for the hub's data sets")
+            raise RecipeError(f"task {task!r}: no table in {catalog.folder}; {hint}")
     return read_heldout(text) if text is not None else {}
 
 

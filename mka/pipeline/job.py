@@ -12,7 +12,7 @@ from mka.evaluation.catalog import open_catalog
 from mka.healing.table import cut_healing
 from mka.methods import Planner, check_alignment, resolve_method
 from mka.model.checkpoint import Checkpoint
-from mka.pipeline.inputs import Inputs, check_evaluation, read_inputs, want_own_text
+from mka.pipeline.inputs import Inputs, check_evaluation, check_named, read_inputs, want_own_text
 from mka.pipeline.target import refuse_bytes, resolve_aim
 from mka.pipeline.written import open_own_text
 from mka.plan.deleting import deletable_layers
@@ -143,13 +143,15 @@ def prepare(
     wanted = want_own_text(recipe, planner)
     if wanted is None:
         inputs = read_inputs(recipe, planner, evaluate=evaluate)
+    else:  # writing takes minutes; what can be refused before is
+        check_named(recipe, planner)
+        if evaluate:
+            check_evaluation(recipe.evaluation, recipe.evaluation.text, open_catalog(recipe.evaluation))
     base, revision = fetch_base(recipe.model, work)
     aim = check_feasible(recipe, base)
     deletable_layers(base.layers, aim)  # refuses a protection that leaves more than the target
     planner.method.units(base.layers, aim, planner.settings)  # refuses a budget that buys nothing
     if wanted is not None:
-        if evaluate:  # writing takes minutes; what can be refused before is
-            check_evaluation(recipe.evaluation, recipe.evaluation.text, open_catalog(recipe.evaluation))
         with open_own_text(base, recipe.model, wanted, work / "stages", write=write) as own_text:
             inputs = read_inputs(recipe, planner, evaluate=evaluate, own_text=own_text)
     if inputs.alignment is not None:

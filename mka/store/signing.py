@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mka.errors import SignatureError
+from mka.errors import SignatureError, require_extra
 from mka.outside.printable import one_line
 from mka.store.publishing import replace_file
 from mka.store.sums import SUMS_NAME
@@ -33,11 +33,13 @@ def sign_folder(folder: Path, key: Path, signature: Path | None = None) -> Path:
         signature: where it goes; default: `SIGNATURE` in the folder. One that is there is replaced.
 
     Raises:
-        SignatureError: if the key is none of those, a file is a link, or model-signing is not installed.
+        SignatureError: if the key is none of those, or a file is a link.
+        ExtraError: if the extra `sign` is not installed.
         OutputError: if the signature cannot be written.
     """
     place = signature or folder / SIGNATURE
     _check_folder(folder)
+    require_extra("sign", "a signature")
     with _explained(f"{folder} cannot be signed with {key}"):
         from model_signing import hashing, signing
 
@@ -60,6 +62,7 @@ def verify_folder(folder: Path, key: Path, signature: Path | None = None) -> Pat
 
     Raises:
         SignatureError: if it has none, another key made it, or a file is not as it was signed.
+        ExtraError: if the extra `sign` is not installed.
     """
     place = signature or folder / SIGNATURE
     _check_folder(folder)
@@ -67,6 +70,7 @@ def verify_folder(folder: Path, key: Path, signature: Path | None = None) -> Pat
         raise SignatureError(
             f"{folder} is not signed: {place} is missing; sign it with mka sign, or name its signature"
         )
+    require_extra("sign", "a signature")
     with _explained(f"{folder} is not what {place} signs with the key of {key}"):
         from model_signing import verifying
 
@@ -84,10 +88,6 @@ def _explained(what: str) -> Iterator[None]:
     """Turn what the library raises into one line; of a key's own text nothing is told."""
     try:
         yield
-    except ImportError as error:
-        raise SignatureError(
-            f"{what}: {error.name or 'model-signing'} is not installed; pip install 'mka-compress[sign]'"
-        ) from None
     except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
         raise SignatureError(f"{what}: {_reason(error)}") from None
     except Exception as error:

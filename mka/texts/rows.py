@@ -8,6 +8,7 @@ from typing import Any
 
 from mka.errors import CalibrationError
 from mka.outside.printable import one_line
+from mka.outside.project import suggest_table
 from mka.outside.reading import UnreadableError, parse_json, quote, read_within
 
 EXCERPT_CHARACTERS = 60
@@ -99,7 +100,7 @@ def _decode(data: bytes | Path, name: str) -> str:
         try:
             data = read_within(data, LARGEST_TABLE)
         except FileNotFoundError:
-            raise CalibrationError(f"text table not found: {name}; `make data` builds the project's own") from None
+            raise CalibrationError(f"text table not found: {name}; {suggest_table()}") from None
         except OSError as error:
             raise CalibrationError(f"{name} cannot be read: {error.strerror}") from None
         except UnreadableError as error:

@@ -56,7 +56,7 @@ def start_temporary_server() -> None:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ServerError(
-            f"Prefect's temporary server did not start: {reason}; run again, or start one (`make up`) and name it in "
+            f"Prefect's temporary server did not start: {reason}; run again, or start one (`mka up`) and name it in "
             "PREFECT_API_URL"
         ) from None
 

@@ -4,16 +4,17 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from mka.outside.project import find_root, find_work
 from mka.store.publishing import make_work
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """Folders of one checkout.
+    """Folders of one project.
 
     Attributes:
-        root: the project's root; relative paths in recipes start here.
-        work: the work folder, ``data/work`` unless ``MKA_WORK`` says otherwise.
+        root: relative paths in recipes start here; see `mka.outside.project.find_root`.
+        work: the work folder; see `mka.outside.project.find_work`.
     """
 
     root: Path
@@ -62,7 +63,7 @@ class Workplace:
 
 
 def enter_checkout() -> dict[str, str]:
-    """Change into the checkout this file lies in: the pull step of every deployment.
+    """Change into the project's root: the pull step of every deployment.
 
     A worker runs it in its own environment, so a deployment made on one machine finds the checkout of another.
     """
@@ -72,6 +73,5 @@ def enter_checkout() -> dict[str, str]:
 
 
 def find_workplace() -> Workplace:
-    """Return the workplace of the checkout this file lies in."""
-    root = Path(__file__).resolve().parents[2]
-    return Workplace(root, Path(os.environ.get("MKA_WORK") or root / "data" / "work").resolve())
+    """Return the workplace of the current folder."""
+    return Workplace(find_root(), find_work().resolve())

@@ -158,7 +158,7 @@ def require_as_good(run: Run, champion: RegisteredVersion, version: RegisteredVe
     except GuardError as error:
         raise PromotionError(
             f"{version.label} cannot be held against champion version {champion.version}: {error}; to promote it "
-            f"all the same: python -m flows.promote {version.model} --without-comparison --because TEXT"
+            f"all the same: mka promote {version.model} --without-comparison --because TEXT"
         ) from None
     if not all(is_met(check) for check in held["checks"]):
         raise PromotionError(

@@ -36,7 +36,7 @@ def require_signature(place: Workplace, recipe: Recipe, version: RegisteredVersi
     key = recipe.registry.signature
     if key is None:
         return
-    again = f"python -m flows.sign {version.model} --version {version.version} --key PRIVATE.pem"
+    again = f"mka registry-sign {version.model} --version {version.version} --key PRIVATE.pem"
     with fetch_version(place, version) as folder, tempfile.TemporaryDirectory() as aside:
         with connect_registry(version.uri) as client:
             signed = any(file.path == f"{PLACE}/{SIGNATURE}" for file in client.list_artifacts(version.run_id, PLACE))

@@ -5,11 +5,10 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from mka.bench.recipe import BenchRecipe, Cell, FanOut
-from mka.errors import RecipeError, ServerError
+from mka.errors import RecipeError, ServerError, require_extra
 from tasks.machine.slots import is_on_server
 
 if TYPE_CHECKING:
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from mka.bench.results import Failed
 
 
-EXTRA = ("prefect_dask", "distributed")
 THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 CONNECT_SECONDS = 10
 
@@ -26,14 +24,12 @@ def choose_fan_out(written: FanOut, workers: int | None) -> FanOut:
     """Return what the recipe says, with the number of workers that was asked for instead of its own.
 
     Raises:
-        RecipeError: if the recipe names a scheduler, which has its own workers, or its engine is not installed.
+        RecipeError: if the recipe names a scheduler, which has its own workers.
+        ExtraError: if the extra of its engine is not installed.
         ServerError: if that scheduler does not answer, or its workers could not reach a Prefect server.
     """
-    if written.engine == "dask" and (missing := [name for name in EXTRA if find_spec(name) is None]):
-        raise RecipeError(
-            f"fan_out.engine is 'dask' and the extra 'dask' is not installed (no {missing[0]}): `make setup`, or "
-            f"`pip install --constraint requirements.lock --editable '.[dask]'`; engine: threads needs nothing"
-        )
+    if written.engine == "dask":
+        require_extra("dask", "fan_out.engine 'dask'")
     if written.address is None:
         return written if workers is None else written.model_copy(update={"workers": workers})
     if workers is not None:

@@ -14,7 +14,7 @@ from support.bench import make_bench_folder, write_absolute_recipe
 from mka.bench.prepare import prepare
 from mka.bench.recipe import load_bench
 from mka.cli.main import main as run_command
-from mka.errors import RecipeError
+from mka.errors import EXTRAS, RecipeError
 from tasks.sweep import fan_out
 from tasks.sweep.sent_bench import open_bench, send_bench
 
@@ -132,9 +132,9 @@ def test_what_cannot_fan_out_is_one_line_before_anything_is_computed(root, capsy
     assert "Dask scheduler tcp://127.0.0.1:9 (fan_out.address) does not answer: " in line and "`dask scheduler`" in line
     with temporary_settings({PREFECT_API_URL: None}):
         assert "set PREFECT_API_URL to a server that they reach" in refuse(**elsewhere)
-    monkeypatch.setattr(fan_out, "find_spec", lambda name: None if name == "prefect_dask" else object())
+    monkeypatch.setitem(EXTRAS, "dask", ("no_such_library",))
     line = refuse(engine="dask")
-    assert "the extra 'dask' is not installed (no prefect_dask): `make setup`, or `pip install" in line
+    assert "no_such_library, which is not installed; pip install 'mka-compress[dask]' brings it" in line
     assert main([str(write_absolute_recipe(root)), "--workers", "2"]) == 0  # threads need no extra
 
 

@@ -27,6 +27,8 @@ def test_versions_become_tags_and_aliases_branches(project, hub, capsys):
     assert call("publish", "tiny@nobody", "--to", "me/tiny") == 2
     told = refusal(capsys, "publish")
     assert "tiny has no alias 'nobody'; aliases: candidate = version 1, champion = version 1" in told
+    assert call("publish", "tiny@candidate", "--to", "me/tiny", "--dry-run") == 0
+    assert "would go to me/tiny, candidate, tag v1" in capsys.readouterr().out
     assert hub.repos == {}
     assert call("publish", "tiny@candidate", "--to", "me/tiny") == 0
     assert "tag v1" in capsys.readouterr().out
@@ -50,7 +52,7 @@ def test_no_version_becomes_champion_without_the_signature_its_recipe_wants(proj
     pytest.importorskip("model_signing", reason="needs the extra sign")
     (private, public), (other, _) = make_keys(tmp_path), make_keys(tmp_path, "other")
     assert project.run(registry__signature=str(public)) == 0
-    assert "waits for a signature: python -m flows.sign tiny --version 1" in project.last_run["promotion"]
+    assert "waits for a signature: mka registry-sign tiny --version 1" in project.last_run["promotion"]
     asked = ("tiny", "--because", "evidence read")
     capsys.readouterr()
     assert call("promote", *asked) == 1

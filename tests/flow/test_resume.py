@@ -85,7 +85,7 @@ def test_a_run_that_is_ended_leaves_no_server_and_says_how_to_go_on(project):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 130, log.read_text()
     said = log.read_text()
-    assert "finished stages are kept; resume: python -m flows.recompress " in said.splitlines()[-1]
+    assert "finished stages are kept; resume: mka run " in said.splitlines()[-1]
     assert "Traceback" not in said
     psutil.wait_procs([server], timeout=30)
     assert not server.is_running()

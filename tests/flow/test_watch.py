@@ -151,5 +151,5 @@ def test_without_the_deployment_or_a_server_the_refusal_says_what_to_do(project,
     assert "no deployment 'recompress/nosuch'; `prefect deploy --all` makes it" in capsys.readouterr().err
     monkeypatch.setattr("flows.watch.is_on_server", lambda: False)
     assert watch(recipe, deployment="recompress/watched") == 2
-    assert f"run python -m flows.recompress {recipe}" in capsys.readouterr().err
+    assert f"or `mka run {recipe}`" in capsys.readouterr().err
     assert watch(recipe, deployment="recompress/watched", options=["--dry-run"]) == 0

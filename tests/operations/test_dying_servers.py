@@ -67,7 +67,7 @@ def test_a_run_whose_server_dies_goes_on_or_ends_in_one_line_and_is_resumed(
     assert "Traceback" not in said + refused, refused
     if code:
         assert code == 2 and refused.strip().splitlines()[-1].startswith("recompress: "), refused
-        assert "run the same command again" in refused or "resume: python -m flows.recompress" in refused
+        assert "run the same command again" in refused or "resume: mka run" in refused
     if returns == "afterwards":
         run_module(environment, "flows.servers", "up")
     again = start_run(environment, recipe)

@@ -6,10 +6,11 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
+import click
 import pytest
 
 import mka.methods
-from flows.command_line import run_command
+from flows.cli.console import carries_out
 from mka.cli.main import main
 from mka.errors import MkaError
 from mka.outside.printable import one_line
@@ -25,6 +26,11 @@ def fail(error):
     return run
 
 
+def end_command(program, error):
+    """Let a command of production end by an exception; returns its exit code."""
+    return main([], click.command()(carries_out()(fail(error))), program)
+
+
 @pytest.fixture(params=["mka", "a flow"])
 def end(request, monkeypatch, capsys, work):
     """Let a command fail by an exception; returns its exit code and what it said on stderr."""
@@ -34,7 +40,7 @@ def end(request, monkeypatch, capsys, work):
             monkeypatch.setattr(mka.methods, "method_names", fail(error))
             code = main(["methods"])
         else:
-            code = run_command("watch", fail(error), is_flow=False)
+            code = end_command("watch", error)
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1
         return code, err
@@ -105,7 +111,7 @@ def test_sigterm_that_prefect_trips_over_is_an_interruption(capsys, work):
 
     error = ValueError("Task run is not set")
     error.__context__ = TerminationSignal(15)
-    assert run_command("recompress", fail(error), is_flow=False) == 130
+    assert end_command("recompress", error) == 130
     assert capsys.readouterr().err == "recompress: interrupted\n" and not list(work.iterdir())
 
 
@@ -131,7 +137,7 @@ def test_servers_that_fail_meanwhile(capsys, work):
         (MlflowException("API request failed"), "the MLflow server"),
         (OperationalError("select 1", {}, Exception("database is locked")), "a database of MLflow or Prefect"),
     ):
-        assert run_command("promote", fail(error), is_flow=False) == 2
+        assert end_command("promote", error) == 2
         line = capsys.readouterr().err
         assert line.startswith(f"promote: {service} failed meanwhile: ") and line.count("\n") == 1
         assert "run the same command again" in line and len(list(work.glob("traceback-*.txt"))) > 0

@@ -156,6 +156,7 @@ def test_a_dry_run_reads_what_is_written_already(base, tmp_path, monkeypatch):
         ({"target": {"layers": 9}}, "9"),
         ({"quantize": {"scheme": "int8", "group_size": 24}}, "does not divide"),
         ({"evaluation": {"text": "nowhere.jsonl"}}, "text table not found: nowhere.jsonl"),
+        ({"calibration": {"path": "nowhere.jsonl"}}, "text table not found: nowhere.jsonl"),
         ({"evaluation": {"text": None, "tasks": {"piqa": 4}, "tasks_folder": "nowhere"}}, "no table in nowhere"),
     ],
 )

@@ -17,7 +17,10 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[3]
 ROOMS = ("mka", "tasks", "flows")
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+CONFIGURATION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT, UV = CONFIGURATION["project"], CONFIGURATION["tool"]["uv"]
+# What a room imports beside the library's own dependencies, only where it is asked for.
+ROOM_EXTRAS = {"mka": ("eval", "gguf", "sign"), "tasks": ("flow", "dask"), "flows": ("flow",)}
 LOCK_LINES = [
     line
     for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
@@ -27,9 +30,13 @@ LOCK = [Requirement(line) for line in LOCK_LINES]
 # What runs in environments of engines and rivals, which have nothing of ours.
 PROGRAMS = {*(ROOT / "mka/engines/programs").glob("*.py"), *(ROOT / "tests/engines").glob("generate_*.py")}
 PROGRAMS.add(ROOT / "benchmarks/llmcompressor_gptq.py")
-REQUIREMENTS = [Requirement(text) for text in PROJECT["dependencies"]] + [
-    Requirement(text) for extra in PROJECT["optional-dependencies"].values() for text in extra
-]
+EXTRA_REQUIREMENTS = {
+    # What `all` holds are other extras.
+    name: [Requirement(text) for text in texts if not text.startswith(PROJECT["name"])]
+    for name, texts in PROJECT["optional-dependencies"].items()
+}
+REQUIREMENTS = [Requirement(text) for text in PROJECT["dependencies"]]
+REQUIREMENTS += [requirement for extra in EXTRA_REQUIREMENTS.values() for requirement in extra]
 # Where the lock has to hold: what requires-python allows, on Linux and macOS.
 PLATFORMS = [
     {
@@ -78,6 +85,8 @@ def test_every_lock_line_is_one_exact_version_and_nothing_else():
     assert [line for line in LOCK_LINES if not pattern.fullmatch(line)] == []
     [torch] = [entry for entry in LOCK if entry.name == "torch"]
     assert torch.url is None and torch.marker is None
+    assert UV["constraint-dependencies"] == [str(torch)]
+    assert [f"{entry['name']}=={entry['version']}" for entry in UV["dependency-metadata"]] == [str(torch)]
     assert [entry.name for entry in LOCK if re.match(r"nvidia|cuda|triton|pytorch-triton", entry.name)] == []
     text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
     assert not re.search(r"https?:|file:|--[a-z]|/", text)
@@ -86,17 +95,15 @@ def test_every_lock_line_is_one_exact_version_and_nothing_else():
 def test_every_import_is_declared():
     """What a module imports, pyproject.toml names; a dependency of a dependency may go away."""
     providers = importlib.metadata.packages_distributions()
-    runtime = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
-    # Imported only where they are asked for, with a refusal where they are not installed.
+    core = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
     optional = {
-        extra: {canonicalize_name(Requirement(text).name) for text in PROJECT["optional-dependencies"][extra]}
-        for extra in ("dask", "sign")
+        name: {canonicalize_name(requirement.name) for requirement in requirements}
+        for name, requirements in EXTRA_REQUIREMENTS.items()
     }
     everything = {canonicalize_name(requirement.name) for requirement in REQUIREMENTS}
     undeclared = []
     shared = {"benchmarks", "support"}
-    rooms = dict.fromkeys(ROOMS, runtime)
-    rooms |= {"tasks": runtime | optional["dask"], "mka": runtime | optional["sign"]}
+    rooms = {room: core.union(*(optional[extra] for extra in extras)) for room, extras in ROOM_EXTRAS.items()}
     rooms |= dict.fromkeys(("tests", "benchmarks"), everything)
     for room, declared in rooms.items():
         for path in sorted(set((ROOT / room).rglob("*.py")) - PROGRAMS):
@@ -104,6 +111,19 @@ def test_every_import_is_declared():
                 if not {canonicalize_name(provider) for provider in providers.get(name, [name])} & declared:
                     undeclared.append(f"{path.relative_to(ROOT)}: {name}")
     assert undeclared == []
+
+
+def test_what_extras_bring_is_what_refusals_say():
+    """Every library of an extra that is imported, and none of another."""
+    from mka.errors import EXTRAS
+
+    providers = importlib.metadata.packages_distributions()
+    for extra, names in EXTRAS.items():
+        declared = {canonicalize_name(requirement.name) for requirement in EXTRA_REQUIREMENTS[extra]}
+        brought = {name: {canonicalize_name(p) for p in providers.get(name, [name])} & declared for name in names}
+        assert all(brought.values()), brought
+        assert set().union(*brought.values()) == declared
+    assert set(EXTRAS) == set(Requirement(PROJECT["optional-dependencies"]["all"][0]).extras)
 
 
 def test_programs_of_engines_import_the_standard_library_and_their_engine():

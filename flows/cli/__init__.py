@@ -1,0 +1,1 @@
+"""Commands of `mka` that need the orchestrator: one command, one file."""
