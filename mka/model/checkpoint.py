@@ -57,7 +57,7 @@ class Checkpoint:
 
     @property
     def served_nbytes(self) -> int:
-        """Bytes of all tensors as they are served: numbers that are stored in more than 16 bits are held in bfloat16."""
+        """Bytes of all tensors as they are served: what is stored in more than 16 bits is held in bfloat16."""
         return sum(t.parameters * HALF_NBYTES if t.dtype in FLOATS else t.nbytes for t in self.tensors.values())
 
     @property

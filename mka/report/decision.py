@@ -102,12 +102,7 @@ def list_savings(base: EvalReport, candidate: EvalReport, control: EvalReport | 
 
 
 def advise(base: EvalReport, candidate: EvalReport, control: EvalReport | None, gate: Mapping[str, Any] | None) -> str:
-    """Say whether to use the candidate: by the gate, and beside the control.
-
-    Args:
-        base, candidate, gate: as of `tell_decision`.
-        control: one of its own; None where the base is the control.
-    """
+    """Say whether to use the candidate: by the gate, and beside a control of its own, or the base if there is none."""
     if not candidate.scores:
         return "measure it before you use it"
     if gate is None:

@@ -30,8 +30,8 @@ def result_table(
 
     Returns:
         rows with keys ``quantity``, ``base``, ``control`` if there is one that is not the base, ``candidate`` and
-        ``ratio`` (candidate / base; words where the ranges of two speeds overlap). ``±`` is one standard error; n is in ``quantity``, as ``n = base / candidate``
-        where they differ. A missing figure is an en dash.
+        ``ratio`` (candidate / base; words where the ranges of two speeds overlap). ``±`` is one standard error; n is in
+        ``quantity``, as ``n = base / candidate`` where they differ. A missing figure is an en dash.
     """
     sides = {"base": base} | ({"control": control} if has_own_control(base, control) else {}) | {"candidate": candidate}
     reports = list(sides.values())

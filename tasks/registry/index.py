@@ -46,7 +46,15 @@ def write_index_page(place: Workplace, tracking_uri: str | None = None) -> Path:
         RegistryError: if the registry cannot be read; the page stays as it was.
         OutputError: if the page cannot be written.
     """
-    history = read_history(place, tracking_uri)
+    return write_history(place, read_history(place, tracking_uri))
+
+
+def write_history(place: Workplace, history: History) -> Path:
+    """Write what was read of a registry into the work folder; returns the page.
+
+    Raises:
+        OutputError: if the page cannot be written.
+    """
     return write_index(history.rows, place.work / PAGE, history.moves)
 
 
