@@ -6,6 +6,7 @@ from typing import Any
 from mka.evaluation.metrics import FACTS, read_fact
 from mka.evaluation.scores import EvalReport
 from mka.evaluation.speed import LEAST, MOST, TIMING
+from mka.outside.reading import is_number
 
 # What is timed, as sentences call it.
 SPEEDS = {"prefill": "prefill_tokens_per_second", "decoding": "decode_tokens_per_second"}
@@ -13,6 +14,7 @@ SPEEDS = {"prefill": "prefill_tokens_per_second", "decoding": "decode_tokens_per
 OVERLAP = "ranges overlap"
 # From this share of its cores on that other programs keep busy, a machine is called so.
 BUSY = 0.1
+_OTHERS = "others_busy_cores"
 
 
 def find_range(report: EvalReport, name: str) -> tuple[float, float] | None:
@@ -48,7 +50,7 @@ def describe_rounds(report: EvalReport | None) -> str:
 def warn_of_others(report: EvalReport | None) -> str:
     """Say that the machine was busy while it was timed; empty if it was not, or nobody knows."""
     found = _read_timing(report)
-    others, cores = float(found.get("others_busy_cores", 0)), float(found.get("cores", 1))
+    others, cores = float(found.get(_OTHERS, 0)), float(found.get("cores", 1))
     if others < BUSY * cores:
         return ""
     return f"The machine was busy while speeds were timed: other programs kept {others:.1f} of {cores:.0f} cores."
@@ -56,4 +58,6 @@ def warn_of_others(report: EvalReport | None) -> str:
 
 def _read_timing(report: EvalReport | None) -> Mapping[str, Any]:
     found = report.conditions.get(TIMING) if report else None
-    return found if isinstance(found, Mapping) and "rounds" in found else {}
+    # Conditions are whatever a report's file says.
+    whole = isinstance(found, Mapping) and all(is_number(found.get(name)) for name in ("rounds", "cores", _OTHERS))
+    return found if whole else {}

@@ -4,6 +4,7 @@ import pytest
 
 from mka.evaluation.scores import EvalReport, Score
 from mka.report.decision import asks_too_little, tell_decision, tell_demonstration
+from mka.report.speeds import warn_of_others
 from mka.report.table import result_table
 
 
@@ -124,6 +125,21 @@ def test_a_demonstration_is_no_model_to_use_unless_more_was_found_than_asked():
     )
     assert ": use it where bytes count" in tell_decision(BASE, candidate, CONTROL, gate(threshold=0.85, lower=0.92))
     assert tell_demonstration(None) == ""
+
+
+@pytest.mark.parametrize(
+    ("timing", "said"),
+    [
+        ({"rounds": 5, "cores": 2, "others_busy_cores": 1.25}, "other programs kept 1.2 of 2 cores."),
+        ({"rounds": 5, "cores": 16, "others_busy_cores": 1.25}, ""),
+        ({"rounds": 5, "cores": 2, "others_busy_cores": 0.1}, ""),
+        ({"rounds": "many", "cores": 2, "others_busy_cores": 2}, ""),
+        (None, ""),
+    ],
+)
+def test_a_busy_machine_is_told(timing, said):
+    told = warn_of_others(report(conditions={"timing": timing} if timing else {}))
+    assert told == (f"The machine was busy while speeds were timed: {said}" if said else "")
 
 
 def test_the_table_has_both_sizes_ranges_and_no_ratio_where_they_overlap():
