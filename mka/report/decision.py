@@ -24,12 +24,14 @@ class Saving:
     Attributes:
         what: "the bytes", "the decoding time".
         whole: 1 - candidate / base.
-        bits: 1 - control / base; None where there is no control of its own.
+        bits: 1 - control / base; None where that is not known, or lies within the range of a timing.
+        alone: "bits" or "depth" if the other has no part that timing tells; else empty.
     """
 
     what: str
     whole: float
     bits: float | None
+    alone: str = ""
 
     @property
     def percent(self) -> int:
@@ -39,7 +41,7 @@ class Saving:
     def tell(self) -> str:
         """Say the whole and, where both have a part in it, the parts."""
         way = 1 if self.percent >= 0 else -1
-        told = f"{way * self.percent} % of {self.what}"
+        told = f"{way * self.percent} % of {self.what}" + (f" (by {self.alone} alone)" if self.alone else "")
         if self.bits is None:
             return told
         bits = round(100 * self.bits)
@@ -96,8 +98,14 @@ def list_savings(base: EvalReport, candidate: EvalReport, control: EvalReport | 
             alike.append(f"{part} speed")
             continue
         rate = read_fact(control, name) if control else None
-        bits = 1 - 1 / rate / times[0] if rate else None
-        savings.append(Saving(f"the {part} time", 1 - times[1] / times[0], bits))
+        bits, alone = None, ""
+        if control is not None and rate:
+            same_as_base, same_as_ours = (overlap(control, report, name) for report in (base, candidate))
+            if not same_as_base and not same_as_ours:
+                bits = 1 - 1 / rate / times[0]
+            elif same_as_base != same_as_ours:
+                alone = "depth" if same_as_base else "bits"
+        savings.append(Saving(f"the {part} time", 1 - times[1] / times[0], bits, alone))
     return savings, alike
 
 

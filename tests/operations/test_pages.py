@@ -247,6 +247,7 @@ def test_a_report_is_readable_at_every_width_and_its_pictures_follow_the_page(
     page.screenshot(path=shots / f"report-full-{scheme}-{width}.png", full_page=True)
     first = page.locator("main p").first.inner_text()
     assert first.startswith("Saves 40 % of the bytes (37 % by bits, 3 % by depth)") and first.endswith(".")
+    assert "12 % of the decoding time (by depth alone)" in first
     assert page.get_by_text("A demonstration: its gate asks for 0.8").is_visible()
     assert page.get_by_text("other programs kept 1.2 of 2 cores").first.is_visible()
     require_readable(page, scheme)

@@ -45,10 +45,19 @@ def test_only_bytes():
 def test_only_time():
     candidate = report(28, 120.0, (24.0, 25.0, 26.0), 10.3, served=100.0)
     assert tell_decision(BASE, candidate, CONTROL, gate()) == (
-        "Saves 50 % of the bytes (50 % by bits, 0 % by depth) and 20 % of the decoding time (0 % by bits, 20 % by "
-        "depth) of the base as served in 16 bits; perplexity 1.03 times as high as the base's: use it where time "
+        "Saves 50 % of the bytes (50 % by bits, 0 % by depth) and 20 % of the decoding time (by depth alone) of "
+        "the base as served in 16 bits; perplexity 1.03 times as high as the base's: use it where time "
         f"counts, and {KEPT} where it does not."
     )
+
+
+def test_time_is_shared_out_where_timing_tells_its_parts():
+    # Rounding slows the base down from 20 to 16 tokens per second, fewer layers bring 25: of 50 ms, −12.5 and 22.5.
+    slow = report(size=120.0, served=100.0, decode=(15.5, 16.0, 16.5))
+    told = tell_decision(BASE, report(28, 120.0, (24.0, 25.0, 26.0), served=100.0), slow, gate())
+    assert "20 % of the decoding time (−25 % by bits, 45 % by depth)" in told
+    like_control = report(28, 120.0, (15.0, 16.2, 17.0), served=100.0)
+    assert "takes 23 % of the decoding time (by bits alone) more" in tell_decision(BASE, like_control, slow, gate())
 
 
 def test_nothing_gained():
@@ -57,7 +66,7 @@ def test_nothing_gained():
     # A quarter more time: 1/16 beside 1/20 of a second per token.
     assert told == (
         "Saves 48 % of the bytes (50 % by bits, −2 % by depth) of the base as served in 16 bits; takes 25 % of the "
-        "decoding time (0 % by bits, 25 % by depth) more; perplexity 1.03 times as high as the base's: do not use it, "
+        "decoding time (by depth alone) more; perplexity 1.03 times as high as the base's: do not use it, "
         f"it wins neither bytes nor time against {KEPT}, which is nearer to the base."
     )
     same = tell_decision(BASE, report(28, 400.0, (19.0, 20.0, 21.0), served=200.0), BASE, gate())
