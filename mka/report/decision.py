@@ -69,7 +69,7 @@ def tell_decision(
     savings, alike = list_savings(base, candidate, own)
     saved = _join([saving.tell() for saving in savings if saving.percent > 0])
     more = _join([saving.tell() for saving in savings if saving.percent < 0])
-    served = " as served in 16 bits" if find_kind(base, candidate) == SERVED else ""
+    served = " as served in 16 bits" if find_kind(base, candidate, own) == SERVED else ""
     parts = [f"Saves {saved or 'nothing'} of the base{served}"]
     if more:
         parts.append(f"takes {more} more")
@@ -132,7 +132,7 @@ def advise(base: EvalReport, candidate: EvalReport, control: EvalReport | None, 
     if not won and not better:
         nearer = ", which is nearer to the base" if rival is control else ""
         return f"do not use it, it wins neither bytes nor time against {name}{nearer}"
-    if asks_too_little(gate) and any(_is_low(check) for check in gate["checks"]):
+    if asks_too_little(gate) and not _found_more(gate):
         return f"a demonstration and no model to use, since its gate asks for {_tell_asked(gate)}"
     if not won:
         return f"use it for its quality alone, it wins neither bytes nor time against {name}"
@@ -169,9 +169,10 @@ def _tell_asked(gate: Mapping[str, Any]) -> str:
     return f"{_join(asked)} of the base" if asked else "no quality"
 
 
-def _is_low(check: Mapping[str, Any]) -> bool:
-    """Whether the gate could not have passed a check at a threshold that means something."""
-    return check.get("bound", "recovery") != "recovery" or check["lower"] is None or check["lower"] < MEANINGFUL
+def _found_more(gate: Mapping[str, Any]) -> bool:
+    """Whether a gate that asked for more would have passed what was found."""
+    lower = [check["lower"] for check in gate["checks"] if check.get("bound", "recovery") == "recovery"]
+    return bool(lower) and all(bound is not None and bound >= MEANINGFUL for bound in lower)
 
 
 def _sign(percent: int) -> str:

@@ -134,6 +134,12 @@ def test_a_demonstration_is_no_model_to_use_unless_more_was_found_than_asked():
     )
     assert ": use it where bytes count" in tell_decision(BASE, candidate, CONTROL, gate(threshold=0.85, lower=0.92))
     assert tell_demonstration(None) == ""
+    # A bound on bytes beside it is no quality, and takes nothing away.
+    facts = gate(metric="bytes", bound="most", recovery=None, lower=None, value=1e6, threshold=2e8)["checks"]
+    both = gate(threshold=0.85, lower=0.92) | {"checks": gate(threshold=0.85, lower=0.92)["checks"] + facts}
+    assert ": use it where bytes count" in tell_decision(BASE, candidate, CONTROL, both)
+    told = tell_decision(BASE, candidate, CONTROL, {"verdict": "pass", "checks": facts})
+    assert told.endswith("since its gate asks for no quality.")
 
 
 @pytest.mark.parametrize(
