@@ -59,5 +59,6 @@ def warn_of_others(report: EvalReport | None) -> str:
 def _read_timing(report: EvalReport | None) -> Mapping[str, Any]:
     found = report.conditions.get(TIMING) if report else None
     # Conditions are whatever a report's file says.
-    whole = isinstance(found, Mapping) and all(is_number(found.get(name)) for name in ("rounds", "cores", _OTHERS))
-    return found if whole else {}
+    if not isinstance(found, Mapping) or not all(is_number(found.get(key)) for key in ("rounds", "cores", _OTHERS)):
+        return {}
+    return found
