@@ -314,7 +314,8 @@ def test_data_docs_list_the_validations(stack, open_page, shots):
     page, seen = open_page(docs.as_uri())
     require_quiet(seen)
     require_fit(page)
-    assert page.get_by_text("Validation Results").is_visible() and page.get_by_text("Expectation Suites").is_visible()
+    for name in ("Validation Results", "Expectation Suites"):
+        assert page.get_by_role("heading", name=name).is_visible()
     rows = re.findall(r'href="(validations/[^"]+)"', page.content())
     assert rows and {row.split("/")[1] for row in rows} >= {"calibration", "plan", "checkpoint"}
     assert all((docs.parent / row).is_file() for row in rows)
