@@ -187,7 +187,7 @@ def run_all(shape: str, work: Path, dtype: str, windows: int, context: int) -> T
     table.rows[-1] = (*table.rows[-1][:3], f"{merged / table.last:.2f}")
     shutil.rmtree(work / "copy")
     models = {"base": load(base, dtype), "merged": load(work / "merged", dtype)}
-    speed = compare_speed(models, new_tokens=64 if on_gpu else 8, seed=0)
+    speed = compare_speed(models, new_tokens=64 if on_gpu else 8, seed=0).rates
     for name in ("prefill", "decode"):
         rates = [speed[role][f"{name}_tokens_per_second"] for role in ("base", "merged")]
         shown = f"{rates[0]:,.0f} -> {rates[1]:,.0f} tokens/s"

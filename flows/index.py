@@ -19,13 +19,12 @@ def rebuild(uri: str | None) -> Outcome:
         MkaError: if the registry cannot be read or the page cannot be written.
     """
     # Imports MLflow, which takes seconds that --help need not cost.
-    from mka.report.index import write_index
-    from tasks.registry.index import PAGE, read_history
+    from tasks.registry.index import read_history, write_history
 
     place = find_workplace()
     place.prepare()
     history = read_history(place, uri)
-    page = write_index(history.rows, place.work / PAGE, history.moves)
+    page = write_history(place, history)
     if not history.rows:
         again = "mka run recipes/NAME.yaml"
         print(f"index: the registry holds no recompression yet; make one with {again}", file=sys.stderr)

@@ -49,10 +49,11 @@ from tasks.machine.workplace import Workplace, find_workplace
 from tasks.pages import print_summary, publish_artifacts
 from tasks.provenance import describe_provenance
 from tasks.registry.challenge import promote_measured, require_pass
-from tasks.registry.index import write_index_page
+from tasks.registry.index import read_history, write_history
 from tasks.registry.promotion import find_reign, name_person, read_aliases, read_version
 from tasks.registry.record import Registration, as_facts, reach_registry, register
-from tasks.registry.tracking import CHAMPION, registered_address
+from tasks.registry.state import describe_state
+from tasks.registry.tracking import CHAMPION
 from tasks.stages import Run, run_stage
 from tasks.tables import Tables, read_tables
 
@@ -143,7 +144,7 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
         base.revision,
         open_inputs(recipe, Tables(versions, tables, own_text), start),
         command=log.facts["command"],
-        registered=registered_address(recipe.registered_name),
+        registered=recipe.registered_name,
         provenance=describe_provenance(recipe, versions, place.root),
     )
     require_judged(job)
@@ -161,8 +162,9 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
     log.facts["mlflow_run_id"] = registration.run_id
     log.facts |= {"registered_name": registration.name, "registered_version": registration.version}
     log.facts["promotion"], registration = promote_on_pass(run, found, registration)
-    log.facts["registry"] = as_facts(registration)
-    log.facts["index"] = str(write_index_page(place, registration.tracking_uri))
+    history = read_history(place, registration.tracking_uri)
+    log.facts["registry"] = as_facts(registration) | describe_state(registration, history)
+    log.facts["index"] = str(write_history(place, history))
     publish_artifacts(run, found, log.facts)
     tell_outcome(log.facts)
     print_summary(run, found, log.facts)

@@ -8,7 +8,7 @@ from mka.bench.frontier import COSTS, Point, find_frontier
 from mka.bench.statistics import BASE, Comparison
 from mka.bench.tables import format_ratio
 from mka.evaluation.metrics import HEADLINE
-from mka.report.pictures import FAINT, INK, LEGEND, MUTED, VERMILION, Format, render_figure, write_heading
+from mka.report.style import FAINT, INK, LEGEND, MUTED, VERMILION, Format, render_figure, write_heading
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -228,15 +228,21 @@ def show_compression(made: "Compression") -> Outcome:
     from mka.pipeline.judge import refuse_failed
     from mka.report.alignment import summarise_alignment
     from mka.report.control import has_own_control, tell_against_control
+    from mka.report.decision import tell_decision, tell_demonstration
     from mka.report.healing import summarise_healing
+    from mka.report.speeds import warn_of_others
     from mka.report.table import result_table
     from mka.report.verdict import describe_decision
 
     page = made.output / EVIDENCE / "report.html"
     rows = result_table(made.base, made.candidate, made.control)
     against = tell_against_control(made.base, made.candidate, made.control)
+    decision = tell_decision(made.base, made.candidate, made.control, made.gate)
+    demonstration = tell_demonstration(made.gate)
     document = {
         "output": str(made.output),
+        "decision": decision,
+        "demonstration": demonstration or None,
         "verdict": made.gate["verdict"] if made.gate else None,
         "gate": made.gate,
         "results": rows,
@@ -252,8 +258,10 @@ def show_compression(made: "Compression") -> Outcome:
     }
     verdict = describe_decision(made.gate) if made.gate else ["gate: not asked, nothing it judges was measured"]
     aligned = [summarise_alignment(made.alignment), ""] if made.alignment else []
+    first = [decision, *([demonstration] if demonstration else []), ""]
     beside = [against, ""] if against else []
+    busy = [warn_of_others(made.candidate), ""] if warn_of_others(made.candidate) else []
     healed = [summarise_healing(made.healing), ""] if made.healing else []
-    made_by = [*beside, *aligned, *healed]
-    lines = [show_results(rows), "", *made_by, *verdict, "", f"model   {made.output}", f"report  {page}"]
+    made_by = [*beside, *busy, *aligned, *healed]
+    lines = [*first, show_results(rows), "", *made_by, *verdict, "", f"model   {made.output}", f"report  {page}"]
     return Outcome(document, "\n".join(lines), refuse_failed(made.gate, page))

@@ -43,6 +43,7 @@ def report(
     from mka.recipe import GateSettings
     from mka.report.control import tell_against_control
     from mka.report.data import ReportData
+    from mka.report.decision import tell_decision, tell_demonstration
     from mka.report.page import write_card, write_report
     from mka.report.table import result_table
     from mka.report.verdict import describe_decision
@@ -71,7 +72,9 @@ def report(
         write_card(data, partial)
     rows, against = result_table(before, after, beside), tell_against_control(before, after, beside)
     document: dict[str, Any] = {"verdict": decision.verdict, "gate": decision.to_dict(), "results": rows}
+    first = tell_decision(before, after, beside, decision.to_dict()), tell_demonstration(decision.to_dict())
+    document |= {"decision": first[0], "demonstration": first[1] or None}
     document |= {"against_control": against or None, "output": str(output)}
     told = [*([against, ""] if against else []), *describe_decision(decision.to_dict())]
-    text = "\n".join([show_results(rows), "", *told, "", str(output / "report.html")])
+    text = "\n".join([*filter(None, first), "", show_results(rows), "", *told, "", str(output / "report.html")])
     return Outcome(document, text, refuse_failed(decision.to_dict(), output / "report.html"))

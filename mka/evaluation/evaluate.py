@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mka.errors import GuardError
 from mka.evaluation.metrics import METRICS, Subject, find_metric, list_asked
 from mka.evaluation.scores import EvalReport, Score
-from mka.evaluation.speed import compare_speed, greedy_options
+from mka.evaluation.speed import TIMING, compare_speed, greedy_options
 
 if TYPE_CHECKING:
     from mka.recipe import EvaluationSettings
@@ -78,12 +78,14 @@ def evaluate_checkpoint(
     subject = Subject(model, tokenizer, settings, heldout, tasks, seed, progress, beside)
     scores = [score for metric in asked if metric.of_base or beside is not None for score in metric.run(subject)]
     order = list(METRICS)
+    timing = compare_speed({"": model}, new_tokens=settings.new_tokens, seed=seed) if speed else None
+    conditions = _conditions(model, tokenizer, settings, dtype=dtype, seed=seed, command=command)
     return EvalReport(
         checkpoint=dict(checkpoint_facts),
         scores=tuple(sorted([*scores, *apart], key=lambda score: order.index(score.metric)) if apart else scores),
-        speed=compare_speed({"": model}, new_tokens=settings.new_tokens, seed=seed)[""] if speed else {},
+        speed=timing.rates[""] if timing else {},
         generations=generate_text(model, tokenizer, settings.prompts, settings.new_tokens),
-        conditions=_conditions(model, tokenizer, settings, dtype=dtype, seed=seed, command=command),
+        conditions=conditions | ({TIMING: timing.conditions} if timing else {}),
     )
 
 

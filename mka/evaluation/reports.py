@@ -29,7 +29,8 @@ def _check(report: EvalReport) -> None:
     Raises:
         ValueError: naming the first.
     """
-    facts = {name: report.checkpoint[name] for name in ("layers", "parameters", "bytes") if name in report.checkpoint}
+    counted = ("layers", "parameters", "bytes", "served_bytes")
+    facts = {name: report.checkpoint[name] for name in counted if name in report.checkpoint}
     for name, value in {**facts, **report.speed}.items():
         if not is_number(value) or not 0 < value < LARGEST:
             raise UnreadableError(f"{name} must be a number above 0, got {quote(value)}")

@@ -10,7 +10,7 @@ from typing import Any
 from mka.errors import CheckpointError
 from mka.model.config import build_config
 from mka.model.families import Family, get_family, layer_kinds
-from mka.model.tensors import TensorInfo, TensorReader
+from mka.model.tensors import FLOATS, HALF_NBYTES, TensorInfo, TensorReader
 from mka.model.weights import list_files, read_json, read_weights
 from mka.store.signing import SIGNATURE
 from mka.store.sums import SUMS_NAME, file_sha256, read_sums, verify_sums
@@ -54,6 +54,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def served_nbytes(self) -> int:
+        """Bytes of all tensors as they are served: what is stored in more than 16 bits is held in bfloat16."""
+        return sum(t.parameters * HALF_NBYTES if t.dtype in FLOATS else t.nbytes for t in self.tensors.values())
 
     @property
     def dtype(self) -> str:
@@ -151,7 +156,7 @@ def _kinds(
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return path, digest, model_type, layers, parameters (as unpacked), bytes and dtype of a checkpoint."""
+    """Return path, digest, model_type, layers, parameters (as unpacked), bytes, bytes as served and dtype."""
     return {"path": str(checkpoint.path), "digest": checkpoint.digest, **describe_headers(checkpoint)}
 
 
@@ -165,6 +170,7 @@ def describe_headers(checkpoint: Checkpoint) -> dict[str, Any]:
         "layers": checkpoint.layers,
         "parameters": parameters,
         "bytes": checkpoint.nbytes,
+        "served_bytes": checkpoint.served_nbytes,
         "dtype": checkpoint.dtype,
     }
 

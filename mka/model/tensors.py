@@ -23,6 +23,8 @@ _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2,
 
 # Dtypes of weights as they are trained and computed with, by safetensors' names.
 FLOATS = ("F64", "F32", "F16", "BF16")
+# What engines hold one of them in, in bfloat16, whatever it is stored in.
+HALF_NBYTES = 2
 
 
 @dataclass(frozen=True)

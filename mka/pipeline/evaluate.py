@@ -7,6 +7,7 @@ from typing import Any
 
 from mka.evaluation.metrics import list_asked
 from mka.evaluation.scores import EvalReport
+from mka.evaluation.speed import TIMING
 from mka.model.checkpoint import Checkpoint, describe_checkpoint, open_checkpoint
 from mka.pipeline.control import describe_control, has_control
 from mka.pipeline.foresee import estimate_logits, whole_model
@@ -41,7 +42,10 @@ def describe_made_control(job: Job, found: Found) -> dict[str, Any]:
 
 
 def _describe_product(product: Product) -> dict[str, Any]:
-    return {key: value for key, value in product.facts.items() if key not in ("alignment", "healing", "loaded")}
+    facts = {key: value for key, value in product.facts.items() if key not in ("alignment", "healing", "loaded")}
+    if "served_bytes" not in facts:  # it was made before these were counted
+        facts["served_bytes"] = open_checkpoint(product.folder / MODEL_FOLDER, verify=False).served_nbytes
+    return facts
 
 
 def measure_checkpoint(
@@ -192,7 +196,9 @@ def speed_stage(digest: str | None = None, folder: Path | None = None) -> Stage:
         folders = {"base": job.base.path, "candidate": folder or find_model(found).open() / MODEL_FOLDER}
         if CONTROL_STAGE in found:
             folders["control"] = found[CONTROL_STAGE].open() / MODEL_FOLDER
-        return compare_checkpoint_speed(folders, trust_remote_code=job.recipe.model.trust_remote_code, **settings(job))
+        code = job.recipe.model.trust_remote_code
+        timing = compare_checkpoint_speed(folders, trust_remote_code=code, **settings(job))
+        return timing.rates | {TIMING: timing.conditions}
 
     def read(job: Job, found: Found) -> dict[str, str]:
         timed = {"base": job.base.digest, "candidate": digest or find_model(found).facts["digest"]}
@@ -200,7 +206,7 @@ def speed_stage(digest: str | None = None, folder: Path | None = None) -> Stage:
 
     return Stage(
         "compare speed",
-        version=1,
+        version=2,
         stored="speed",
         wanted=lambda job: job.measured,
         reads=read,
@@ -221,7 +227,10 @@ def open_report(found: Found, role: str) -> EvalReport:
     if role == "control" and EVALUATE_CONTROL.name not in found:
         role = "base"
     report = EvalReport.load(found[f"evaluate {role}"].open() / REPORT_FILE)
-    return replace(report, speed=found[SPEED.name].facts[role]) if SPEED.name in found else report
+    if SPEED.name not in found:
+        return report
+    timed = found[SPEED.name].facts
+    return replace(report, speed=timed[role], conditions={**report.conditions, TIMING: timed[TIMING]})
 
 
 def open_reports(job: Job, found: Found) -> tuple[EvalReport, EvalReport, EvalReport | None]:

@@ -73,7 +73,7 @@ class Job:
         treatments: what is done to the merged model, in order.
         command: what makes the same again, for the record.
         output: the folder a person will find the result in; None: where the store keeps it.
-        registered: the address it is registered under, unless the gate refuses it.
+        registered: name of the model it is registered as, unless the gate refuses it.
         provenance: what else is known of where everything came from, for the report.
         opened: shared by the jobs of one comparison.
     """

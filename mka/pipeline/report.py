@@ -58,6 +58,7 @@ def gather_evidence(job: Job, found: Found) -> ReportData:
         },
         stages={name: product.seconds for name, product in found.items()},
         registered=None if gate and gate["verdict"] == "fail" else job.registered,
+        cached=job.output is None,
         alignment=find_fit(found),
         healing=find_healing(found),
         rounding=found["quantize"].facts.get("rounding") if "quantize" in found else None,
@@ -107,7 +108,7 @@ def _settings(job: Job) -> dict[str, Any]:
 
 REPORT = Stage(
     "report",
-    version=4,
+    version=5,
     reads=lambda job, found: (
         {name: product.digest for name, product in found.items()} | {"model": find_model(found).digest}
     ),

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mka.report.pictures import BLUE, render_figure, write_heading
+from mka.report.style import BLUE, render_figure, write_heading
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mka.report.pictures import Format
+    from mka.report.style import Format
 
 
 def describe_alignment(facts: Mapping[str, Any]) -> dict[str, str]:

@@ -5,9 +5,8 @@ from collections.abc import Mapping
 
 from mka.evaluation.metrics import group_scores, read_fact
 from mka.evaluation.scores import EvalReport
-
-# What is timed, as sentences call it.
-SPEEDS = {"prefill": "prefill_tokens_per_second", "decoding": "decode_tokens_per_second"}
+from mka.report.sizes import find_kind, read_bytes
+from mka.report.speeds import SPEEDS, overlap
 
 
 def has_own_control(base: EvalReport | None, control: EvalReport | None) -> bool:
@@ -34,22 +33,35 @@ def tell_against_control(base: EvalReport | None, candidate: EvalReport | None, 
     if candidate is None or control is None or not candidate.scores:
         return ""
     told: list[str] = []
-    wins: dict[str, bool] = {}
-    if (size := _divide(candidate, control, "bytes")) is not None:
+    if (size := _divide_bytes(candidate, control)) is not None:
         percent = round(100 * (1 - size))
         told.append(f"{abs(percent)} % {'more' if percent < 0 else 'fewer'} bytes" if percent else "the same bytes")
-        wins["bytes"] = percent > 0
     speeds = {part: ratio for part, name in SPEEDS.items() if (ratio := _divide(candidate, control, name)) is not None}
-    if speeds:
-        told.append(" and ".join(f"{part} {ratio:.2f}" for part, ratio in speeds.items()) + " times as fast")
-        faster = {part: round(ratio, 2) > 1 for part, ratio in speeds.items()}
-        wins |= faster if len(set(faster.values())) > 1 else {"time": all(faster.values())}
-    quality = _compare_scores(candidate, control)
+    apart = {part: ratio for part, ratio in speeds.items() if not overlap(candidate, control, SPEEDS[part])}
+    if apart:
+        told.append(" and ".join(f"{part} {ratio:.2f}" for part, ratio in apart.items()) + " times as fast")
+    if alike := [part for part in speeds if part not in apart]:
+        told.append(f"{' and '.join(alike)} not told apart, the ranges of their rounds overlap")
+    wins = find_wins(candidate, control)
+    quality = compare_scores(candidate, control)
     told += [text for text, _ in quality]
     own = has_own_control(base, control)
     who = "control (same rounding, all layers kept)" if own else "base, which is the control where nothing is rounded"
     verdict = _judge(wins, bool(quality) and all(better for _, better in quality))
     return f"Against the {who}: {', '.join(told)}; the candidate {verdict}."
+
+
+def find_wins(candidate: EvalReport, other: EvalReport) -> dict[str, bool]:
+    """Return of bytes and time whether the candidate is better, as far as it is known; speeds that agree are "time"."""
+    wins: dict[str, bool] = {}
+    if (size := _divide_bytes(candidate, other)) is not None:
+        wins["bytes"] = round(100 * (1 - size)) > 0
+    faster = {
+        part: round(ratio, 2) > 1 and not overlap(candidate, other, name)
+        for part, name in SPEEDS.items()
+        if (ratio := _divide(candidate, other, name)) is not None
+    }
+    return wins | (faster if len(set(faster.values())) != 1 else {"time": all(faster.values())})
 
 
 def _judge(wins: Mapping[str, bool], better: bool) -> str:
@@ -68,8 +80,14 @@ def _divide(candidate: EvalReport, control: EvalReport, name: str) -> float | No
     return ours / theirs if ours is not None and theirs else None
 
 
-def _compare_scores(candidate: EvalReport, control: EvalReport) -> list[tuple[str, bool]]:
-    """What each metric came to, in words, and whether that is better; a metric of several texts by its extremes."""
+def _divide_bytes(candidate: EvalReport, control: EvalReport) -> float | None:
+    kind = find_kind(candidate, control)
+    ours, theirs = read_bytes(candidate, kind), read_bytes(control, kind)
+    return ours / theirs if ours and theirs else None
+
+
+def compare_scores(candidate: EvalReport, control: EvalReport) -> list[tuple[str, bool]]:
+    """Say of each metric what it came to and whether that is better; one of several texts is told by its extremes."""
     tables = [{(score.name, score.metric): score.value for score in report.scores} for report in (candidate, control)]
     shared = [score for score in candidate.scores if (score.name, score.metric) in tables[1]]
     found: dict[str, list[float]] = {}

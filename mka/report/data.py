@@ -27,7 +27,9 @@ class ReportData:
         provenance: base_model, revision, digest, license, calibration_digest, calibration_rev, code_commit, versions,
             created, command and whatever else; shown in the order given.
         stages: stage -> seconds.
-        registered: address of the registered version, ``models:/NAME@ALIAS``.
+        registered: name of the model it is registered as, once this report is written; None if it is not. Which
+            version it became is found by the candidate's digest.
+        cached: the candidate's folder is a result in the work folder's store, not a folder of its own.
         alignment: facts of the refit, as `mka.alignment.aligner.Aligner` leaves them.
         rounding: ``how``, and of one that looks at texts ``tokens``, ``context`` and ``bits``, scheme -> share of the
             weights.
@@ -46,6 +48,7 @@ class ReportData:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     stages: Mapping[str, float] = field(default_factory=dict)
     registered: str | None = None
+    cached: bool = False
     alignment: Mapping[str, Any] | None = None
     healing: Mapping[str, Any] | None = None
     rounding: Mapping[str, Any] | None = None

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mka.healing.curve import predict
-from mka.report.pictures import AMBER, BLUE, VERMILION, render_figure, write_heading
+from mka.report.style import AMBER, BLUE, VERMILION, render_figure, write_heading
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mka.report.pictures import Format
+    from mka.report.style import Format
 
 
 def describe_healing(facts: Mapping[str, Any]) -> dict[str, str]:

@@ -1,25 +1,43 @@
 """One page of every recompression the registry remembers: what came out, what is in use, who moved an alias and why."""
 
-import math
+import base64
+import hashlib
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import groupby
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from mka.evaluation.metrics import HEADLINE, METRICS, read_check, shorten_check
 from mka.outside.printable import make_page
+from mka.report.decision import MEANINGFUL
+from mka.report.index_plots import group_by_model, plot_models
 from mka.report.verdict import VERDICTS
 from mka.store.publishing import write_text
 
 CHAMPION = "champion"
-# The plot, in pixels: size, and what the axes take of it on the left, right, top and bottom.
-WIDTH, HEIGHT = 520, 320
-LEFT, RIGHT, TOP, BOTTOM = 46, 22, 16, 44
+
+
+# Shows the rows of which the text holds every word that was typed, and their dots. The page's policy lets this script
+# run by its digest, and no other.
+FILTER = """
+const box = document.querySelector("#filter input"), told = document.querySelector("#filter output");
+box.parentElement.parentElement.hidden = false;
+box.addEventListener("input", () => {
+  const words = box.value.toLowerCase().split(/\\s+/).filter(Boolean);
+  let shown = 0;
+  for (const row of document.querySelectorAll("#all tbody > tr[id]")) {
+    const text = row.textContent.toLowerCase(), fits = words.every(word => text.includes(word));
+    row.hidden = !fits;
+    shown += fits;
+    for (const dot of document.querySelectorAll(`#plot a[href="#${row.id}"]`)) dot.classList.toggle("out", !fits);
+  }
+  told.textContent = words.length ? `${shown} shown` : "";
+});
+"""
 
 
 @dataclass(frozen=True)
@@ -30,12 +48,14 @@ class Recovery:
         name: the gate's check, see `mka.evaluation.metrics.Group.check`.
         value: point estimate.
         lower, upper: one-sided 95 % bounds; None where none was recorded.
+        threshold: what the gate asked of the lower bound; None where that was not recorded.
     """
 
     name: str
     value: float
     lower: float | None = None
     upper: float | None = None
+    threshold: float | None = None
 
     @property
     def label(self) -> str:
@@ -59,6 +79,11 @@ class Recompression:
         layers_in, layers_out: decoder layers before and after.
         layer_ratio: 1 - layers_out / layers_in.
         size_ratio: 1 - bytes out / bytes in.
+        size, base_size: bytes of the candidate and of its base, as served in 16 bits if both are known so, else as
+            stored.
+        decode, base_decode: tokens per second, decoding: the slowest round, the median, the fastest; one figure three
+            times where no range was recorded.
+        command: does the same again.
         recoveries: of every check that was recorded, in the order of the table of metrics.
         run, run_id: name and id of the recorded run; empty if it is gone.
         complete: False if registering the version was interrupted.
@@ -79,6 +104,11 @@ class Recompression:
     layers_out: int | None = None
     layer_ratio: float | None = None
     size_ratio: float | None = None
+    size: float | None = None
+    base_size: float | None = None
+    decode: tuple[float, float, float] | None = None
+    base_decode: tuple[float, float, float] | None = None
+    command: str = ""
     recoveries: tuple[Recovery, ...] = ()
     run: str = ""
     run_id: str = ""
@@ -90,6 +120,36 @@ class Recompression:
     def is_champion(self) -> bool:
         """Whether the alias "champion" points here."""
         return CHAMPION in self.aliases
+
+    @property
+    def size_left(self) -> float | None:
+        """Bytes as a share of the base's."""
+        return None if self.size_ratio is None else 1 - self.size_ratio
+
+    @property
+    def time_left(self) -> float | None:
+        """Time per decoded token as a share of the base's."""
+        return self.base_decode[1] / self.decode[1] if self.base_decode and self.decode else None
+
+    @property
+    def is_demonstration(self) -> bool:
+        """Whether the gate asked for less of the base than means something."""
+        return any(r.threshold is not None and r.threshold < MEANINGFUL for r in self.recoveries)
+
+    @property
+    def commands(self) -> list[tuple[str, str]]:
+        """What to type: how this very version is loaded and moved, or made again where it has none; title and line."""
+        again = [("run it again", self.command)] if self.command else []
+        if self.version is None:
+            return again
+        name, address = shlex.quote(self.name), f"models:/{self.name}/{self.version}"
+        loading = f"import mlflow; model = mlflow.pyfunc.load_model({address!r})"
+        back, ahead = (
+            f"mka rollback {name} --because TEXT",
+            f"mka promote {name} --version {self.version} --because TEXT",
+        )
+        move = ("roll back", back) if self.is_champion else ("promote", ahead)
+        return [move, ("load it in Python", loading), *again]
 
     @property
     def worst(self) -> Recovery | None:
@@ -150,12 +210,14 @@ def render_index(rows: Sequence[Recompression], moves: Sequence[AliasMove], fold
         folder: where the page will lie; links to files start there.
     """
     import jinja2
+    from markupsafe import Markup
 
     engine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     engine.loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     engine.filters["figure"] = lambda value: "–" if value is None else f"{value:.3f}"
     engine.filters["percent"] = lambda value: "–" if value is None else f"{100 * value:.1f} %"
     engine.filters["bounds"] = format_bounds
+    engine.filters["megabytes"] = lambda value: "–" if value is None else f"{value / 1e6:,.1f} MB"
     engine.filters["time"] = lambda when: "–" if when is None else f"{when.astimezone(UTC):%Y-%m-%d %H:%M}"
     engine.filters["link"] = lambda report: link_from(folder, report)
     ordered = sorted(rows, key=lambda row: (row.when, _version_number(row.version)), reverse=True)
@@ -168,9 +230,12 @@ def render_index(rows: Sequence[Recompression], moves: Sequence[AliasMove], fold
         counts={verdict: counts[verdict] for verdict in dict.fromkeys([*VERDICTS, *counts]) if counts[verdict]},
         verdicts=VERDICTS,
         headline=HEADLINE.name,
-        in_use=_group(sorted((row for row in ordered if row.aliases), key=lambda row: not row.is_champion)),
-        plots=plot_recoveries(ordered),
-        history=_group(history),
+        meaningful=f"{MEANINGFUL:g}",
+        in_use=group_by_model(sorted((row for row in ordered if row.aliases), key=lambda row: not row.is_champion)),
+        plots=plot_models(ordered),
+        filter_script=Markup(FILTER),
+        filter_digest=base64.b64encode(hashlib.sha256(FILTER.encode()).digest()).decode(),
+        history=group_by_model(history),
         written=datetime.now(UTC),
     )
 
@@ -188,55 +253,6 @@ def link_from(folder: Path, target: Path) -> str:
     return quote(os.path.relpath(target, folder))
 
 
-def plot_recoveries(rows: Sequence[Recompression]) -> list[dict[str, Any]]:
-    """Place a dot for every recompression that has a layer ratio and a recovery, in one plot per registered model.
-
-    All plots share their axes. x is the layer ratio, y the recovery of the text that lost most.
-
-    Returns:
-        per model its ``name``, ``dots`` (``row``, its ``index`` in ``rows``, ``worst``, and pixels ``x``, ``y`` and, of
-        the ends of its bounds, ``low`` and ``high``), ``missing`` (how many have no figures), the ``x`` and ``y`` ticks
-        as pixel and label, and what the axes need.
-    """
-    shown = [
-        (index, row, row.worst, row.layer_ratio)
-        for index, row in enumerate(rows)
-        if row.worst and row.layer_ratio is not None and math.isfinite(row.worst.value)
-    ]
-    if not shown:
-        return []
-    right = max(0.1, math.ceil(10 * max(ratio for *_, ratio in shown)) / 10)
-    # A bound far above the base would press everything else to the floor; its line leaves the plot then.
-    tops = [max(worst.value, worst.upper or 0) for _, _, worst, _ in shown]
-    top = min(2.0, max(1.1, math.ceil(10 * max(tops)) / 10))
-
-    def across(ratio: float) -> float:
-        return round(LEFT + (WIDTH - LEFT - RIGHT) * max(ratio, 0) / right, 1)
-
-    def up(recovery: float) -> float:
-        return round(TOP + (HEIGHT - TOP - BOTTOM) * (1 - min(max(recovery, 0), top) / top), 1)
-
-    step = 0.05 if right <= 0.3 else 0.1
-    axes = {
-        "x": [(across(i * step), f"{100 * i * step:.0f} %") for i in range(round(right / step) + 1)],
-        "y": [(up(i / 5), f"{i / 5:.1f}") for i in range(int(5 * top + 1e-9) + 1)],
-        "even": up(1.0),
-        "size": (WIDTH, HEIGHT, LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM),
-    }
-    dots: list[dict[str, Any]] = []
-    for index, row, worst, ratio in shown:
-        low, high = (worst.value if bound is None else bound for bound in (worst.lower, worst.upper))
-        place = {"x": across(ratio), "y": up(worst.value), "low": up(low), "high": up(high)}
-        dots.append({"row": row, "index": index, "worst": worst, **place})
-    # The champion is drawn last, over what lies at the same place.
-    dots.sort(key=lambda dot: dot["row"].is_champion)
-    plots = []
-    for name, group in _group(rows):
-        own = [dot for dot in dots if dot["row"].name == name]
-        plots.append({"name": name, "dots": own, "missing": len(group) - len(own), **axes})
-    return plots
-
-
 def _rank(check: str) -> tuple[bool, int]:
     """Texts before what is pooled, then as the table of metrics has them; last what it no longer has."""
     metric, names = read_check(check), list(METRICS)
@@ -245,8 +261,3 @@ def _rank(check: str) -> tuple[bool, int]:
 
 def _version_number(version: str | None) -> int:
     return int(version) if version and version.isdigit() else 0
-
-
-def _group(items: Iterable[Any]) -> list[tuple[str, list[Any]]]:
-    """Items by registered model, models by name, items in the order given."""
-    return [(name, list(group)) for name, group in groupby(sorted(items, key=lambda i: i.name), lambda i: i.name)]

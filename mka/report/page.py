@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,23 @@ from mka.report.alignment import describe_alignment, draw_errors, layer_rows
 from mka.report.caveats import list_caveats
 from mka.report.control import describe_control, has_own_control, tell_against_control
 from mka.report.data import ReportData
+from mka.report.decision import tell_decision, tell_demonstration
 from mka.report.healing import describe_healing, draw_curve
 from mka.report.hub import describe_for_hub
 from mka.report.kernels import list_engines
 from mka.report.markup import escape_markdown, fence_markdown, flatten_facts
 from mka.report.served import describe_served
+from mka.report.sizes import SERVED, find_kind, read_bytes
+from mka.report.speeds import describe_rounds, warn_of_others
 from mka.report.table import result_table
+from mka.report.tradeoff import draw_tradeoff, place_sides
 from mka.report.verdict import VERDICTS, describe_check
 from mka.similarity.stability import describe_stability
 from mka.store.publishing import write_text
 
 INLINE_SVG_BYTES = 300_000
 # To see first: layers, size, the headline, and the mean of the tasks or the only one.
-TILES = ((r"layers$", 0), (r"size$", 0), (HEADLINE.name, 0), (r".*items\)$", -1))
+TILES = ((r"layers$", 0), (r"size", -1), (HEADLINE.name, 0), (r".*items\)$", -1))
 
 
 def write_report(data: ReportData, folder: str | Path) -> Path:
@@ -50,6 +55,9 @@ def write_report(data: ReportData, folder: str | Path) -> Path:
     checks = [check for check in (data.gate or {}).get("checks", ()) if check["recovery"] is not None]
     if checks or data.recoveries:
         images["recovery"] = _embed(lambda form: pictures.draw_recovery(checks, data.recoveries, form))
+    if placed := place_sides(data.base, data.candidate, data.control):
+        served = find_kind(data.base, data.candidate, data.control) == SERVED
+        images["tradeoff"] = _embed(lambda form: draw_tradeoff(placed, served, form))
     path = Path(folder) / "report.html"
     write_text(path, make_page(_render("report.html.j2", data, images=images)))
     return path
@@ -81,21 +89,24 @@ def _render(template: str, data: ReportData, **more: Any) -> str:
     engine = jinja2.Environment(autoescape=not markdown, undefined=jinja2.StrictUndefined, **blocks)
     engine.loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     engine.finalize = escape_markdown if markdown else None
-    engine.filters |= {"fenced": fence_markdown, "quoted": json.dumps}
+    engine.filters |= {"fenced": fence_markdown, "quoted": json.dumps, "shell": shlex.quote}
     plan, base, candidate = data.plan, data.base, data.candidate
     before, after = (dict(report.generations) if report else {} for report in (base, candidate))
     rows, control = result_table(base, candidate, data.control), data.control
     ratios = {"layer_ratio": plan.layer_ratio}
-    facts = [report.checkpoint if report else {} for report in (base, candidate)]
-    if all(fact.get("bytes") for fact in facts):
-        ratios["size_ratio"] = 1 - facts[1]["bytes"] / facts[0]["bytes"]
+    kind = find_kind(base, candidate)
+    if (size := read_bytes(base, kind)) and (smaller := read_bytes(candidate, kind)):
+        ratios["size_ratio"] = 1 - smaller / size
     checks = (data.gate or {}).get("checks", ())
     return engine.get_template(template).render(
         data=data,
         name=name_model(data),
         rows=rows,
         control=describe_control(control) if control and has_own_control(base, control) else None,
+        decision=tell_decision(base, candidate, control, data.gate),
+        demonstration=tell_demonstration(data.gate),
         against_control=tell_against_control(base, candidate, control),
+        speeds=" ".join(filter(None, (describe_rounds(candidate), warn_of_others(candidate)))),
         tiles=[found[at] for name, at in TILES if (found := [row for row in rows if re.match(name, row["quantity"])])],
         ratios=ratios,
         verdict=(data.gate or {}).get("verdict"),
@@ -118,8 +129,17 @@ def _render(template: str, data: ReportData, **more: Any) -> str:
         caveats=list_caveats(data),
         engines=list_engines(data.recipe),
         folder=(candidate.checkpoint.get("path") if candidate else None) or "path/to/this/folder",
+        registered=find_registered(data),
         **more,
     )
+
+
+def find_registered(data: ReportData) -> dict[str, str] | None:
+    """Name the registered model and what finds the very version in it: the candidate's digest, which no run moves."""
+    digest = data.candidate.checkpoint.get("digest") if data.candidate else None
+    if data.registered is None or digest is None:
+        return None
+    return {"name": data.registered, "filter": f"name = '{data.registered}' and tags.candidate_digest = '{digest}'"}
 
 
 def describe_rounded(facts: Mapping[str, Any]) -> dict[str, str]:

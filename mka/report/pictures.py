@@ -1,16 +1,30 @@
 """Pictures of a run: what looked similar, what was merged, what was recovered. PNG or SVG, as bytes.
 
-Colours are Okabe and Ito's colour-blind safe set, and no meaning hangs on colour alone: removed layers carry a cross,
-verdicts a marker shape. The background is opaque, so a picture reads the same on a light and on a dark page.
+No meaning hangs on colour alone: removed layers carry a cross, verdicts a marker shape.
 """
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from mka.errors import PlanError
 from mka.plan.wording import label_sources
+from mka.report.style import (
+    AMBER,
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    LEGEND,
+    MUTED,
+    ON_DARK,
+    ON_LIGHT,
+    PAPER,
+    VERMILION,
+    Format,
+    render_figure,
+    write_heading,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,18 +34,12 @@ if TYPE_CHECKING:
     from mka.plan.plan import MergePlan
 
 
-Format = Literal["png", "svg"]
 Rows = Sequence[Mapping[str, Any]]
 
-INK, MUTED, FAINT, PAPER = "#1f2328", "#6a737d", "#d5d9de", "#ffffff"
-BLUE, VERMILION, GREEN, AMBER = "#0072B2", "#D55E00", "#009E73", "#E69F00"
-GROUPS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#F0E442")
+# On every page the same, as the text on them is; only on the fifth is that light.
+GROUPS = ("#e69f01", "#56b4ea", "#009e74", "#cc79a7", "#0072b3", "#f0e442")
 VERDICTS = {"pass": (GREEN, "o"), "fail": (VERMILION, "X"), "undecided": (AMBER, "D")}
-LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8, "borderpad": 0}
 UNIT, ROW = 0.32, 1.45  # inches: pitch of the boxes in a plan, height of one of its rows
-STYLE: dict[str, Any] = {"font.size": 8.5, "svg.hashsalt": "mka", "text.parse_math": False}
-STYLE |= dict.fromkeys(("text.color", "axes.labelcolor"), INK)
-STYLE |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), MUTED)
 
 
 def draw_similarity(
@@ -175,7 +183,7 @@ def _plan_rows(figure: "Figure", plan: "MergePlan", rows: list[tuple[int, int]])
         edge = VERMILION if ghost else MUTED if face == PAPER else INK
         look = {"facecolor": face, "edgecolor": edge, "linewidth": 0.8, "linestyle": (0, (2, 1.4)) if ghost else "-"}
         axes.add_patch(FancyBboxPatch((x - 0.4, y - 0.4), 0.8, 0.8, "round,pad=0,rounding_size=0.14", zorder=3, **look))
-        ink = PAPER if face == BLUE else INK
+        ink = INK if face == PAPER else ON_DARK if face == GROUPS[4] else ON_LIGHT
         axes.text(x, y - 0.02, text, ha="center", va="center", fontsize=7.5, color=ink, zorder=4)
 
     tints = {s: GROUPS[i % len(GROUPS)] for i, layer in enumerate(plan.merged) for s in layer.sources}
@@ -278,24 +286,3 @@ def _grid(axes: "Axes", along: Literal["x", "y"]) -> None:
     axes.grid(axis=along, color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def write_heading(figure: "Figure", title: str, note: str) -> None:
-    """Title and note, left-aligned at the top."""
-    height = figure.get_figheight()
-    figure.text(0.02, 1 - 0.28 / height, title, fontsize=11, fontweight="bold", va="center")
-    figure.text(0.02, 1 - 0.49 / height, note, fontsize=8, color=MUTED, va="center")
-
-
-def render_figure(draw: Any, size: tuple[float, float], form: Format) -> bytes:
-    """Run one drawing function on a fresh figure, outside pyplot, which would keep it alive."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, facecolor=PAPER)
-        draw(figure)
-        buffer = io.BytesIO()
-        metadata = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
-        figure.savefig(buffer, format=form, dpi=160, metadata=metadata)
-    return buffer.getvalue()

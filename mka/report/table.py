@@ -4,9 +4,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mka.evaluation.metrics import FACTS, find_metric, group_scores
+from mka.evaluation.metrics import FACTS, find_metric, group_scores, read_fact
 from mka.evaluation.scores import EvalReport, Score
 from mka.report.control import has_own_control
+from mka.report.sizes import SERVED, show_bytes
+from mka.report.speeds import OVERLAP, SPEEDS, overlap, show_speed
 
 
 def format_value(value: float, stderr: float | None = None) -> str:
@@ -28,8 +30,8 @@ def result_table(
 
     Returns:
         rows with keys ``quantity``, ``base``, ``control`` if there is one that is not the base, ``candidate`` and
-        ``ratio`` (candidate / base). ``±`` is one standard error; n is in ``quantity``, as ``n = base / candidate``
-        where they differ. A missing figure is an en dash.
+        ``ratio`` (candidate / base; words where the ranges of two speeds overlap). ``±`` is one standard error; n is in
+        ``quantity``, as ``n = base / candidate`` where they differ. A missing figure is an en dash.
     """
     sides = {"base": base} | ({"control": control} if has_own_control(base, control) else {}) | {"candidate": candidate}
     reports = list(sides.values())
@@ -54,7 +56,12 @@ def result_table(
     layers, parameters, size = ([fact.get(key) for fact in facts] for key in ("layers", "parameters", "bytes"))
     add("layers", layers, FACTS["layers"].show)
     add("parameters", parameters, FACTS["parameters"].show)
-    add("size", size, FACTS["bytes"].show)
+    add("size", size, show_bytes)
+    served = [fact.get(SERVED) for fact in facts]
+    if served != size and all(served):
+        # What is stored in 32 bits is measured in 32 bits, and served in 16.
+        add("size as served, 16 bits", served, show_bytes)
+        size = served
     add("bits per parameter", [b and p and 8 * b / p for b, p in zip(size, parameters)], "{:.1f}".format)
     tables = [{(s.name, s.metric): s for s in (report.scores if report else ())} for report in reports]
     for group in group_scores({key: score for table in tables for key, score in table.items()}.values()):
@@ -70,9 +77,12 @@ def result_table(
         if (pool := group.metric.pooled) and len(shared) > 1:
             means = [mean_score(side) for side in zip(*shared)]
             add_scores(f"mean of {len(shared)} {pool}", [*means], group.metric.resampled)
-    for part in ("prefill", "decode"):
-        name = f"{part}_tokens_per_second"
-        add(f"{part} speed", [report.speed.get(name) if report else None for report in reports], FACTS[name].show)
+    for name in SPEEDS.values():
+        values = [read_fact(report, name) if report else None for report in reports]
+        shown = [(show_speed(report, name) if report else None) or "–" for report in reports]
+        add(f"{name.partition('_')[0]} speed", values, str, shown)
+        if base and candidate and None not in values and overlap(base, candidate, name):
+            rows[-1]["ratio"] = OVERLAP
     return rows
 
 

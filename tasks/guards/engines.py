@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mka.pipeline.job import Job
-from tasks.guards.columns import LARGEST, expect_complete
+from tasks.guards.columns import expect_complete, expect_finite
 from tasks.guards.guard import import_great_expectations
 
 if TYPE_CHECKING:
@@ -23,13 +23,7 @@ def engines_suite(asked: int) -> list[Any]:
         gxe.ExpectColumnValuesToBeInSet(
             column="verdict", value_set=["pass", "fault"], description="What could not be told is not kept."
         ),
-        gxe.ExpectColumnValuesToBeBetween(
-            column="ratio",
-            min_value=0,
-            max_value=LARGEST,
-            strict_min=True,
-            description="A speed beside another is above 0 and finite.",
-        ),
+        expect_finite("ratio", 0, or_equal=False, description="A speed beside another is above 0 and finite."),
         gxe.ExpectColumnValuesToBeBetween(
             column="figures", min_value=1, description="What an engine serves was timed beside the base."
         ),

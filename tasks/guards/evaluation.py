@@ -7,7 +7,7 @@ from mka.evaluation.scores import EvalReport
 from mka.pipeline.evaluate import EVALUATE_CONTROL, open_report
 from mka.pipeline.job import Job
 from mka.pipeline.stage import Found
-from tasks.guards.columns import LARGEST, expect_complete
+from tasks.guards.columns import expect_complete, expect_finite
 from tasks.guards.guard import import_great_expectations
 
 if TYPE_CHECKING:
@@ -37,13 +37,11 @@ def evaluation_report_suite(minimum_rows: int = 2) -> list[Any]:
         gxe.ExpectColumnDistinctValuesToContainSet(column="model", value_set=["base", "candidate"]),
         gxe.ExpectCompoundColumnsToBeUnique(column_list=["model", "name", "metric"]),
         expect_complete("value"),
-        gxe.ExpectColumnValuesToBeBetween(
-            column="value", min_value=-LARGEST, max_value=LARGEST, description="The number is finite."
-        ),
+        expect_finite("value"),
         *plausible,
         # One item has no standard error; its score is still a score.
         gxe.ExpectColumnValuesToNotBeNull(column="stderr", severity="warning"),
-        gxe.ExpectColumnValuesToBeBetween(column="stderr", min_value=0, max_value=LARGEST),
+        expect_finite("stderr", 0),
         expect_complete("n"),
         gxe.ExpectColumnValuesToBeBetween(column="n", min_value=1),
         gxe.ExpectColumnPairValuesToBeEqual(

@@ -7,6 +7,7 @@ Docs) and ``index.html``, one page that needs no network and links to Data Docs.
 import fcntl
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,38 +28,14 @@ EXAMPLE_CHARACTERS = 100
 PAGE = "index.html"
 KEPT_RUNS = 5  # validation results kept per suite; Data Docs render all of them at every build
 DATA_DOCS = "gx/uncommitted/data_docs/local_site"
+# An interval with these ends holds every finite number, and pages call it so.
+LARGEST = sys.float_info.max
 COLUMN_KEYS = ("column", "column_A", "column_B", "column_list")
 # What Great Expectations adds to every expectation, or what decides nothing for a reader.
 SILENT_KEYS = (*COLUMN_KEYS, "batch_id", "ignore_row_if", "row_condition", "mostly")
 
 # Great Expectations keeps its current project in a global of the process, and its files are not written atomically.
 _ONE_THREAD = threading.Lock()
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Data checks</title><style>
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1d2127 }
-table { border-collapse: collapse; width: 100%; margin: .6rem 0 1rem; font-size: .88rem }
-th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #dde1e6; vertical-align: top }
-td:last-child { overflow-wrap: anywhere } .passed { color: #14692f } .failed { color: #b3121d; font-weight: 600 }
-.warning { color: #8a5a00; font-weight: 600 } small, .note { color: #5b6470 } summary { cursor: pointer }
-</style></head><body><h1>Data checks</h1>
-<p>One suite of expectations at the door of every stage. Newest validation first.
-<a href="{{ data_docs }}/index.html">Data Docs</a> hold the same
-with more detail (but styles and list need a network).</p>
-{% for v in validations %}
-<details id="{{ v.anchor }}"{% if v.newest %} open{% endif %}><summary><strong>{{ v.name }}</strong>
-<span class="{{ 'failed' if v.failed else 'passed' }}">{{ 'failed' if v.failed else 'passed' }}</span>
-{{ v.checks | length - v.failed - v.warned }} of {{ v.checks | length }} expectations met
-{% if v.warned %}<span class="warning">{{ v.warned }} warning{{ 's' if v.warned > 1 }}</span>{% endif %}
-<small>{{ v.run }} {{ v.time }} · <a href="{{ v.page }}">Data Docs</a></small></summary>
-<table><thead><tr><th>Expectation</th><th>Column</th><th>Result</th><th>Observed</th><th>Unexpected</th>
-</tr></thead><tbody>{% for c in v.checks %}<tr>
-<td>{{ c.expectation }}{% if c.rule %} <small>{{ c.rule }}</small>{% endif %}
-{% if c.description %}<br><span class="note">{{ c.description }}</span>{% endif %}</td>
-<td>{{ c.column or '(table)' }}</td><td class="{{ c.result }}">{{ c.result }}</td><td>{{ c.observed }}</td>
-<td>{{ c.unexpected }}</td></tr>{% endfor %}</tbody></table></details>
-{% else %}<p>No table was checked yet.</p>{% endfor %}</body></html>
-"""
 
 
 @dataclass(frozen=True)
@@ -234,7 +211,8 @@ def _write_page(checks_folder: Path, validations: list[dict[str, Any]]) -> Path:
     for validation in validations:
         validation["newest"] = validation["name"] not in newest
         newest.add(validation["name"])
-    template = jinja2.Environment(autoescape=True).from_string(_PAGE)
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    template = jinja2.Environment(autoescape=True, loader=loader).get_template("checks.html.j2")
     page = checks_folder / PAGE
     write_text(page, escape_controls(template.render(validations=validations, data_docs=DATA_DOCS), keep="\n\t"))
     return page
@@ -250,7 +228,9 @@ def _describe_one(item: Mapping[str, Any]) -> dict[str, Any]:
     columns = [kwargs[key] for key in COLUMN_KEYS if kwargs.get(key)]
     columns = columns[0] if columns and isinstance(columns[0], list) else columns
     keys = sorted(kwargs.keys() - set(SILENT_KEYS), key=lambda key: ("min" not in key, key))
-    rule = [f"{key}={kwargs[key]!r}" for key in keys if kwargs[key] is not None]
+    ends = {key: kwargs[key] for key in keys if kwargs[key] is not None}
+    rule = [f"{key}={value!r}" for key, value in ends.items() if value not in (LARGEST, -LARGEST)]
+    rule += ["finite"] if LARGEST in ends.values() else []
     condition = kwargs.get("row_condition")
     if isinstance(condition, Mapping) and "operator" in condition:
         rule.append(f"where {condition['column']['name']} {condition['operator']} {condition.get('parameter')!r}")

@@ -10,7 +10,7 @@ from mka.errors import NumericsError
 from mka.evidence.states import LayerScores
 from mka.pipeline.job import Job
 from mka.pipeline.stage import SCORES_FILE
-from tasks.guards.columns import LARGEST, expect_complete
+from tasks.guards.columns import expect_complete, expect_finite
 from tasks.guards.guard import import_great_expectations
 
 if TYPE_CHECKING:
@@ -30,9 +30,7 @@ def scores_suite(kind: str, layers: int, unit_diagonal: bool = True) -> list[Any
         return [
             gxe.ExpectTableRowCountToEqual(value=layers),
             expect_complete("value"),
-            gxe.ExpectColumnValuesToBeBetween(
-                column="value", min_value=-LARGEST, max_value=LARGEST, description="The number is finite."
-            ),
+            expect_finite("value"),
         ]
     diagonal = gxe.ExpectColumnValuesToBeBetween(
         column="diagonal_error", min_value=0, max_value=1e-9, description="A layer is fully similar to itself."

@@ -17,7 +17,9 @@ from tasks.stages import Run
 from tasks.versioned import Version
 
 # Of a check, what the registry keeps; "value" stands where a rule is not about recovery.
-CHECK_PARTS = ("recovery", "value", "lower", "upper")
+CHECK_PARTS = ("recovery", "value", "lower", "upper", "threshold")
+# Of each model; the second is what its bytes are where nothing is held in more than 16 bits.
+FILE_FACTS = ("layers", "parameters", "bytes", "served_bytes")
 # Longer values of a table's tags are refused by MLflow.
 TAG_CHARACTERS = 500
 
@@ -65,7 +67,7 @@ def log_evidence(run: Run, found: Found) -> None:
             metrics[f"{role}/{score.name}/{score.metric}"] = score.value
             metrics[f"{role}/{score.name}/{score.metric}_stderr"] = score.stderr
         metrics |= {f"{role}/{name}": value for name, value in measured.speed.items()}
-        metrics |= {f"{role}/{name}": float(measured.checkpoint[name]) for name in ("layers", "parameters", "bytes")}
+        metrics |= {f"{role}/{name}": float(measured.checkpoint[name]) for name in FILE_FACTS}
     for check in found["gate"].facts["checks"]:
         bounds = {part: check[part] for part in CHECK_PARTS if check[part] is not None}
         if check["bound"] == "better_than":

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from mka.errors import RegistryError
+from mka.evaluation.speed import LEAST, MOST
 from mka.report.index import AliasMove, Recompression, Recovery, order_recoveries, write_index
 from tasks.machine.workplace import Workplace
 from tasks.registry.promotion import MOVE
@@ -19,7 +20,7 @@ from tasks.registry.tracking import COMPLETE, EXPERIMENT, connect_registry, find
 PAGE = "index.html"
 # Rows asked for at a time; every search of MLflow's stores allows it.
 BATCH = 100
-_GATE = re.compile(r"gate/(?P<check>.+)/(?P<part>recovery|lower|upper)")
+_GATE = re.compile(r"gate/(?P<check>.+)/(?P<part>recovery|lower|upper|threshold)")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,15 @@ def write_index_page(place: Workplace, tracking_uri: str | None = None) -> Path:
         RegistryError: if the registry cannot be read; the page stays as it was.
         OutputError: if the page cannot be written.
     """
-    history = read_history(place, tracking_uri)
+    return write_history(place, read_history(place, tracking_uri))
+
+
+def write_history(place: Workplace, history: History) -> Path:
+    """Write what was read of a registry into the work folder; returns the page.
+
+    Raises:
+        OutputError: if the page cannot be written.
+    """
     return write_index(history.rows, place.work / PAGE, history.moves)
 
 
@@ -121,7 +130,10 @@ def _describe(client: Any, run: Any, version: Any, aliases: tuple[str, ...]) -> 
         layers_in=_whole(metrics.get("base/layers")),
         layers_out=_whole(metrics.get("candidate/layers")),
         layer_ratio=metrics.get("layer_ratio"),
-        size_ratio=metrics.get("size_ratio"),
+        **_read_sizes(metrics),
+        decode=_read_speed(metrics, "candidate"),
+        base_decode=_read_speed(metrics, "base"),
+        command=_read_command(tags),
         recoveries=_read_recoveries(metrics),
         run=(run.info.run_name or run.info.run_id) if run else "",
         run_id=run.info.run_id if run else "",
@@ -137,7 +149,31 @@ def _read_recoveries(metrics: Mapping[str, float]) -> tuple[Recovery, ...]:
         if match := _GATE.fullmatch(key):
             checks.setdefault(match["check"], {})[match["part"]] = value
     known = ((name, parts) for name, parts in checks.items() if "recovery" in parts)
-    return order_recoveries(Recovery(n, p["recovery"], p.get("lower"), p.get("upper")) for n, p in known)
+    return order_recoveries(
+        Recovery(n, p["recovery"], p.get("lower"), p.get("upper"), p.get("threshold")) for n, p in known
+    )
+
+
+def _read_sizes(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Bytes of candidate and base, both as served or both as stored, and what is saved of them."""
+    for kind in ("served_bytes", "bytes"):
+        size, base_size = metrics.get(f"candidate/{kind}"), metrics.get(f"base/{kind}")
+        if size and base_size:
+            return {"size": size, "base_size": base_size, "size_ratio": 1 - size / base_size}
+    return {"size": metrics.get("candidate/bytes"), "base_size": None, "size_ratio": metrics.get("size_ratio")}
+
+
+def _read_speed(metrics: Mapping[str, float], role: str) -> tuple[float, float, float] | None:
+    name = f"{role}/decode_tokens_per_second"
+    if not (rate := metrics.get(name)):
+        return None
+    return metrics.get(name + LEAST, rate), rate, metrics.get(name + MOST, rate)
+
+
+def _read_command(tags: Mapping[str, str]) -> str:
+    """What was typed, where the run kept it: MLflow's own entry is the path of a program."""
+    told = tags.get("mlflow.source.name", "")
+    return told if told.startswith(("mka ", "python -m ")) else ""
 
 
 def _read_moves(version: Any) -> list[AliasMove]:

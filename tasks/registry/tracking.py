@@ -209,6 +209,6 @@ def _restore_environment(*names: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def registered_address(name: str, alias: str = CANDIDATE) -> str:
-    """Address under which MLflow loads a registered model."""
-    return f"models:/{name}@{alias}"
+def registered_address(name: str, version: str) -> str:
+    """Address under which MLflow loads a version, the same for ever: what an alias names moves with the next run."""
+    return f"models:/{name}/{version}"

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from mka.errors import CalibrationError, GuardError, NumericsError, OutputError, PlanError
@@ -19,6 +20,7 @@ from mka.plan.plan import MergedLayer, MergePlan, take_layers
 from mka.texts.rows import text_digest
 from tasks.guards import guard
 from tasks.guards.checkpoint import checkpoint_suite, checkpoint_table
+from tasks.guards.columns import expect_finite
 from tasks.guards.evaluation import evaluation_report_suite, evaluation_report_table
 from tasks.guards.hidden_states import hidden_states_suite, hidden_states_table
 from tasks.guards.plan import plan_suite, plan_table
@@ -333,11 +335,12 @@ def test_tables_refuse_what_has_the_wrong_shape():
 class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
-        self.words, self.links, self.loaded = [], [], []
+        self.words, self.links, self.loaded, self.tags = [], [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         attributes = dict(attrs)
+        self.tags.append(tag)
         if "href" in attributes:
             (self.links if tag == "a" else self.loaded).append(attributes["href"])
         if "src" in attributes:
@@ -362,7 +365,7 @@ def test_docs_hold_passes_and_failures_and_need_no_network(tmp_path, monkeypatch
     assert index == tmp_path / "index.html"
     text = index.read_text(encoding="utf-8")
     page = Page(text)
-    assert page.loaded == [] and "<b>" not in text
+    assert page.loaded == ["data:,"] and "<b>" not in text
     for word in ("plan", "calibration", "passed", "failed", "found_in_evaluation"):
         assert word in page.words
     assert any("<b>bold</b> claim" in word for word in page.words)
@@ -372,6 +375,27 @@ def test_docs_hold_passes_and_failures_and_need_no_network(tmp_path, monkeypatch
     assert "smollm2-run-1" in text
     docs = (tmp_path / guard.DATA_DOCS / "index.html").read_text(encoding="utf-8")
     assert "plan" in docs and "calibration" in docs
+    # Nor do Great Expectations' own pages: their links lead to one another.
+    for path in (tmp_path / guard.DATA_DOCS).rglob("*.html"):
+        own = Page(path.read_text(encoding="utf-8"))
+        assert own.loaded == ["data:,"] and "script" not in own.tags, path
+        for link in own.links:
+            assert (path.parent / link).is_file(), (path, link)
+
+
+def test_every_page_says_finite_and_folds_what_passed(tmp_path):
+    table = pd.DataFrame({"value": [1.0, 2.0], "spread": [0.0, float("inf")]})
+    suite = [expect_finite("value"), expect_finite("spread", 0)]
+    assert "1 unexpected, e.g. [inf]" in refusal(tmp_path, "numbers", table, suite)
+    pages = {path.parent.name: path.read_text() for path in (tmp_path / guard.DATA_DOCS).rglob("tables-*.html")}
+    (docs,) = pages.values()
+    summary = (tmp_path / "index.html").read_text()
+    for text in (docs, summary):
+        assert "308" not in text and "The number is finite." in text and "at least 0 and finite" in text
+    assert "min_value=0.0, finite" in summary or "min_value=0, finite" in summary
+    assert re.search(r"<details open>\s*<summary><strong>spread</strong>", docs)
+    assert re.search(r"<details>\s*<summary><strong>value</strong>", docs)
+    assert "<details><summary>1 passed</summary>" in summary
 
 
 def test_text_of_a_table_stands_on_every_page_as_text(tmp_path):
@@ -396,7 +420,8 @@ def test_repeating_a_check_keeps_the_newest_results(tmp_path):
     guard.build_docs(tmp_path)
     text = guard.build_docs(tmp_path).read_text(encoding="utf-8")
     assert text.count("<details") == guard.KEPT_RUNS
-    assert text.count(" open>") == 1
+    # All of them passed: nothing is unfolded.
+    assert text.count(" open>") == 0
     assert len(list((tmp_path / guard.DATA_DOCS / "validations").rglob("*.html"))) == guard.KEPT_RUNS
     assert len(list((tmp_path / "gx/uncommitted/validations").rglob("*.json"))) == guard.KEPT_RUNS
     assert [path.name for path in (tmp_path / "gx/expectations").glob("*.json")] == ["plan.json"]

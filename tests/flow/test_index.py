@@ -65,6 +65,7 @@ def measure(layers, recovery, **more):
         "size_ratio": 0.5,
         "gate/perplexity boolq/recovery": recovery,
         "gate/perplexity boolq/lower": recovery - 0.02,
+        "gate/perplexity boolq/threshold": 0.75,
         "base/boolq/perplexity": 16.0,
         **more,
     }
@@ -76,6 +77,11 @@ def store(tmp_path_factory):
     whole = {"mka.key": "k", "mka.complete": "true"}
 
     tasks = {"gate/tasks/recovery": 0.9, "gate/tasks/lower": 0.8, "gate/tasks/upper": 1.0}
+    # Half of what is stored is left, a quarter of what is served.
+    tasks |= {"base/bytes": 4e8, "candidate/bytes": 2e8, "base/served_bytes": 2e8, "candidate/served_bytes": 5e7}
+    for role, rate in (("base", 20.0), ("candidate", 25.0)):
+        speed = f"{role}/decode_tokens_per_second"
+        tasks |= {speed: rate, f"{speed}_least": rate - 1, f"{speed}_most": rate + 1}
     passed = made.run("passed", params=PARAMS, metrics=measure(24, 0.8, **tasks), verdict="pass", **TAGS)
     report = made.place.work / "mlartifacts" / passed.info.run_id / "artifacts" / "report" / "report.html"
     report.parent.mkdir(parents=True)
@@ -84,6 +90,7 @@ def store(tmp_path_factory):
     move |= {"from": None, "to": "1", "action": "promote"}
     assert made.version("tiny", passed, **whole, **{"move.20260202T100000Z": json.dumps(move)}) == "1"
 
+    made.client.set_tag(passed.info.run_id, "mlflow.source.name", "mka run recipes/tiny.yaml")
     undecided = made.run("undecided", params=PARAMS, metrics=measure(20, 0.6), verdict="undecided", **TAGS)
     assert made.version("tiny", undecided, **{"mka.key": "k2", "move.x": "not JSON", "move.y": "[1]"}) == "2"
     for alias, version in (("champion", "1"), ("candidate", "2"), ("also", "1")):
@@ -138,13 +145,20 @@ def test_a_version_is_joined_to_its_run_and_its_aliases(rows):
     assert (row.name, row.version, row.verdict) == ("tiny", "1", "pass")
     assert row.aliases == ("also", "champion") and row.is_champion and row.complete
     assert (row.base_model, row.base_revision, row.method, row.recipe) == ("acme/tiny", "abc", "aligned", "tiny-fast")
-    assert (row.layers_in, row.layers_out, row.size_ratio) == (30, 24, 0.5)
+    assert (row.layers_in, row.layers_out) == (30, 24)
+    assert (row.size, row.base_size, row.size_ratio) == (5e7, 2e8, 0.75)
+    assert (row.decode, row.base_decode) == ((24.0, 25.0, 26.0), (19.0, 20.0, 21.0))
+    assert row.time_left == pytest.approx(0.8)
     assert row.layer_ratio == pytest.approx(0.2) and row.when.timestamp() * 1000 == START + 1000
     text, tasks = row.recoveries
     assert (text.label, text.value, text.upper) == ("boolq", 0.8, None) and text.lower == pytest.approx(0.78)
+    assert (text.threshold, tasks.threshold) == (0.75, None) and row.is_demonstration
     assert (tasks.name, tasks.value, tasks.lower, tasks.upper) == ("tasks", 0.9, 0.8, 1.0)
     assert row.report.read_text() == "<p>evidence</p>" and row.page is None
+    assert row.command == "mka run recipes/tiny.yaml"
     other = rows["undecided"]
+    # What an older release recorded.
+    assert (other.size_ratio, other.size, other.decode, other.command) == (0.5, None, None, "")
     assert other.version == "2" and other.aliases == ("candidate",)
     assert (
         not other.complete and other.report is None and all(recovery.name != "tasks" for recovery in other.recoveries)

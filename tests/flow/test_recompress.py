@@ -1,7 +1,10 @@
 """The whole flow on a tiny model: what it leaves, what it reuses, and what it refuses."""
 
+import html
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +45,13 @@ def test_a_run_leaves_a_stock_folder_evidence_and_a_version_that_mlflow_loads(pr
     output = capsys.readouterr().out
     assert "gate: pass" in output and facts["report"] in output and "mlflow server" in output
     assert "Against the control (same rounding, all layers kept): " in output
+    assert output.lstrip().startswith("Saves ") and "A demonstration: its gate asks for 0.01 of the base" in output
+    # The very version is named, by what no later run moves; of the alias the state is told.
+    state = facts["registry"]
+    assert (state["address"], state["state"]) == ("models:/tiny/1", "champion")
+    assert state["champion"].startswith("this version: mka, 6 → 5 layers, ")
+    assert "load_model('models:/tiny/1')" in output and "@candidate" not in output
+    assert "mka rollback tiny --because TEXT" in output and state["promote"].startswith("mka promote tiny --version 1 ")
 
     from transformers import AutoModelForCausalLM
 
@@ -67,6 +77,14 @@ def test_a_run_leaves_a_stock_folder_evidence_and_a_version_that_mlflow_loads(pr
     import mlflow
 
     mlflow.set_tracking_uri(f"sqlite:///{project.work / 'mlflow.db'}")
+    # The report was written before it was registered, and finds that version all the same.
+    page = html.unescape(Path(facts["report"]).read_text())
+    (asked,) = re.findall(r'search_model_versions\(filter_string="([^"]+)"\)', page)
+    assert [found.version for found in mlflow.search_model_versions(filter_string=asked)] == [version.version]
+    assert "kept until <code>mka clean</code> takes it" in page and "mka status tiny" in page
+    sizes = {name: recorded.data.metrics[f"candidate/{name}"] for name in ("bytes", "served_bytes")}
+    assert 0 < sizes["served_bytes"] < sizes["bytes"]
+    assert recorded.data.metrics["gate/perplexity words/threshold"] == 0.01
     served = mlflow.pyfunc.load_model("models:/tiny@champion")
     (text,) = served.predict(["w5 w6 w7"], params={"max_new_tokens": 3})
     assert isinstance(text, str)
@@ -131,6 +149,7 @@ def test_a_refusing_gate_registers_nothing_and_keeps_the_evidence(project, capsy
     facts = project.last_run
     assert facts["status"] == "refused" and facts["verdict"] == "fail"
     assert facts["registered_version"] is None and versions(project) == []
+    assert (facts["registry"]["state"], facts["registry"]["address"]) == ("none", None)
     assert client(project).get_run(facts["mlflow_run_id"]).data.tags["verdict"] == "fail"
     # Refused once, refused again: the same run is found, none is added.
     assert run(project, **changes) == 1

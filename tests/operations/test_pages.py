@@ -4,9 +4,19 @@ import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
+from mka.errors import GuardError
+from mka.evaluation.scores import EvalReport, Score
+from mka.evidence.states import LayerScores
+from mka.plan.plan import MergePlan, keep_layers
+from mka.report.data import ReportData
 from mka.report.index import AliasMove, Recompression, Recovery, write_index
+from mka.report.page import write_report
+from tasks.guards import guard
+from tasks.guards.columns import expect_complete, expect_finite
 
 pytestmark = [pytest.mark.browser, pytest.mark.operations]
 
@@ -20,6 +30,34 @@ def require_quiet(seen):
 def require_fit(page):
     """Nothing of the page itself sticks out at the side; wide tables scroll inside their frames."""
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
+# Every element with words of its own, against the nearest background behind it: the least contrast, and whose it is.
+CONTRAST = """() => {
+  const parse = text => (text.match(/[\\d.]+/g) || []).map(Number);
+  const part = value => (value /= 255) <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b);
+  let worst = [99, ""];
+  for (const item of document.querySelectorAll("main *")) {
+    const words = [...item.childNodes].some(node => node.nodeType === 3 && node.textContent.trim());
+    if (!words || item.closest("svg") || !item.checkVisibility()) continue;
+    let behind = item;
+    while (behind && (parse(getComputedStyle(behind).backgroundColor)[3] === 0)) behind = behind.parentElement;
+    const page = behind ? getComputedStyle(behind).backgroundColor : "rgb(255, 255, 255)";
+    const [one, other] = [getComputedStyle(item).color, page].map(colour => light(parse(colour)));
+    const ratio = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+    if (ratio < worst[0]) worst = [ratio, `${item.tagName} ${item.className}: ${item.textContent.trim().slice(0, 60)}`];
+  }
+  return worst;
+}"""
+LOOKS = [(scheme, width) for scheme in ("light", "dark") for width in (1280, 390)]
+
+
+def require_readable(page, scheme):
+    """The page follows the scheme that was asked for, and its words stand out from what is behind them."""
+    assert (background(page) < 60) == (scheme == "dark")
+    ratio, where = page.evaluate(CONTRAST)
+    assert ratio >= 4.5, (scheme, ratio, where)
 
 
 def background(page):
@@ -62,6 +100,7 @@ def test_the_index_shows_row_alias_and_verdict_and_leads_to_report_and_run(stack
         require_fit(page)
         assert (background(page) < 60) == (scheme == "dark")
         page.screenshot(path=shots / f"index-{scheme}.png", full_page=True)
+        require_readable(page, scheme)
     page.locator("#plot a").first.click()
     assert page.url.endswith("#r0")
     with page.expect_navigation():
@@ -95,8 +134,12 @@ def made_up() -> tuple[list[Recompression], list[AliasMove]]:
                 layers_out=round(30 * (1 - ratio)),
                 layer_ratio=ratio,
                 size_ratio=0.55 + ratio / 4,
+                size=269e6 * (0.45 - ratio / 4),
+                base_size=269e6,
+                decode=(23 + 20 * ratio, 24 + 20 * ratio, 25 + 20 * ratio),
+                base_decode=(20.0, 21.0, 22.0),
                 recoveries=(
-                    Recovery("perplexity boolq", value, *bounds),
+                    Recovery("perplexity boolq", value, *bounds, 0.85 if i % 3 else 0.9),
                     Recovery("perplexity sciq", value + 0.04, bounds[0] + 0.04),
                     *([Recovery("tasks", value + 0.1, value, value + 0.2)] if i % 2 else []),
                 ),
@@ -118,14 +161,15 @@ def made_up() -> tuple[list[Recompression], list[AliasMove]]:
     return rows, moves
 
 
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 420)])
+@pytest.mark.parametrize(("scheme", "width"), LOOKS)
 def test_an_index_of_many_is_readable_at_every_width(open_page, shots, tmp_path, scheme, width):
     rows, moves = made_up()
     page, seen = open_page(write_index(rows, tmp_path / "index.html", moves).as_uri(), scheme, width)
     assert page.locator("#all tbody > tr[id]").count() == len(rows)
     champions = page.locator("tr.champion")
     assert champions.count() == 2 and "smollm2-135m-202620" in champions.first.inner_text()
-    assert page.locator("#plot figure").count() == 2 and page.locator("#plot figure a").count() == len(rows)
+    # Of each model a plot against layers, bytes and time.
+    assert page.locator("#plot figure").count() == 6 and page.locator("#plot figure a").count() == 3 * len(rows)
     # No dot lies outside its frame, and no two labels of an axis cover each other.
     assert page.evaluate(
         """[...document.querySelectorAll("figure svg")].every(svg => {
@@ -137,9 +181,107 @@ def test_an_index_of_many_is_readable_at_every_width(open_page, shots, tmp_path,
           });
         })"""
     )
-    require_quiet(seen)
-    require_fit(page)
     page.screenshot(path=shots / f"index-many-{scheme}-{width}.png", full_page=True)
+    require_fit(page)
+    require_readable(page, scheme)
+    page.get_by_label("Show rows with").fill("gemma3 CHAMPION")
+    shown = page.locator("#all tbody > tr[id]:visible")
+    assert shown.count() == 1 and "gemma3-270m-mka" in shown.first.inner_text()
+    assert page.get_by_text("1 shown").is_visible() and page.locator("#plot a.out").count() == 3 * (len(rows) - 1)
+    shown.first.locator("summary").click()
+    assert shown.first.get_by_text("mka rollback gemma3-270m-mka --because TEXT").is_visible()
+    page.get_by_label("Show rows with").fill("")
+    assert shown.count() == len(rows)
+    require_fit(page)
+    require_quiet(seen)
+
+
+def made_up_report(folder):
+    """A report with everything on it: three sides, ranges of speeds, long names, a fit, a healing, pictures."""
+
+    def side(layers, size, perplexity, decode, **facts):
+        speeds = {"prefill_tokens_per_second": 20 * decode, "decode_tokens_per_second": decode}
+        ranges = {
+            f"{name}{end}": x * rate for name, rate in speeds.items() for end, x in (("_least", 0.96), ("_most", 1.03))
+        }
+        return EvalReport(
+            {"path": f"/a/long/path/that/nobody/breaks/{'x' * 60}/model", "digest": "d" * 64, "layers": layers, **facts}
+            | {"parameters": 4.5e6 * layers, "bytes": 2 * size, "served_bytes": size, "dtype": "F32"},
+            tuple(
+                Score(name, "perplexity", x * perplexity, 0.5, 8, False) for name, x in (("boolq", 1.0), ("sciq", 0.9))
+            ),
+            speeds | ranges,
+            {"The capital of France is": " Paris. " * 30},
+            {"dtype": "float32", "timing": {"rounds": 5, "cores": 2, "others_busy_cores": 1.2}, "command": "mka " * 40},
+        )
+
+    base, control = side(30, 269e6, 16.0, 21.0), side(30, 169e6, 16.1, 20.8, treatment="int8 in groups of 64")
+    candidate = side(28, 162e6, 18.0, 24.0)
+    check = {"name": "perplexity boolq", "recovery": 0.889, "lower": 0.86, "upper": 0.91, "threshold": 0.8, "n": 8}
+    check |= {"verdict": "pass", "metric": "perplexity", "bound": "recovery"}
+    gate = {"verdict": "pass", "checks": [check], "confidence": 0.95, "resamples": 2000, "seed": 0}
+    kept = [i for i in range(30) if i not in (16, 17)]
+    values = np.random.default_rng(0).uniform(0.1, 0.9, (30, 30))
+    data = ReportData(
+        {"name": "smollm2-135m", "model": {"hub": "x/" + "y" * 80}, "quantize": {"scheme": "int8", "group_size": 64}},
+        MergePlan("uidl", "deleted, refitted and healed", 30, keep_layers(kept), ()),
+        scores=LayerScores("pairwise-similarity", np.maximum(values, values.T), "similarity (1: same)", "mka", {}),
+        base=base,
+        candidate=candidate,
+        control=control,
+        gate=gate,
+        provenance={"base_model": "SmolLM2", "digest": "e" * 64, "command": "mka run " + "recipe " * 30},
+        stages={"observe": 12.3},
+        registered="smollm2-135m-mka",
+        cached=True,
+    )
+    return write_report(data, folder)
+
+
+@pytest.mark.parametrize(("scheme", "width"), LOOKS)
+def test_a_report_is_readable_at_every_width_and_its_pictures_follow_the_page(
+    open_page, shots, tmp_path, scheme, width
+):
+    page, seen = open_page(made_up_report(tmp_path).as_uri(), scheme, width)
+    page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    page.screenshot(path=shots / f"report-full-{scheme}-{width}.png", full_page=True)
+    first = page.locator("main p").first.inner_text()
+    assert first.startswith("Saves 40 % of the bytes (37 % by bits, 3 % by depth)") and first.endswith(".")
+    assert "12 % of the decoding time (by depth alone)" in first
+    assert page.get_by_text("A demonstration: its gate asks for 0.8").is_visible()
+    assert page.get_by_text("other programs kept 1.2 of 2 cores").first.is_visible()
+    require_readable(page, scheme)
+    require_fit(page)
+    # The corner of every picture is the colour of the card it lies on.
+    for picture in page.locator("figure img").all():
+        corner = picture.evaluate(
+            """image => {
+              const canvas = document.createElement("canvas"), drawn = canvas.getContext("2d");
+              drawn.drawImage(image, 0, 0);
+              return [...drawn.getImageData(2, 2, 1, 1).data].slice(0, 3);
+            }"""
+        )
+        card = picture.evaluate("image => getComputedStyle(image.parentElement).backgroundColor")
+        assert f"rgb({', '.join(map(str, corner))})" == card
+    require_quiet(seen)
+
+
+@pytest.mark.parametrize(("scheme", "width"), LOOKS)
+def test_data_checks_are_readable_offline_at_every_width(open_page, shots, tmp_path, scheme, width):
+    table = pd.DataFrame({"value": [1.0, 2.0], "spread": [0.0, float("inf")], "text": ["a" * 200, "b"]})
+    suite = [expect_finite("value"), expect_finite("spread", 0), expect_complete("text")]
+    with pytest.raises(GuardError):
+        guard.check("numbers", table, suite, tmp_path, run="smollm2-20260101")
+    docs = tmp_path / guard.DATA_DOCS
+    (result,) = docs.rglob("tables-*.html")
+    pages = {"summary": tmp_path / "index.html", "list": docs / "index.html", "result": result}
+    for name, path in (pages | {"suite": docs / "expectations" / "numbers.html"}).items():
+        page, seen = open_page(path.as_uri(), scheme, width)
+        page.screenshot(path=shots / f"checks-{name}-{scheme}-{width}.png", full_page=True)
+        assert "308" not in page.content()
+        require_readable(page, scheme)
+        require_fit(page)
+        require_quiet(seen)
 
 
 def test_an_empty_index_says_so(open_page, shots, tmp_path):
@@ -161,17 +303,20 @@ def test_the_checks_page_tells_every_suite_and_leads_to_its_validation(stack, op
     require_fit(page)
     page.screenshot(path=shots / "checks.png", full_page=True)
     page.locator("summary", has_text="calibration").get_by_role("link", name="Data Docs").click()
-    page.get_by_text("Status: Succeeded").wait_for()
-    assert "No text occurs twice." in page.locator("body").inner_text()
+    page.get_by_text("Status:").wait_for()
+    assert "No text occurs twice." in page.locator("body").text_content()
+    require_fit(page)
     page.screenshot(path=shots / "data-docs-validation.png", full_page=True)
 
 
 def test_data_docs_list_the_validations(stack, open_page, shots):
     docs = stack.work / "checks" / "gx" / "uncommitted" / "data_docs" / "local_site" / "index.html"
-    page, _ = open_page(docs.as_uri())
-    assert page.get_by_text("Validation Results").is_visible() and page.get_by_text("Expectation Suites").is_visible()
-    # A script from elsewhere, which does not load here, would make the table of them; the rows themselves are there.
-    rows = re.findall(r"'_table_row_link_path': '(validations/[^']+)'", page.content())
+    page, seen = open_page(docs.as_uri())
+    require_quiet(seen)
+    require_fit(page)
+    for name in ("Validation Results", "Expectation Suites"):
+        assert page.get_by_role("heading", name=name).is_visible()
+    rows = re.findall(r'href="(validations/[^"]+)"', page.content())
     assert rows and {row.split("/")[1] for row in rows} >= {"calibration", "plan", "checkpoint"}
     assert all((docs.parent / row).is_file() for row in rows)
     page.screenshot(path=shots / "data-docs.png", full_page=True)

@@ -1,5 +1,6 @@
 import json
 import math
+from collections import namedtuple
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from mka.evaluation import metrics
 from mka.evaluation.evaluate import evaluate_checkpoint, generate_text, pair_scores
 from mka.evaluation.perplexity import measure_perplexity
 from mka.evaluation.scores import EvalReport, Score
-from mka.evaluation.speed import compare_speed
+from mka.evaluation.speed import compare_speed, watch_others
 from mka.model.loading import load_model
 from mka.recipe import EvaluationSettings, QuantizeSettings
 
@@ -130,10 +131,29 @@ def test_speed_is_measured_even_where_the_model_would_stop(folder):
     assert all(len(text) <= 1 for text in generate_text(model, tokenizer, PROMPTS, 5).values())
     counted = []
     model.register_forward_hook(lambda *_: counted.append(1))
-    speed = compare_speed({"one": model}, new_tokens=4, seed=0, repeats=2)["one"]
-    assert set(speed) == {"prefill_tokens_per_second", "decode_tokens_per_second"}
-    assert all(math.isfinite(rate) and rate > 0 for rate in speed.values())
+    rates, machine = compare_speed({"one": model}, new_tokens=4, seed=0, repeats=2)
+    speed = rates["one"]
+    for name in ("prefill_tokens_per_second", "decode_tokens_per_second"):
+        assert 0 < speed.pop(f"{name}_least") < speed[name] < speed.pop(f"{name}_most")
+        # Of two rounds the median is their mean, and that of the rates.
+        assert math.isfinite(speed.pop(name))
+    assert speed == {} and machine["rounds"] == 2 and machine["cores"] >= 1 and machine["others_busy_cores"] >= 0
     assert len(counted) == 3 * (1 + 4)  # warm-up and two repeats of one prefill and four decoding steps
+
+
+def test_how_many_cores_others_kept_busy_leaves_out_this_process_and_idle_time(monkeypatch):
+    times = namedtuple("times", "user system idle iowait guest")
+    # In five seconds 10 s of work were done on four cores, 3 s of them by this process.
+    machine = iter([times(100, 10, 500, 7, 3), times(108, 12, 509, 8, 5)])
+    own = iter([times(1, 1, 0, 0, 0), times(3, 2, 0, 0, 0)])
+    clock = iter([50.0, 55.0])
+    monkeypatch.setattr("psutil.cpu_times", lambda: next(machine))
+    monkeypatch.setattr("psutil.Process.cpu_times", lambda self: next(own))
+    monkeypatch.setattr("psutil.cpu_count", lambda: 4)
+    monkeypatch.setattr("mka.evaluation.speed.time.perf_counter", lambda: next(clock))
+    with watch_others() as found:
+        pass
+    assert found == {"cores": 4, "others_busy_cores": 1.4}
 
 
 def test_equal_runs_give_equal_numbers(report, folder, settings):

@@ -94,7 +94,7 @@ def test_all_three_are_timed_in_turns(root, monkeypatch):
 
     monkeypatch.setattr(mka.evaluation.speed, "_time_rounds", note)
     _, found = walk(root, seed=1)
-    assert set(found["compare speed"].facts) == {"base", "candidate", "control"}
+    assert set(found["compare speed"].facts) == {"base", "candidate", "control", "timing"}
     assert len(set(turns[:3])) == 3 and turns == turns[:3] * (len(turns) // 3)
     assert open_report(found, "control").speed == found["compare speed"].facts["control"]
 
@@ -111,7 +111,7 @@ def test_where_nothing_is_done_to_the_weights_the_base_is_the_control(root):
     job, found = walk(root, quantize={"scheme": "off"}, gate={"rules": rules})
     assert not {"control", "evaluate control"} & set(found)
     base, _, control = open_reports(job, found)
-    assert control == base and set(found["compare speed"].facts) == {"base", "candidate"}
+    assert control == base and set(found["compare speed"].facts) == {"base", "candidate", "timing"}
     size, parameters = found["gate"].facts["checks"]
     assert size["threshold"] == base.checkpoint["bytes"] and parameters["threshold"] == base.checkpoint["parameters"]
     assert found["gate"].facts["verdict"] == "pass" and foresee(job, root / "out")["control"] is None

@@ -1,5 +1,7 @@
 """The page of all recompressions: what it shows, in what order, and that nothing in it can act or be fetched."""
 
+import base64
+import hashlib
 import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -10,20 +12,15 @@ import pytest
 
 from mka.errors import OutputError
 from mka.report.index import (
-    BOTTOM,
-    HEIGHT,
-    LEFT,
-    RIGHT,
-    WIDTH,
     AliasMove,
     Recompression,
     Recovery,
     format_bounds,
     link_from,
-    plot_recoveries,
     render_index,
     write_index,
 )
+from mka.report.index_plots import AXES, BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, plot_models, plot_recoveries
 
 ATTACK = '"><script>alert(1)</script><img src="http://evil.example/x.png" onerror=alert(2)>{{ 7 * 7 }}'
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -63,7 +60,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
-        self._style = tag == "style"
+        self._style = tag in ("style", "script")
         if tag == "tr":
             self.rows.append((dict(attributes), []))
 
@@ -127,8 +124,10 @@ def test_the_champion_is_marked_in_row_plot_and_summary_and_no_other_is():
     page = show(rows)
     marked = [attributes["id"] for attributes, _ in page.rows if "champion" in attributes.get("class", "")]
     assert marked == ["r1"] and page.row("r1").count("champion") == 1
-    (figure,) = re.findall(r"<figure>.*?</figure>", render_index(rows, [], Path("/work")), re.S)
-    assert figure.count('class="ring"') == 1 and ">version 7</text>" in figure
+    figures = re.findall(r"<figure>.*?</figure>", render_index(rows, [], Path("/work")), re.S)
+    assert [re.search("Against ([a-z]+)", figure)[1] for figure in figures] == ["layers", "bytes"]
+    for figure in figures:
+        assert figure.count('class="ring"') == 1 and ">version 7</text>" in figure
     in_use = page.text.split("In use")[1].split("Recovery against")[0]
     assert "version 7 champion" in in_use and "version 8 candidate" in in_use and "version 5" not in in_use
     assert "No champion" not in in_use
@@ -158,9 +157,10 @@ def test_what_was_not_recorded_is_a_dash_and_not_in_the_plot():
         ROW, layers_in=None, layers_out=None, layer_ratio=None, size_ratio=None, recoveries=(), recipe="tiny"
     )
     row = show([bare]).row("r0")
-    assert "? → ?" in row and row.count("–") == 3
+    # Layers, bytes, what is saved of them, speed, recoveries.
+    assert "? → ?" in row and row.count("–") == 5
     assert "Nothing to draw" in show([bare]).text
-    assert "1 without a recorded recovery" in show([ROW, bare]).text
+    assert "1 without these figures" in show([ROW, bare]).text
 
 
 def test_markup_in_any_text_is_text():
@@ -174,7 +174,7 @@ def test_markup_in_any_text_is_text():
         report=Path("/work") / ATTACK.replace("/", "_"),
     )
     page = show([row], [AliasMove(ATTACK, ATTACK, ATTACK, ATTACK, ATTACK, NOON, ATTACK, ATTACK)])
-    assert not page.all("script") and not page.all("img") and "{{ 7 * 7 }}" in page.text
+    assert len(page.all("script")) == 1 and not page.all("img") and "{{ 7 * 7 }}" in page.text
     assert not [key for _, attributes in page.tags for key in attributes if key.startswith("on")]
     # Once as name, base, version, method, recipe, verdict, run in the row; everywhere else besides.
     assert page.row("r0").count("<script>alert(1)</script>") >= 8
@@ -184,12 +184,16 @@ def test_markup_in_any_text_is_text():
 def test_the_page_needs_nothing_from_outside():
     text = render_index([ROW, replace(ROW, aliases=("champion",))], [], Path("/work"))
     page = Page(text)
-    assert not {tag for tag, _ in page.tags} & {"script", "iframe", "object", "embed", "img", "image", "use", "base"}
+    assert not {tag for tag, _ in page.tags} & {"iframe", "object", "embed", "img", "image", "use", "base"}
     assert [attributes["href"] for attributes in page.all("link")] == ["data:,"]
     assert not [a for _, attributes in page.tags for a in attributes if a in ("src", "srcset", "poster", "xlink:href")]
     assert "url(" not in text and "@import" not in text
     (policy,) = [a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy"]
-    assert policy.startswith("default-src 'none'")
+    assert policy.startswith("default-src 'none'") and "script-src 'unsafe" not in policy
+    # The one script is the page's own, let in by its digest.
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy and "{{" not in script
 
 
 def test_links_start_at_the_page(tmp_path):
@@ -220,6 +224,41 @@ def test_dots_lie_where_their_figures_say():
     assert (plot["even"], "1.0") in plot["y"]
 
 
+def test_bytes_and_time_are_drawn_as_shares_of_the_bases():
+    timed = {"decode": (24.0, 25.0, 26.0), "base_decode": (19.0, 20.0, 21.0)}
+    rows = [replace(ROW, size_ratio=0.5, **timed), replace(ROW, size_ratio=0.0)]
+    layers, by_bytes, time = (plot_recoveries(rows, axis)[0] for axis in AXES)
+    places = [dot["x"] for dot in by_bytes["dots"]]
+    assert places == [pytest.approx((LEFT + WIDTH - RIGHT) / 2, abs=0.1), WIDTH - RIGHT]
+    # 20 tokens per second became 25: four fifths of the time. The other was not timed.
+    (dot,) = time["dots"]
+    assert dot["x"] == pytest.approx(LEFT + 0.8 * (WIDTH - LEFT - RIGHT), abs=0.1) and time["missing"] == 1
+    assert len(layers["dots"]) == 2
+    ((name, plots),) = plot_models(rows)
+    assert name == "tiny" and [plot["axis"].name for plot in plots] == ["layers", "bytes", "time"]
+
+
+def test_a_row_has_thresholds_bytes_speed_and_commands():
+    asked = (Recovery("perplexity boolq", 0.93, 0.91, 0.95, 0.9), Recovery("tasks", 0.9, 0.85, None, 0.8))
+    row = replace(ROW, size=94e6, base_size=200e6, size_ratio=0.53, decode=(20.9, 21.5, 22.0), recoveries=asked)
+    told = show([row]).row("r0")
+    for words in ("94.0 MB 53.0 % saved", "21.5 tok/s 20.9 to 22.0", "[0.910, 0.950] ≥ 0.9", "≥ 0.850 ≥ 0.8"):
+        assert words in told
+    assert "demonstration: asks for less than 0.9" in told and "rollback" not in told
+    assert "mka promote tiny --version 1 --because TEXT" in told
+    assert "mlflow.pyfunc.load_model('models:/tiny/1')" in told
+    assert "demonstration" not in show([replace(row, recoveries=asked[:1])]).row("r0")
+    champion = show([replace(row, aliases=("champion",), command="mka run recipes/tiny.yaml")]).row("r0")
+    assert "mka rollback tiny --because TEXT" in champion and "mka promote" not in champion
+    assert "run it again mka run recipes/tiny.yaml" in champion
+    refused = replace(row, version=None, verdict="fail", command="mka run recipes/tiny.yaml")
+    assert [line for _, line in refused.commands] == ["mka run recipes/tiny.yaml"]
+
+
+def test_a_name_with_spaces_is_one_word_of_a_command():
+    assert replace(ROW, name="a b").commands[0] == ("promote", "mka promote 'a b' --version 1 --because TEXT")
+
+
 def test_each_model_has_its_plot_on_the_same_axes_and_marks_lead_to_rows():
     rows = [replace(ROW, layer_ratio=0.6), replace(ROW, name="other", layer_ratio=0.1, when=NOON - timedelta(days=1))]
     plots = plot_recoveries(rows)
@@ -227,7 +266,7 @@ def test_each_model_has_its_plot_on_the_same_axes_and_marks_lead_to_rows():
     assert plots[0]["x"] == plots[1]["x"] and plots[0]["y"] == plots[1]["y"]
     page = show(rows)
     targets = [a["href"] for a in page.all("a") if a.get("href", "").startswith("#")]
-    assert sorted(targets) == ["#r0", "#r1"] and {a.get("id") for a in page.all("tr")} >= {"r0", "r1"}
+    assert sorted(targets) == ["#r0", "#r0", "#r1", "#r1"] and {a.get("id") for a in page.all("tr")} >= {"r0", "r1"}
 
 
 def test_a_bound_far_above_the_base_does_not_press_the_rest_to_the_floor():

@@ -57,7 +57,14 @@ def deletion_plan(layers: int = 30) -> MergePlan:
 
 def evaluation(layers: int, parameters: int, size: int, perplexity: float, tasks: dict[str, float]) -> EvalReport:
     return EvalReport(
-        checkpoint={"path": "/models/x", "layers": layers, "parameters": parameters, "bytes": size, "dtype": "float32"},
+        checkpoint={
+            "path": "/models/x",
+            "digest": "d1gest",
+            "layers": layers,
+            "parameters": parameters,
+            "bytes": size,
+            "dtype": "float32",
+        },
         scores=(
             Score("boolq", "perplexity", perplexity, 0.514, 8, False, extra={"bits_per_byte": 0.9312}),
             *(Score(name, "acc", value, 0.03, 50, True) for name, value in tasks.items()),
@@ -84,7 +91,7 @@ def report_data(**changes: object) -> ReportData:
         "gate": {"verdict": "undecided", "checks": [{"n": 8, **check} for check in CHECKS]},
         "provenance": {"base_model": "a==1", "license": "apache-2.0", "code_commit": "abc123"},
         "stages": {"observe": 12.34},
-        "registered": "models:/tiny@candidate",
+        "registered": "tiny",
     }
     return ReportData(**{**fields, **changes})
 
@@ -119,7 +126,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
 
 
 def test_page_loads_nothing_and_its_links_lead_somewhere(page: Page) -> None:
-    assert len(page.loads) == 3 and all(str(load).startswith("data:image/") for load in page.loads)
+    assert len(page.loads) == 4 and all(str(load).startswith("data:image/") for load in page.loads)
     assert page.links and {str(link).removeprefix("#") for link in page.links} <= page.ids
     assert "@import" not in page.text and "url(" not in page.text
 
@@ -135,7 +142,10 @@ def test_page_shows_the_numbers(page: Page) -> None:
     assert "output layer 12 = 0.62 × source layer 12 + 0.38 × source layer 13" in page.text
     assert "nothing is left: 23" in page.text and "0.860 to open" in page.text
     assert "layers 25+26 and layer 27 became one (similarity 0.912; weights 0.75 and 0.25)" in page.text
-    assert 'load_model("models:/tiny@candidate")' in page.text
+    # What an alias names moves; what has this digest does not.
+    assert "name = 'tiny' and tags.candidate_digest = 'd1gest'" in page.text and "@candidate" not in page.text
+    for command in ("mka status tiny", "mka promote tiny --version V --because", "mka rollback tiny --because"):
+        assert command in page.text
     assert "Size ratio (1 − bytes out / bytes in): 80.0 %" in page.text
     assert "name: tiny" in page.text and "12.3 s" in page.text and "torch 2.13.0" in page.text
 
@@ -374,7 +384,7 @@ def test_an_alignment_is_told_with_its_choice_its_cost_and_its_errors(tmp_path: 
         "1 1.23e-02 neurons 20 of layer 1, 44 of layer 2",
     ):
         assert words.replace(" ", "") in page.text.replace(" ", "")  # cells stand without a space between them
-    assert len(page.loads) == 3  # plan, errors, recovery
+    assert len(page.loads) == 4  # plan, errors, recovery, quality against bytes and time
     assert "alignment" in page.ids
     _, body = split_card(write_card(report_data(plan=halves_plan(), scores=None, alignment=facts), tmp_path))
     assert "| sources (windows) | news 3, code 1 |" in body
