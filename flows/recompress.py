@@ -51,6 +51,7 @@ from tasks.pages import print_summary, publish_artifacts
 from tasks.provenance import describe_provenance
 from tasks.registry.challenge import promote_measured, require_pass
 from tasks.registry.index import write_index_page
+from tasks.registry.opened import keep_mlflow_run
 from tasks.registry.promotion import find_reign, name_person, read_aliases, read_version
 from tasks.registry.record import Registration, as_facts, reach_registry, register
 from tasks.registry.tracking import CHAMPION, registered_address
@@ -119,6 +120,14 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
     log.facts["name"] = recipe.name
     reach_registry(place, recipe)
     check_engines(recipe)
+    command, flow_run_id = str(log.facts["command"]), str(flow_run.id)
+    with keep_mlflow_run(place, recipe, str(flow_run.name), command, flow_run_id) as opened:
+        log.facts["mlflow_run_id"] = opened
+        carry_out(place, recipe, log)
+
+
+def carry_out(place: Workplace, recipe: Recipe, log: Log) -> None:
+    """What is computed, registered and promoted, while the MLflow run is open."""
     base = fetch_base_model(place, recipe)
     log.facts["base"] = str(base.checkpoint.path)
     log.stage("base model", base.seconds, base.reused, f"{recipe.model.label} at {base.revision}")
@@ -157,7 +166,7 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
     verdict = log.facts["verdict"]
 
     clock = time.perf_counter()
-    registration = register(run, found)
+    registration = register(run, found, log.facts["mlflow_run_id"])
     why = "found in the registry" if registration.reused else f"verdict {verdict}"
     log.stage("register", round(time.perf_counter() - clock, 3), registration.reused, why)
     log.facts["mlflow_run_id"] = registration.run_id
