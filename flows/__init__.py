@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mka.terminal import SHARED_MACHINE
 from tasks.machine.workplace import find_workplace
+from tasks.refusing import shorten_refusals
 
 _WORK = find_workplace().work
 for _name, _value in {
@@ -22,6 +23,8 @@ for _name, _value in {
     "PREFECT_HOME": str(_WORK / "prefect"),
     # The first start creates a database, which takes longer than Prefect's default of 20 s on a small machine.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
+    # The automation that finds runs nobody runs any more counts on it; the default is 180.
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
     "PREFECT_CLI_COLORS": "false",
     "HF_DATASETS_CACHE": str(_WORK / "datasets"),
     "TOKENIZERS_PARALLELISM": "false",
@@ -34,3 +37,5 @@ warnings.filterwarnings("ignore", message="Failed to create the Prefect home dir
 with contextlib.suppress(OSError):
     _WORK.mkdir(mode=0o700, parents=True, exist_ok=True)
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
+
+shorten_refusals()

@@ -4,7 +4,6 @@ python -m flows.recompress recipes/smollm2_135m.yaml
 python -m flows.recompress recipes/smollm2_135m.yaml --set target.layers=26
 """
 
-import re
 import shlex
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.command_line import is_interruption, refuse, require_server, silence_prefect
-from flows.run_log import Log, write_last_run
+from flows.run_log import Log, name_by_time, write_last_run
 
 if __name__ == "__main__":
     silence_prefect()
@@ -23,6 +22,7 @@ if __name__ == "__main__":
 from prefect import flow, get_run_logger
 from prefect.events import emit_event
 from prefect.runtime import flow_run
+from prefect.states import Completed
 
 from mka.engines.loadable import check_engines
 from mka.errors import GateRefused, GuardError, PromotionError
@@ -33,6 +33,7 @@ from mka.pipeline.pipeline import run as run_pipeline
 from mka.pipeline.recipes import load_recipe
 from mka.pipeline.stage import MODEL_FOLDER, PLAN_FILE, Found, Stage, find_model
 from mka.recipe import Recipe
+from mka.report.verdict import tell_checks
 from mka.sections import parse_yaml
 from mka.store.products import Product
 from mka.terminal import interrupt_on_sigterm
@@ -49,6 +50,8 @@ from tasks.machine.slots import compute_slot, hold_slot
 from tasks.machine.workplace import Workplace, find_workplace
 from tasks.pages import print_summary, publish_artifacts
 from tasks.provenance import describe_provenance
+from tasks.refusing import name_refusals
+from tasks.registry.assets import note_candidate, note_champion
 from tasks.registry.challenge import promote_measured, require_pass
 from tasks.registry.index import write_index_page
 from tasks.registry.opened import keep_mlflow_run
@@ -60,13 +63,13 @@ from tasks.tables import Tables, read_tables
 
 
 def name_run() -> str:
-    """Name a run after its recipe and the time, e.g. ``smollm2-135m-20260101-120000``."""
-    stem = Path(str(flow_run.parameters.get("recipe", "recipe"))).stem
-    return f"{re.sub(r'[^a-z0-9]+', '-', stem.lower())}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    """Name a run after its recipe."""
+    return name_by_time(Path(str(flow_run.parameters.get("recipe", "recipe"))).stem)
 
 
 @flow(name="recompress", flow_run_name=name_run, validate_parameters=False)
-def recompress(recipe: str, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+@name_refusals
+def recompress(recipe: str, overrides: dict[str, Any] | None = None) -> Any:
     """Recompress the model a recipe names.
 
     Args:
@@ -74,7 +77,7 @@ def recompress(recipe: str, overrides: dict[str, Any] | None = None) -> dict[str
         overrides: dotted recipe keys and their values, e.g. ``{"target.layers": 26}``.
 
     Returns:
-        The facts of the run, as written to ``data/work/last_run.json``.
+        The facts of the run, as written to ``data/work/last_run.json``; its state has the verdict in its message.
 
     Raises:
         MkaError: if anything is refused; nothing is registered then.
@@ -103,7 +106,7 @@ def recompress(recipe: str, overrides: dict[str, Any] | None = None) -> dict[str
     finally:
         log.facts["seconds"] = round(time.perf_counter() - started, 3)
         write_last_run(place, log.facts)
-    return log.facts
+    return Completed(message=f"{log.facts['verdict']}: {log.facts['decision']}", data=log.facts)
 
 
 def describe_command(place: Workplace, recipe: str, overrides: dict[str, Any] | None) -> str:
@@ -171,6 +174,8 @@ def carry_out(place: Workplace, recipe: Recipe, log: Log) -> None:
     log.stage("register", round(time.perf_counter() - clock, 3), registration.reused, why)
     log.facts["mlflow_run_id"] = registration.run_id
     log.facts |= {"registered_name": registration.name, "registered_version": registration.version}
+    if registration.version is not None and not registration.reused:
+        note_candidate(run, registration.tracking_uri, registration.version, f"{verdict}: {log.facts['decision']}")
     log.facts["promotion"], registration = promote_on_pass(run, found, registration)
     log.facts["registry"] = as_facts(registration)
     log.facts["index"] = str(write_index_page(place, registration.tracking_uri))
@@ -178,7 +183,10 @@ def carry_out(place: Workplace, recipe: Recipe, log: Log) -> None:
     print_summary(run, found, log.facts)
     announce_verdict(recipe, verdict, f"{log.facts['report']} and MLflow run {registration.run_id}")
     if verdict == "fail":
-        raise GateRefused(f"gate refused {recipe.name}; nothing was registered. Evidence: {log.facts['report']}")
+        figures = tell_checks(found["gate"].facts, "fail")
+        raise GateRefused(
+            f"gate refused {recipe.name}; nothing was registered: {figures}. Evidence: {log.facts['report']}"
+        )
 
 
 def announce_verdict(recipe: Recipe, verdict: str, evidence: str) -> None:
@@ -197,7 +205,7 @@ def compress(run: Run, start: Mapping[str, Product], log: Log) -> dict[str, Prod
         if stage.name == "plan":
             log.facts["plan"] = str(product.folder / PLAN_FILE)
         if stage.name == "gate":
-            log.facts["verdict"] = product.facts["verdict"]
+            log.facts |= {"verdict": product.facts["verdict"], "decision": tell_checks(product.facts)}
         return product
 
     found = run_pipeline(run.job, walk_stage, start=start)
@@ -233,6 +241,7 @@ def promote_on_pass(run: Run, found: Found, registration: Registration) -> tuple
             with hold_slot(compute_slot()):
                 measured = require_pass(run, chosen)
                 move = promote_measured(run, chosen, measured, who=name_person(), why="gate passed")
+            note_champion(chosen.uri, move)
             said = f"became champion, before version {move.old}" if move.old else "became champion, the first"
         except PromotionError as error:
             said = f"none: {error}"

@@ -42,6 +42,7 @@ def act(action: str) -> None:
         print(describe(running))
         print("\nfrom another terminal, in this folder:")
         print(f"  export PREFECT_API_URL={running['prefect'].address}/api")
+        print(f"  export MLFLOW_TRACKING_URI={running['mlflow'].address}")
         print("  .venv/bin/prefect deployment run recompress/default --watch")
         print("  .venv/bin/prefect deployment schedule resume --all    # the watch looks every hour; it is off so far")
         print("stop them: make down")

@@ -21,9 +21,10 @@ from mka.pipeline.stage import Found
 from mka.report.alignment import summarise_alignment
 from mka.report.control import tell_against_control
 from mka.report.healing import summarise_healing
+from mka.report.markup import escape_markdown, make_table
 from mka.report.table import result_table
-from mka.report.verdict import describe_decision
-from tasks.registry.tracking import registered_address
+from mka.report.verdict import VERDICTS, describe_check, describe_decision
+from tasks.registry.tracking import find_page, find_version_page, registered_address
 from tasks.stages import Run
 
 
@@ -35,18 +36,27 @@ def publish_artifacts(run: Run, found: Found, facts: Mapping[str, Any]) -> None:
     rows, against = result_table(base, candidate, control), tell_against_control(base, candidate, control)
     shown = [{name: make_printable(str(value)) for name, value in row.items()} for row in rows]
     create_table_artifact(shown, key=f"{key}-results", description=make_printable(f"{recipe.name}: {against}"))
-    lines = "\n".join(describe_decision(found["gate"].facts))
-    # Not a link: no browser follows one from a served page to a file, and the MLflow run has the report too.
-    places = (
-        f"Report: `{facts['report']}`, and in MLflow run `{facts['mlflow_run_id']}`. Promotion: {facts['promotion']}."
-    )
-    told = make_page(f"```\n{lines}\n```\n\n{against}\n\n{places}")
-    create_markdown_artifact(told, key=f"{key}-gate", description="Gate")
+    gate = found["gate"].facts
+    # The report is no link: no browser follows one from a served page to a file. MLflow's run has it too.
+    told = [
+        f"## {recipe.name}: {gate['verdict']}",
+        f"{VERDICTS[gate['verdict']].capitalize()}. {against}",
+        make_table([describe_check(check) for check in gate["checks"]]),
+        f"- promotion: {escape_markdown(facts['promotion'])}",
+        f"- registered: {escape_markdown(_describe_registered(facts['registry']))}",
+        f"- report: `{facts['report']}`, and among the files of MLflow run `{facts['mlflow_run_id']}`",
+        f"- again: `{facts['command']}`",
+    ]
+    page = make_page("\n\n".join(told[:3]) + "\n\n" + "\n".join(told[3:]))
+    decided = f"{recipe.name}: gate, promotion, and where the evidence is"
+    create_markdown_artifact(page, key=f"{key}-gate", description=decided)
     picture = found["report"].open() / "similarity.png"
     if picture.exists():
         encoded = base64.b64encode(picture.read_bytes()).decode()
         create_image_artifact(
-            f"data:image/png;base64,{encoded}", key=f"{key}-similarity", description="Layer similarity and merges"
+            f"data:image/png;base64,{encoded}",
+            key=f"{key}-similarity",
+            description=f"{recipe.name}: similarity of layers, and what was merged",
         )
 
 
@@ -65,22 +75,16 @@ def print_summary(run: Run, found: Found, facts: Mapping[str, Any]) -> None:
         lines.append(summarise_healing(healing))
     lines += [tell_against_control(base, candidate, control), "", *describe_decision(found["gate"].facts), ""]
     registration = facts["registry"]
-    if registration["name"]:
-        version = f"{registration['name']} version {registration['version']}"
-        where = f"{version}, aliases {', '.join(registration['aliases']) or 'none'}"
-        where += " (already there)" if registration["reused"] else ""
-    else:
-        where = "not registered: the gate refused it"
     lines.append(
         tabulate(
             [
                 ("candidate", facts["candidate"]),
                 ("report", facts["report"]),
                 ("plan", facts["plan"]),
-                ("registered", where),
+                ("registered", _describe_registered(registration)),
                 ("promotion", facts["promotion"]),
                 ("load it", _load_command(job, registration)),
-                ("MLflow pages", _mlflow_command(registration["tracking_uri"])),
+                ("MLflow pages", _find_mlflow(registration)),
                 ("Prefect pages", f"PREFECT_HOME={run.place.work / 'prefect'} {_command('prefect')} server start"),
                 ("all of them", f"{_command('python')} -m webbrowser {facts['index']}"),
                 ("data checks", f"{_command('python')} -m webbrowser {facts['checks']}"),
@@ -97,10 +101,20 @@ def _command(name: str) -> str:
     return str(program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program)
 
 
-def _mlflow_command(tracking_uri: str) -> str:
-    """Say how to look at a store: start a server on a database, open the address of one that runs."""
-    if tracking_uri.startswith("http"):
-        return tracking_uri
+def _describe_registered(registration: Mapping[str, Any]) -> str:
+    if not registration["name"]:
+        return "not registered: the gate refused it"
+    version = f"{registration['name']} version {registration['version']}"
+    where = f"{version}, aliases {', '.join(registration['aliases']) or 'none'}"
+    return where + (" (already there)" if registration["reused"] else "")
+
+
+def _find_mlflow(registration: Mapping[str, Any]) -> str:
+    """Say how to look at what was recorded: start a server on a database, open the page of one that runs."""
+    tracking_uri, name = registration["tracking_uri"], registration["name"]
+    version = find_version_page(tracking_uri, name, registration["version"]) if name else None
+    if page := version or find_page(tracking_uri, "experiments"):
+        return page
     # MLflow's background jobs cost eight more processes and nothing here uses them.
     return (
         f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {_command('mlflow')} server --backend-store-uri {tracking_uri} -w 1"
