@@ -1,4 +1,7 @@
-"""Automations of a Prefect server: those of automations.yaml, and the block that one of them sends by."""
+"""Automations of a Prefect server: those of automations.yaml, and the block that one of them sends by.
+
+python -m tasks.machine.automations      # on the server that PREFECT_API_URL names; `make up` does it by itself
+"""
 
 from pathlib import Path
 from typing import Any
@@ -47,3 +50,12 @@ def _find_notify(client: Any) -> Any:
             block_type_id=kind.id,
         )
         return client.create_block_document(made).id
+
+
+if __name__ == "__main__":
+    from prefect.client.orchestration import get_client
+
+    from tasks.machine.workplace import find_workplace
+
+    with get_client(sync_client=True) as prefect:
+        make_automations(prefect, find_workplace().root)

@@ -79,6 +79,7 @@ def fill_run(opened: str, key: str) -> Iterator[None]:
 def drop_run(client: Any, opened: str, same_as: str) -> None:
     """Take an open run out of the list: another run holds the same, and this one found nothing new."""
     client.set_tag(opened, SAME_AS, same_as)
+    client.set_tag(opened, NOTE, f"Nothing new: run {same_as} holds the same.")
     client.set_terminated(opened, "FINISHED")
     client.delete_run(opened)
 
@@ -102,19 +103,26 @@ def _open_experiment(client: Any, place: Workplace, uri: str) -> str:
     return str(found.experiment_id)
 
 
-def _describe_start(place: Workplace, recipe: Recipe, command: str, flow_run: str) -> dict[str, str]:
+def describe_source(place: Workplace, command: str) -> dict[str, str]:
+    """Return what MLflow's pages call the source, of a run or of a model: the command, and the code's commit."""
     commit, _, changed = read_code_commit(place.root).partition("+")
+    return {
+        "mlflow.user": getpass.getuser(),
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": make_printable(command),
+        "mlflow.source.git.commit": commit,
+        "mlflow.source.git.dirty": str(bool(changed)),
+    }
+
+
+def _describe_start(place: Workplace, recipe: Recipe, command: str, flow_run: str) -> dict[str, str]:
     process = _identify_process()
     return {
         REGISTERS: recipe.registered_name,
         PROCESS: f"{process.pid} {process.created} {socket.gethostname()}",
         FLOW_RUN: flow_run,
         NOTE: make_printable(f"Has begun, and registered nothing yet: `{command}`"),
-        "mlflow.user": getpass.getuser(),
-        "mlflow.source.type": "LOCAL",
-        "mlflow.source.name": make_printable(command),
-        "mlflow.source.git.commit": commit,
-        "mlflow.source.git.dirty": str(bool(changed)),
+        **describe_source(place, command),
         "recipe": recipe.name,
         "base_model": recipe.model.label,
         "method": recipe.method.name,

@@ -25,7 +25,7 @@ from tasks.machine.workplace import Workplace
 from tasks.registry.evidence import describe_origin, describe_result, log_evidence, log_figures
 from tasks.registry.held import CARD, fetch_back, lay_out
 from tasks.registry.naming import name_candidate, refuse_recipe_names
-from tasks.registry.opened import KEY, drop_run, fill_run
+from tasks.registry.opened import KEY, NOTE, describe_source, drop_run, fill_run
 from tasks.registry.tracking import (
     CANDIDATE,
     COMPLETE,
@@ -201,7 +201,9 @@ def _log_model(run: Run, found: Found) -> Any:
             artifacts={"model": str(folder)},
             pip_requirements=pinned_requirements(),
             signature=signature,
-            tags=describe_origin(run, found),
+            tags=describe_origin(run, found)
+            | describe_source(run.place, run.job.command)
+            | {NOTE: describe_result(run, found)},
             model_type="hf-causal-lm",
         )
 

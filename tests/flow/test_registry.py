@@ -188,7 +188,10 @@ def test_pages_of_the_registry_say_what_came_out_and_whose_figures_are_whose(pro
         assert [cell.strip() for cell in row.strip("|").split("|")] == ["layers", "6", "6", "5", f"{5 / 6:.3f}"]
         assert f"`{project.last_run['command']}`" in note
     logged = project.client.get_logged_model(version.source.rpartition("/")[2])
-    assert logged.name == "ti-ny-5-of-6-layers-int8"
+    assert logged.name == "ti-ny-5-of-6-layers-int8" and logged.tags["mlflow.note.content"] == version.description
+    for tags in (recorded.data.tags, logged.tags):
+        assert tags["mlflow.source.name"] == project.last_run["command"]
+        assert version.tags["code_commit"].startswith(tags["mlflow.source.git.commit"])
     (table,) = [
         item.dataset
         for item in recorded.inputs.dataset_inputs
@@ -200,6 +203,16 @@ def test_pages_of_the_registry_say_what_came_out_and_whose_figures_are_whose(pro
     assert {"base/words/perplexity", "control/words/perplexity"} <= set(recorded.data.metrics)
     experiment = project.client.get_experiment_by_name("mka")
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def test_a_run_tells_what_the_machine_did_meanwhile(project, monkeypatch):
+    from tasks.registry import opened
+
+    monkeypatch.setattr(opened, "SAMPLE_SECONDS", 0.2)
+    assert project.run() == 0
+    metrics = project.client.get_run(project.last_run["mlflow_run_id"]).data.metrics
+    assert 0 < metrics["system/system_memory_usage_percentage"] <= 100
+    assert metrics["system/cpu_utilization_percentage"] >= 0
 
 
 def test_a_registry_on_a_server_is_shown_by_pages_of_models_not_of_agents():
