@@ -19,8 +19,7 @@ from flows.run_log import Log, name_by_time, write_last_run
 if __name__ == "__main__":
     silence_prefect()
 
-from prefect import flow, get_run_logger
-from prefect.events import emit_event
+from prefect import flow
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
@@ -48,7 +47,7 @@ from tasks.calibration import (
 from tasks.guards import guard
 from tasks.machine.slots import compute_slot, hold_slot
 from tasks.machine.workplace import Workplace, find_workplace
-from tasks.pages import print_summary, publish_artifacts
+from tasks.pages import announce_verdict, print_summary, publish_artifacts
 from tasks.provenance import describe_provenance
 from tasks.refusing import name_refusals
 from tasks.registry.assets import note_candidate, note_champion
@@ -187,14 +186,6 @@ def carry_out(place: Workplace, recipe: Recipe, log: Log) -> None:
         raise GateRefused(
             f"gate refused {recipe.name}; nothing was registered: {figures}. Evidence: {log.facts['report']}"
         )
-
-
-def announce_verdict(recipe: Recipe, verdict: str, evidence: str) -> None:
-    """Say where the evidence is, in the log and as an event: whoever watches a remote run sees events only."""
-    get_run_logger().info("evidence: %s", evidence)
-    name = f"{recipe.registered_name}: evidence in {evidence}"
-    resource = {"prefect.resource.id": f"mka.model.{recipe.registered_name}", "prefect.resource.name": name}
-    emit_event(event=f"gate.{verdict}", resource=resource, payload={"recipe": recipe.name, "evidence": evidence})
 
 
 def compress(run: Run, start: Mapping[str, Product], log: Log) -> dict[str, Product]:

@@ -10,13 +10,17 @@ from collections.abc import Mapping, Sequence
 from flows.command_line import run_command
 from tasks.machine.servers import POOL, Server, Servers
 from tasks.machine.workplace import find_workplace
+from tasks.registry.tracking import find_page
 
 
 def describe(servers: Mapping[str, Server]) -> str:
     """Say where everything is, aligned."""
     from tabulate import tabulate
 
-    rows = [(s.name, s.address or "runs deployments of pool " + POOL, f"pid {s.pid}", s.log) for s in servers.values()]
+    shown = {s.name: s.address or "runs deployments of pool " + POOL for s in servers.values()}
+    if "mlflow" in shown:
+        shown["mlflow"] = find_page(shown["mlflow"], "experiments") or shown["mlflow"]
+    rows = [(s.name, shown[s.name], f"pid {s.pid}", s.log) for s in servers.values()]
     return tabulate(rows, tablefmt="plain")
 
 

@@ -1,4 +1,4 @@
-"""What a run shows at its end: artifacts on its Prefect page, and a summary on the terminal."""
+"""What a run shows at its end: artifacts on its Prefect page, an event, and a summary on the terminal."""
 
 import base64
 import sys
@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from prefect import get_run_logger
 from prefect.artifacts import (
     create_image_artifact,
     create_markdown_artifact,
     create_table_artifact,
 )
+from prefect.events import emit_event
 from tabulate import tabulate
 
 from mka.outside.printable import make_page, make_printable
@@ -18,6 +20,7 @@ from mka.pipeline.evaluate import open_reports
 from mka.pipeline.job import Job
 from mka.pipeline.report import find_fit, find_healing
 from mka.pipeline.stage import Found
+from mka.recipe import Recipe
 from mka.report.alignment import summarise_alignment
 from mka.report.control import tell_against_control
 from mka.report.healing import summarise_healing
@@ -58,6 +61,14 @@ def publish_artifacts(run: Run, found: Found, facts: Mapping[str, Any]) -> None:
             key=f"{key}-similarity",
             description=f"{recipe.name}: similarity of layers, and what was merged",
         )
+
+
+def announce_verdict(recipe: Recipe, verdict: str, evidence: str) -> None:
+    """Say where the evidence is, in the log and as an event: whoever watches a remote run sees events only."""
+    get_run_logger().info("evidence: %s", evidence)
+    name = f"{recipe.registered_name}: evidence in {evidence}"
+    resource = {"prefect.resource.id": f"mka.model.{recipe.registered_name}", "prefect.resource.name": name}
+    emit_event(event=f"gate.{verdict}", resource=resource, payload={"recipe": recipe.name, "evidence": evidence})
 
 
 def print_summary(run: Run, found: Found, facts: Mapping[str, Any]) -> None:
