@@ -78,6 +78,8 @@ def fill_run(opened: str, key: str) -> Iterator[None]:
 
 def drop_run(client: Any, opened: str, same_as: str) -> None:
     """Take an open run out of the list: another run holds the same, and this one found nothing new."""
+    if opened == same_as:  # its own registration, tried again
+        return
     client.set_tag(opened, SAME_AS, same_as)
     client.set_tag(opened, NOTE, f"Nothing new: run {same_as} holds the same.")
     client.set_terminated(opened, "FINISHED")

@@ -123,6 +123,7 @@ def register(run: Run, found: Found, opened: str) -> Registration:
             else:
                 # An earlier run was killed between registering this version and naming it.
                 aliases = _complete(client, run.place, name, registered.version, find_model(found))
+                client.set_tag(registered.run_id, NOTE, _describe_version(client, run, found, registered.version))
                 client.set_terminated(registered.run_id, "FINISHED")
             drop_run(client, opened, registered.run_id)
             return Registration(uri, registered.run_id, name, str(registered.version), aliases, whole)
@@ -132,23 +133,31 @@ def register(run: Run, found: Found, opened: str) -> Registration:
             log_figures(run, found, heldout, logged and logged.model_id)
             if logged is None:
                 return Registration(uri, opened, None, None, (), False)
-            version = _make_version(client, run, found, logged.model_uri, key)
+            version = _make_version(run, found, logged.model_uri, key)
+            _describe_version(client, run, found, version)
             aliases = _complete(client, run.place, name, version, find_model(found))
         return Registration(uri, opened, name, version, aliases, False)
 
 
-def _make_version(client: Any, run: Run, found: Found, address: str, key: str) -> str:
-    """Register what was logged, and say on model and version what came out; returns the version."""
+def _make_version(run: Run, found: Found, address: str, key: str) -> str:
+    """Register what was logged; returns the version."""
     import mlflow
 
     name = run.job.recipe.registered_name
     # It prints to the terminal what the summary says at the end.
     with redirect_stderr(io.StringIO()):
         made = mlflow.register_model(address, name, tags=describe_origin(run, found) | {KEY: key})
-    version, told = str(made.version), describe_result(run, found)
+    return str(made.version)
+
+
+def _describe_version(client: Any, run: Run, found: Found, version: str) -> str:
+    """Say on the pages of model and version what came out; returns it."""
+    name, told = run.job.recipe.registered_name, describe_result(run, found)
     client.update_model_version(name, version, told)
-    client.update_registered_model(name, f"{ABOUT}\n\nVersion {version}, the newest:\n\n{told}")
-    return version
+    written = client.get_registered_model(name).description
+    if not written or written.startswith(ABOUT):  # what a person wrote there stays
+        client.update_registered_model(name, f"{ABOUT}\n\nVersion {version}, the newest:\n\n{told}")
+    return told
 
 
 def _find_version(client: Any, name: str, key: str) -> Any:

@@ -215,6 +215,24 @@ def test_a_run_tells_what_the_machine_did_meanwhile(project, monkeypatch):
     assert metrics["system/cpu_utilization_percentage"] >= 0
 
 
+def test_a_registration_that_is_tried_again_goes_on_with_its_own_run_and_version(project, monkeypatch):
+    from tasks.registry import record
+
+    complete, failures = record._complete, iter([RegistryError("gone for a moment")])
+
+    def fail_once(*arguments):
+        for failure in failures:
+            raise failure
+        return complete(*arguments)
+
+    monkeypatch.setattr(record, "_complete", fail_once)
+    monkeypatch.setattr(record.register, "retry_delay_seconds", 0)
+    assert project.run() == 0
+    (version,), (recorded,) = versions(project), runs(project)
+    assert version.run_id == recorded.info.run_id == project.last_run["mlflow_run_id"]
+    assert recorded.info.status == "FINISHED" and version.tags["mka.complete"] == "true"
+
+
 def test_a_registry_on_a_server_is_shown_by_pages_of_models_not_of_agents():
     from tasks.registry.tracking import find_page, find_version_page
 
