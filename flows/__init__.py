@@ -9,6 +9,7 @@ import warnings
 
 from mka.terminal import SHARED_MACHINE
 from tasks.machine.workplace import find_workplace
+from tasks.refusing import shorten_refusals
 
 _WORK = find_workplace().work
 for _name, _value in {
@@ -20,6 +21,8 @@ for _name, _value in {
     "PREFECT_HOME": str(_WORK / "prefect"),
     # The first start creates a database, which takes longer than Prefect's default of 20 s on a small machine.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
+    # The automation that finds runs nobody runs any more counts on it; the default is 180.
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
     "PREFECT_CLI_COLORS": "false",
     "HF_DATASETS_CACHE": str(_WORK / "datasets"),
     "TOKENIZERS_PARALLELISM": "false",
@@ -29,3 +32,4 @@ for _name, _value in {
 
 # Prefect makes its home, but not the folders above it; those are made by whoever begins a flow, in one place.
 warnings.filterwarnings("ignore", message="Failed to create the Prefect home directory")
+shorten_refusals()

@@ -5,9 +5,11 @@ mka promote smollm2-135m-mka --because "evidence read"
 
 import sys
 from functools import partial
+from typing import Any
 
 from flows.cli.console import run_program
 from flows.command_line import say
+from flows.run_log import name_by_time
 
 if __name__ == "__main__":
     sys.exit(run_program("promote", "promote:promote"))
@@ -23,6 +25,8 @@ from tasks.base_model import fetch_base_model
 from tasks.calibration import open_inputs
 from tasks.machine.slots import compute_slot, hold_slot
 from tasks.machine.workplace import find_workplace
+from tasks.refusing import name_refusals
+from tasks.registry.assets import note_champion
 from tasks.registry.challenge import promote_measured, read_recipe, refuse_stale, refuse_unapproved, require_pass
 from tasks.registry.index import write_index_page
 from tasks.registry.promotion import Move, find_candidate, name_person, read_aliases, read_version
@@ -32,7 +36,13 @@ from tasks.stages import Run
 from tasks.tables import Tables, read_tables
 
 
-@flow(name="promote", validate_parameters=False)
+def name_run() -> str:
+    """Name a run after the move and the model, e.g. ``promote-smollm2-135m-mka-20260101-120000``."""
+    return name_by_time(f"{flow_run.flow_name} {flow_run.parameters.get('model', '')}")
+
+
+@flow(name="promote", flow_run_name=name_run, validate_parameters=False)
+@name_refusals
 def promote(
     model: str,
     because: str,
@@ -40,7 +50,7 @@ def promote(
     approver: str | None = None,
     compare: bool = True,
     registry: str | None = None,
-) -> Move:
+) -> Any:
     """Promote a version to champion; the champion before it becomes "previous".
 
     The gate is decided anew on the tables of today, from stored measurements where base, candidate and tables are what
@@ -53,6 +63,9 @@ def promote(
         approver: who stands for it, where the recipe wants a name.
         compare: hold it against the champion.
         registry: MLflow store; default: `MLFLOW_TRACKING_URI`, else that of the work folder.
+
+    Returns:
+        The move.
 
     Raises:
         PromotionError: if it is stale, not approved, not signed where its recipe asks for that, does not pass the gate
@@ -82,6 +95,7 @@ def promote(
     with hold_slot(compute_slot()):
         measured = require_pass(run, chosen)
         move = promote_measured(run, chosen, measured, who=name_person(approver), why=because, compare=compare)
+    note_champion(uri, move)
     say_move(move)
     write_index_page(place, uri)
     return move

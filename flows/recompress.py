@@ -4,7 +4,6 @@ mka run recipes/smollm2_135m.yaml
 mka run recipes/smollm2_135m.yaml --set target.layers=26
 """
 
-import re
 import shlex
 import sys
 import time
@@ -16,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from flows.cli.console import run_program
-from flows.run_log import Log, write_last_run
+from flows.run_log import Log, name_by_time, write_last_run
 from flows.told import tell_outcome
 
 if __name__ == "__main__":
     sys.exit(run_program("recompress", "run:run"))
 
-from prefect import flow, get_run_logger
-from prefect.events import emit_event
+from prefect import flow
 from prefect.runtime import flow_run
+from prefect.states import Completed
 
 from mka.engines.loadable import check_engines
 from mka.errors import GateRefused, GuardError, PromotionError
@@ -34,6 +33,7 @@ from mka.pipeline.pipeline import run as run_pipeline
 from mka.pipeline.recipes import load_recipe
 from mka.pipeline.stage import MODEL_FOLDER, PLAN_FILE, Found, Stage, find_model
 from mka.recipe import Recipe
+from mka.report.verdict import tell_checks
 from mka.store.products import Product
 from tasks.base_model import fetch_base_model
 from tasks.calibration import (
@@ -46,10 +46,13 @@ from tasks.calibration import (
 from tasks.guards import guard
 from tasks.machine.slots import compute_slot, hold_slot
 from tasks.machine.workplace import Workplace, find_workplace
-from tasks.pages import print_summary, publish_artifacts
+from tasks.pages import announce_verdict, print_summary, publish_artifacts
 from tasks.provenance import describe_provenance
+from tasks.refusing import name_refusals
+from tasks.registry.assets import note_candidate, note_champion
 from tasks.registry.challenge import promote_measured, require_pass
 from tasks.registry.index import read_history, write_history
+from tasks.registry.opened import keep_mlflow_run
 from tasks.registry.promotion import find_reign, name_person, read_aliases, read_version
 from tasks.registry.record import Registration, as_facts, reach_registry, register
 from tasks.registry.state import describe_state
@@ -59,13 +62,13 @@ from tasks.tables import Tables, read_tables
 
 
 def name_run() -> str:
-    """Name a run after its recipe and the time, e.g. ``smollm2-135m-20260101-120000``."""
-    stem = Path(str(flow_run.parameters.get("recipe", "recipe"))).stem
-    return f"{re.sub(r'[^a-z0-9]+', '-', stem.lower())}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    """Name a run after its recipe."""
+    return name_by_time(Path(str(flow_run.parameters.get("recipe", "recipe"))).stem)
 
 
 @flow(name="recompress", flow_run_name=name_run, validate_parameters=False)
-def recompress(recipe: str, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+@name_refusals
+def recompress(recipe: str, overrides: dict[str, Any] | None = None) -> Any:
     """Recompress the model a recipe names.
 
     Args:
@@ -73,7 +76,7 @@ def recompress(recipe: str, overrides: dict[str, Any] | None = None) -> dict[str
         overrides: dotted recipe keys and their values, e.g. ``{"target.layers": 26}``.
 
     Returns:
-        The facts of the run, as written to ``data/work/last_run.json``.
+        The facts of the run, as written to ``data/work/last_run.json``; its state has the verdict in its message.
 
     Raises:
         MkaError: if anything is refused; nothing is registered then.
@@ -102,7 +105,7 @@ def recompress(recipe: str, overrides: dict[str, Any] | None = None) -> dict[str
     finally:
         log.facts["seconds"] = round(time.perf_counter() - started, 3)
         write_last_run(place, log.facts)
-    return log.facts
+    return Completed(message=f"{log.facts['verdict']}: {log.facts['decision']}", data=log.facts)
 
 
 def describe_command(place: Workplace, recipe: str, overrides: dict[str, Any] | None) -> str:
@@ -119,6 +122,14 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
     log.facts["name"] = recipe.name
     reach_registry(place, recipe)
     check_engines(recipe)
+    command, flow_run_id = str(log.facts["command"]), str(flow_run.id)
+    with keep_mlflow_run(place, recipe, str(flow_run.name), command, flow_run_id) as opened:
+        log.facts["mlflow_run_id"] = opened
+        carry_out(place, recipe, log)
+
+
+def carry_out(place: Workplace, recipe: Recipe, log: Log) -> None:
+    """What is computed, registered and promoted, while the MLflow run is open."""
     base = fetch_base_model(place, recipe)
     log.facts["base"] = str(base.checkpoint.path)
     log.stage("base model", base.seconds, base.reused, f"{recipe.model.label} at {base.revision}")
@@ -156,11 +167,13 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
     verdict = log.facts["verdict"]
 
     clock = time.perf_counter()
-    registration = register(run, found)
+    registration = register(run, found, log.facts["mlflow_run_id"])
     why = "found in the registry" if registration.reused else f"verdict {verdict}"
     log.stage("register", round(time.perf_counter() - clock, 3), registration.reused, why)
     log.facts["mlflow_run_id"] = registration.run_id
     log.facts |= {"registered_name": registration.name, "registered_version": registration.version}
+    if registration.version is not None and not registration.reused:
+        note_candidate(run, registration.tracking_uri, registration.version, f"{verdict}: {log.facts['decision']}")
     log.facts["promotion"], registration = promote_on_pass(run, found, registration)
     history = read_history(place, registration.tracking_uri)
     log.facts["registry"] = as_facts(registration) | describe_state(registration, history)
@@ -170,7 +183,10 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
     print_summary(run, found, log.facts)
     announce_verdict(recipe, verdict, f"{log.facts['report']} and MLflow run {registration.run_id}")
     if verdict == "fail":
-        raise GateRefused(f"gate refused {recipe.name}; nothing was registered. Evidence: {log.facts['report']}")
+        figures = tell_checks(found["gate"].facts, "fail")
+        raise GateRefused(
+            f"gate refused {recipe.name}; nothing was registered: {figures}. Evidence: {log.facts['report']}"
+        )
 
 
 def require_judged(job: Job) -> None:
@@ -183,14 +199,6 @@ def require_judged(job: Job) -> None:
         raise GuardError("the gate has nothing to decide on; evaluate on held-out text or on tasks, or give it rules")
 
 
-def announce_verdict(recipe: Recipe, verdict: str, evidence: str) -> None:
-    """Say where the evidence is, in the log and as an event: whoever watches a remote run sees events only."""
-    get_run_logger().info("evidence: %s", evidence)
-    name = f"{recipe.registered_name}: evidence in {evidence}"
-    resource = {"prefect.resource.id": f"mka.model.{recipe.registered_name}", "prefect.resource.name": name}
-    emit_event(event=f"gate.{verdict}", resource=resource, payload={"recipe": recipe.name, "evidence": evidence})
-
-
 def compress(run: Run, start: Mapping[str, Product], log: Log) -> dict[str, Product]:
     """Walk the pipeline, a task per stage; returns every product."""
 
@@ -199,7 +207,7 @@ def compress(run: Run, start: Mapping[str, Product], log: Log) -> dict[str, Prod
         if stage.name == "plan":
             log.facts["plan"] = str(product.folder / PLAN_FILE)
         if stage.name == "gate":
-            log.facts["verdict"] = product.facts["verdict"]
+            log.facts |= {"verdict": product.facts["verdict"], "decision": tell_checks(product.facts)}
         return product
 
     found = run_pipeline(run.job, walk_stage, start=start)
@@ -235,6 +243,7 @@ def promote_on_pass(run: Run, found: Found, registration: Registration) -> tuple
             with hold_slot(compute_slot()):
                 measured = require_pass(run, chosen)
                 move = promote_measured(run, chosen, measured, who=name_person(), why="gate passed")
+            note_champion(chosen.uri, move)
             said = f"became champion, before version {move.old}" if move.old else "became champion, the first"
         except PromotionError as error:
             said = f"none: {error}"

@@ -5,6 +5,7 @@ mka rollback smollm2-135m-mka --because "answers in the wrong language"
 
 import sys
 from functools import partial
+from typing import Any
 
 from flows.cli.console import run_program
 
@@ -13,17 +14,20 @@ if __name__ == "__main__":
 
 from prefect import flow
 
-from flows.promote import say_move
+from flows.promote import name_run, say_move
 from mka.errors import PromotionError
 from mka.terminal import Outcome
 from tasks.machine.workplace import find_workplace
+from tasks.refusing import name_refusals
+from tasks.registry.assets import note_champion
 from tasks.registry.index import write_index_page
-from tasks.registry.promotion import Move, find_previous, move_champion, name_person
+from tasks.registry.promotion import find_previous, move_champion, name_person
 from tasks.registry.tracking import CHAMPION, PREVIOUS, registry_address
 
 
-@flow(name="rollback", validate_parameters=False)
-def rollback(model: str, because: str, approver: str | None = None, registry: str | None = None) -> Move:
+@flow(name="rollback", flow_run_name=name_run, validate_parameters=False)
+@name_refusals
+def rollback(model: str, because: str, approver: str | None = None, registry: str | None = None) -> Any:
     """Exchange "champion" and "previous".
 
     Args:
@@ -31,6 +35,9 @@ def rollback(model: str, because: str, approver: str | None = None, registry: st
         because: why, for the record.
         approver: who stands for it.
         registry: MLflow store; default: `MLFLOW_TRACKING_URI`, else that of the work folder.
+
+    Returns:
+        The move.
 
     Raises:
         PromotionError: if there is no previous champion, or somebody moved it meanwhile.
@@ -43,6 +50,7 @@ def rollback(model: str, because: str, approver: str | None = None, registry: st
     move = move_champion(previous, expected=champion, action="rollback", who=name_person(approver), why=because)
     if move is None:
         raise PromotionError(f"{model}: somebody moved champion away from version {champion} meanwhile; look again")
+    note_champion(uri, move)
     say_move(move)
     write_index_page(place, uri)
     return move

@@ -1,8 +1,10 @@
 """What a run did: told on the terminal while it runs, kept in last_run.json."""
 
 import json
+import re
 import sys
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -39,3 +41,8 @@ class Log:
 def write_last_run(place: Workplace, facts: dict[str, Any]) -> None:
     """Replace last_run.json in one step, so that a reader never sees half of it; no password is kept in it."""
     write_text(place.last_run, hide_passwords(json.dumps(facts, indent=2)) + "\n")
+
+
+def name_by_time(words: str) -> str:
+    """Name a run after what it does and the time, e.g. ``smollm2-135m-20260101-120000``."""
+    return f"{re.sub(r'[^a-z0-9]+', '-', words.lower()).strip('-')}-{datetime.now(UTC):%Y%m%d-%H%M%S}"

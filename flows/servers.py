@@ -13,13 +13,17 @@ from flows.cli.console import run_program
 from mka.terminal import Outcome
 from tasks.machine.servers import POOL, PORTS, Server, Servers, address_of, refuse_taken
 from tasks.machine.workplace import find_workplace
+from tasks.registry.tracking import find_page
 
 
 def describe(servers: Mapping[str, Server]) -> str:
     """Say where everything is, aligned."""
     from tabulate import tabulate
 
-    rows = [(s.name, s.address or "runs deployments of pool " + POOL, f"pid {s.pid}", s.log) for s in servers.values()]
+    shown = {s.name: s.address or "runs deployments of pool " + POOL for s in servers.values()}
+    if "mlflow" in shown:
+        shown["mlflow"] = find_page(shown["mlflow"], "experiments") or shown["mlflow"]
+    rows = [(s.name, shown[s.name], f"pid {s.pid}", s.log) for s in servers.values()]
     return tabulate(rows, tablefmt="plain")
 
 
@@ -46,6 +50,7 @@ def start_servers(dry_run: bool = False) -> Outcome:
         describe(running),
         "\nfrom another terminal, in this folder:",
         f"  export PREFECT_API_URL={running['prefect'].address}/api",
+        f"  export MLFLOW_TRACKING_URI={running['mlflow'].address}",
         "  mka ci recipes/smollm2_135m.yaml",
         "  prefect deployment schedule resume --all    # the watch looks every hour; it is off so far",
         "stop them: mka down",

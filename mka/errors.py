@@ -13,6 +13,8 @@ class MkaError(Exception):
     exit_code = 2
     # Characters of the line; what is longer lacks its middle.
     longest = LONGEST
+    # Whether a log has its line already.
+    is_told = False
 
     def __init__(self, message: object = "") -> None:
         """Keep one line that is safe to show, whatever names and addresses from outside stand in it."""
@@ -86,9 +88,10 @@ class SignatureError(MkaError):
 
 
 class GateRefused(MkaError):
-    """The candidate was measured and the gate did not let it pass."""
+    """The candidate was measured and the gate did not let it pass; the line has the figures."""
 
     exit_code = 1
+    longest = 2 * LONGEST
 
 
 class GateUndecided(MkaError):

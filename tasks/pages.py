@@ -1,4 +1,4 @@
-"""What a run shows at its end: artifacts on its Prefect page, and a summary on the terminal."""
+"""What a run shows at its end: artifacts on its Prefect page, an event, and a summary on the terminal."""
 
 import base64
 import sys
@@ -6,25 +6,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from prefect import get_run_logger
 from prefect.artifacts import (
     create_image_artifact,
     create_markdown_artifact,
     create_table_artifact,
 )
+from prefect.events import emit_event
 from tabulate import tabulate
 
 from mka.outside.printable import make_page, make_printable
 from mka.pipeline.evaluate import open_reports
 from mka.pipeline.report import find_fit, find_healing
 from mka.pipeline.stage import Found
+from mka.recipe import Recipe
 from mka.report.alignment import summarise_alignment
 from mka.report.control import tell_against_control
 from mka.report.decision import tell_decision, tell_demonstration
 from mka.report.healing import summarise_healing
+from mka.report.markup import escape_markdown, make_table
 from mka.report.speeds import warn_of_others
 from mka.report.table import result_table
-from mka.report.verdict import describe_decision
-from tasks.registry.tracking import CHAMPION
+from mka.report.verdict import VERDICTS, describe_check, describe_decision
+from tasks.registry.tracking import CHAMPION, find_page, find_version_page
 from tasks.stages import Run
 
 
@@ -35,21 +39,40 @@ def publish_artifacts(run: Run, found: Found, facts: Mapping[str, Any]) -> None:
     base, candidate, control = open_reports(run.job, found)
     rows, first = result_table(base, candidate, control), tell_first(run, found)
     shown = [{name: make_printable(str(value)) for name, value in row.items()} for row in rows]
-    create_table_artifact(shown, key=f"{key}-results", description=make_printable(" ".join(first)))
-    lines = "\n".join(describe_decision(found["gate"].facts))
-    # Not a link: no browser follows one from a served page to a file, and the MLflow run has the report too.
-    places = (
-        f"Report: `{facts['report']}`, and in MLflow run `{facts['mlflow_run_id']}`. Promotion: {facts['promotion']}."
+    create_table_artifact(
+        shown, key=f"{key}-results", description=make_printable(" ".join([f"{recipe.name}:", *first]))
     )
-    against, registered = tell_against_control(base, candidate, control), "\n".join(tell_state(facts["registry"]))
-    told = make_page("\n\n".join([*first, f"```\n{lines}\n```", against, registered, places]))
-    create_markdown_artifact(told, key=f"{key}-gate", description="Gate")
+    gate = found["gate"].facts
+    # The report is no link: no browser follows one from a served page to a file. MLflow's run has it too.
+    told = [
+        f"## {recipe.name}: {gate['verdict']}",
+        "\n\n".join(first),
+        f"{VERDICTS[gate['verdict']].capitalize()}. {tell_against_control(base, candidate, control)}",
+        make_table([describe_check(check) for check in gate["checks"]]),
+        f"- promotion: {escape_markdown(facts['promotion'])}",
+        *tell_state(facts["registry"]),
+        f"- report: `{facts['report']}`, and among the files of MLflow run `{facts['mlflow_run_id']}`",
+        f"- again: `{facts['command']}`",
+    ]
+    page = make_page("\n\n".join(told[:4]) + "\n\n" + "\n".join(told[4:]))
+    decided = f"{recipe.name}: gate, promotion, and where the evidence is"
+    create_markdown_artifact(page, key=f"{key}-gate", description=decided)
     picture = found["report"].open() / "similarity.png"
     if picture.exists():
         encoded = base64.b64encode(picture.read_bytes()).decode()
         create_image_artifact(
-            f"data:image/png;base64,{encoded}", key=f"{key}-similarity", description="Layer similarity and merges"
+            f"data:image/png;base64,{encoded}",
+            key=f"{key}-similarity",
+            description=f"{recipe.name}: similarity of layers, and what was merged",
         )
+
+
+def announce_verdict(recipe: Recipe, verdict: str, evidence: str) -> None:
+    """Say where the evidence is, in the log and as an event: whoever watches a remote run sees events only."""
+    get_run_logger().info("evidence: %s", evidence)
+    name = f"{recipe.registered_name}: evidence in {evidence}"
+    resource = {"prefect.resource.id": f"mka.model.{recipe.registered_name}", "prefect.resource.name": name}
+    emit_event(event=f"gate.{verdict}", resource=resource, payload={"recipe": recipe.name, "evidence": evidence})
 
 
 def tell_first(run: Run, found: Found) -> list[str]:
@@ -89,23 +112,17 @@ def print_summary(run: Run, found: Found, facts: Mapping[str, Any]) -> None:
         lines.append(busy)
     lines += [tell_against_control(base, candidate, control), "", *describe_decision(found["gate"].facts), ""]
     registration = facts["registry"]
-    if registration["name"]:
-        version = f"{registration['name']} version {registration['version']}"
-        where = f"{version}, aliases {', '.join(registration['aliases']) or 'none'}"
-        where += " (already there)" if registration["reused"] else ""
-    else:
-        where = "not registered: the gate refused it"
     lines.append(
         tabulate(
             [
                 ("candidate", facts["candidate"]),
                 ("report", facts["report"]),
                 ("plan", facts["plan"]),
-                ("registered", where),
+                ("registered", _describe_registered(registration)),
                 ("promotion", facts["promotion"]),
                 *_list_moves(registration),
                 ("load it", _load_command(registration)),
-                ("MLflow pages", _mlflow_command(registration["tracking_uri"])),
+                ("MLflow pages", _find_mlflow(registration)),
                 ("Prefect pages", f"PREFECT_HOME={run.place.work / 'prefect'} {_command('prefect')} server start"),
                 ("all of them", f"{_command('python')} -m webbrowser {facts['index']}"),
                 ("data checks", f"{_command('python')} -m webbrowser {facts['checks']}"),
@@ -122,10 +139,20 @@ def _command(name: str) -> str:
     return str(program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program)
 
 
-def _mlflow_command(tracking_uri: str) -> str:
-    """Say how to look at a store: start a server on a database, open the address of one that runs."""
-    if tracking_uri.startswith("http"):
-        return tracking_uri
+def _describe_registered(registration: Mapping[str, Any]) -> str:
+    if not registration["name"]:
+        return "not registered: the gate refused it"
+    version = f"{registration['name']} version {registration['version']}"
+    where = f"{version}, aliases {', '.join(registration['aliases']) or 'none'}"
+    return where + (" (already there)" if registration["reused"] else "")
+
+
+def _find_mlflow(registration: Mapping[str, Any]) -> str:
+    """Say how to look at what was recorded: start a server on a database, open the page of one that runs."""
+    tracking_uri, name = registration["tracking_uri"], registration["name"]
+    version = find_version_page(tracking_uri, name, registration["version"]) if name else None
+    if page := version or find_page(tracking_uri, "experiments"):
+        return page
     # MLflow's background jobs cost eight more processes and nothing here uses them.
     return (
         f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {_command('mlflow')} server --backend-store-uri {tracking_uri} -w 1"

@@ -16,9 +16,12 @@ from mka.recipe import Recipe
 from tasks.base_model import is_worth_retrying, pin_base_model
 from tasks.machine.deployments import find_deployment
 from tasks.machine.workplace import Workplace
+from tasks.refusing import REFUSED
 from tasks.registry.tracking import CHAMPION, COMPLETE, connect_registry, registry_address
 
 EVENT = "base-model.updated"
+# How often a recompression that failed or crashed is started again.
+RETRIES = 2
 
 
 def shorten(pin: str) -> str:
@@ -50,8 +53,13 @@ class BaseChange:
 
     @property
     def is_due(self) -> bool:
-        """Whether a recompression is wanted."""
+        """Whether a recompression is wanted: the first one too, which somebody has to ask for."""
         return self.now != self.known and self.made is None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether there is no version yet that could have been made from another base."""
+        return self.known is None and self.made is None
 
     @property
     def key(self) -> str:
@@ -65,6 +73,8 @@ class BaseChange:
         line = f"{self.base_model} at {shorten(self.now)}, {self.model} knows {known}"
         if self.now == self.known:
             return f"{line}: unchanged"
+        if self.is_first:
+            return line
         return f"{line}: version {self.made} was made from it" if self.made else f"{line}: changed"
 
 
@@ -114,17 +124,30 @@ class Started:
         run_id: its id.
         is_new: whether this call made it; False if it was there.
         state: its state by name, e.g. "Scheduled".
+        attempt: how many were started for the same base before.
     """
 
     run: str
     run_id: str
     is_new: bool
     state: str
+    attempt: int
 
 
 @task(task_run_name="recompress {change.model}", cache_policy=NO_CACHE)
-def start_recompression(change: BaseChange, deployment: str) -> Started:
+def start_recompression(change: BaseChange, deployment: str, retries: int = RETRIES) -> Started:
     """Start a deployment for a changed base, once: the server keeps one run per key, however many ask for it.
+
+    What has failed or crashed is started again under a key of its own. What the gate refused, or somebody cancelled, is
+    not: it would come to the same.
+
+    Args:
+        change: what has changed.
+        deployment: what to start, ``flow/deployment``.
+        retries: how often at most it is started again.
+
+    Returns:
+        The last run there is for this base.
 
     Raises:
         WatchError: if there is no such deployment on the server.
@@ -135,14 +158,17 @@ def start_recompression(change: BaseChange, deployment: str) -> Started:
     asked = str(uuid4())
     with get_client(sync_client=True) as client:
         found = find_deployment(client, deployment)
-        run = client.create_flow_run_from_deployment(
-            found.id,
-            parameters={"recipe": change.recipe},
-            idempotency_key=change.key,
-            tags=[EVENT],
-            labels={"mka.asked": asked},
-        )
-    is_new = run.labels.get("mka.asked") == asked
+        for attempt in range(1 + max(0, retries)):
+            run = client.create_flow_run_from_deployment(
+                found.id,
+                parameters={"recipe": change.recipe},
+                idempotency_key=f"{change.key}-{attempt}" if attempt else change.key,
+                tags=[EVENT],
+                labels={"mka.asked": asked},
+            )
+            is_new = run.labels.get("mka.asked") == asked
+            if is_new or not has_broken(run.state):
+                break
     if is_new:
         payload: dict[str, Any] = {"recipe": change.recipe, "base_model": change.base_model, "model": change.model}
         payload |= {"revision": change.now, "revision_before": change.known, "flow_run_id": str(run.id)}
@@ -154,4 +180,9 @@ def start_recompression(change: BaseChange, deployment: str) -> Started:
             },
             payload=payload,
         )
-    return Started(run.name, str(run.id), is_new, run.state.name if run.state else "unknown")
+    return Started(run.name, str(run.id), is_new, run.state.name if run.state else "unknown", attempt)
+
+
+def has_broken(state: Any) -> bool:
+    """Whether a run ended without an answer, so that another may come to one."""
+    return state is not None and (state.is_crashed() or (state.is_failed() and state.name != REFUSED))

@@ -19,13 +19,20 @@ from mka.terminal import Outcome
 )
 @click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
 @deployment_option
+@click.option("--initial", is_flag=True, help="Start the first recompression of a model, too.")
 @click.option("--dry-run", is_flag=True, help="Only say what has changed.")
 @click.option("--listen", "listens", is_flag=True, help="Go on, and look again whenever a webhook says so.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=4300, show_default=True, help="Port to listen on.")
 @carries_out()
 def watch(
-    recipes: tuple[str, ...], deployment: str, dry_run: bool, listens: bool, host: str, port: int
+    recipes: tuple[str, ...],
+    deployment: str,
+    initial: bool,
+    dry_run: bool,
+    listens: bool,
+    host: str,
+    port: int,
 ) -> Outcome | None:
     """Compare the base model of each RECIPE with the one its champion was made from; start what is due.
 
@@ -47,7 +54,7 @@ def watch(
 
         secrets = read_secrets()
         prepare_flow()
-        listen(place, named, lambda some: watch_base_models(some, deployment, dry_run), (host, port), secrets)
+        listen(place, named, lambda some: watch_base_models(some, deployment, dry_run, initial), (host, port), secrets)
         return None
     prepare_flow()
-    return Outcome({"recipes": watch_base_models(named, deployment, dry_run)}, "")
+    return Outcome({"recipes": watch_base_models(named, deployment, dry_run, initial)}, "")

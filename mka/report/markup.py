@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,3 +33,14 @@ def fence_markdown(text: str, language: str = "text") -> Any:
 
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return Markup(f"{fence}{language}\n{text.rstrip()}\n{fence}")
+
+
+def make_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows of one shape as a table of Markdown, the first column to the left and figures to the right."""
+    from tabulate import tabulate
+
+    if not rows:
+        return ""
+    shown = [[escape_markdown(value) for value in row.values()] for row in rows]
+    sides = ("left", *["right"] * (len(shown[0]) - 1))
+    return tabulate(shown, [*rows[0]], tablefmt="pipe", colalign=sides, disable_numparse=True)

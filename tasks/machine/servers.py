@@ -17,6 +17,7 @@ from filelock import FileLock
 from mka.errors import ServerError
 from mka.outside.reading import STRICT, build_from, read_json
 from mka.store.publishing import write_text
+from tasks.machine.automations import make_automations
 from tasks.machine.workplace import Workplace
 
 HOST = "127.0.0.1"
@@ -66,7 +67,7 @@ class Servers:
         """Name the folder of records and logs."""
         self.place, self.folder = place, place.work / "servers"
         self.record = self.folder / "servers.json"
-        self.prefect = address_of("prefect")
+        self.addresses = {name: address_of(name) for name in PORTS}
 
     def read(self) -> list[Server]:
         """Return what was started and still runs."""
@@ -90,8 +91,9 @@ class Servers:
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".lock"):
             running = {server.name: server for server in self.read()}
-            if "prefect" in running:
-                self.prefect = running["prefect"].address
+            for name, server in running.items():
+                if name in self.addresses:
+                    self.addresses[name] = server.address
             started: list[Server] = []
             try:
                 for name in PORTS:
@@ -136,7 +138,7 @@ class Servers:
             process = subprocess.Popen(
                 command,
                 cwd=self.place.root,
-                env=server_environment(self.place, self.prefect),
+                env=self._environment(of_worker=name == "worker"),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -144,13 +146,20 @@ class Servers:
             )
         return Server(name, process.pid, psutil.Process(process.pid).create_time(), address, str(log))
 
+    def _environment(self, of_worker: bool = False) -> dict[str, str]:
+        found = server_environment(self.place, self.addresses["prefect"])
+        # Its runs are to be seen on the pages of the server beside it, whatever store this terminal names.
+        return found | ({"MLFLOW_TRACKING_URI": self.addresses["mlflow"]} if of_worker else {})
+
     def _deploy(self) -> None:
-        make_work_pool(f"{self.prefect}/api")
+        with open_client(f"{self.addresses['prefect']}/api") as client:
+            make_work_pool(client)
+            make_automations(client, self.place.root)
         command = [program("prefect"), "--no-prompt", "deploy", "--all"]
         done = subprocess.run(
             command,
             cwd=self.place.root,
-            env=server_environment(self.place, self.prefect),
+            env=self._environment(),
             capture_output=True,
             text=True,
         )
@@ -159,18 +168,23 @@ class Servers:
             raise ServerError(f"`{' '.join(command[1:])}` failed: {said[-1] if said else 'it said nothing'}")
 
 
-def make_work_pool(api: str) -> None:
-    """Make the work pool unless it is there; one that an operator has changed stays as it is."""
+def open_client(api: str) -> Any:
+    """Return a client of the Prefect server at an address, with the password that this environment has for it."""
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.settings import get_current_settings
+
+    password = get_current_settings().api.auth_string
+    return SyncPrefectClient(api, auth_string=password.get_secret_value() if password else None)
+
+
+def make_work_pool(client: Any) -> None:
+    """Make the work pool unless it is there; one that an operator has changed stays as it is."""
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectAlreadyExists
-    from prefect.settings import get_current_settings
     from prefect.workers.process import ProcessWorker
 
     template = ProcessWorker.get_default_base_job_template()
-    password = get_current_settings().api.auth_string
-    auth = password.get_secret_value() if password else None
-    with SyncPrefectClient(api, auth_string=auth) as client, suppress(ObjectAlreadyExists):
+    with suppress(ObjectAlreadyExists):
         client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
 
 
@@ -200,6 +214,8 @@ def server_commands(place: Workplace) -> dict[str, list[str]]:
         "mlflow": [
             *(program("mlflow"), "server", "--host", HOST, "--port", ports["mlflow"], "--workers", "1"),
             *("--backend-store-uri", place.tracking_uri, "--artifacts-destination", place.model_artifacts),
+            # The same folder by its own path: else what was begun on the server only a server could go on with.
+            *("--default-artifact-root", place.model_artifacts),
         ],
     }
 

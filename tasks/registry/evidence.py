@@ -1,18 +1,25 @@
 """What an MLflow run keeps of a recompression: settings, scores, the tables it read, and the files that prove it."""
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mka.evaluation.metrics import find_metric
+from mka.outside.printable import make_page
 from mka.pipeline.evaluate import ROLES, open_reports
 from mka.pipeline.report import find_healing
 from mka.pipeline.score import open_scores
 from mka.pipeline.serve import SERVE
 from mka.pipeline.stage import Found, find_model
 from mka.report.control import tell_against_control
+from mka.report.markup import make_table
+from mka.report.table import result_table
+from mka.report.verdict import VERDICTS, describe_check
 from mka.store.sums import file_sha256
 from mka.texts.rows import read_rows
 from tasks.guards import guard
 from tasks.registry.naming import flatten_recipe
+from tasks.registry.opened import NOTE
 from tasks.stages import Run
 from tasks.versioned import Version
 
@@ -22,6 +29,8 @@ CHECK_PARTS = ("recovery", "value", "lower", "upper", "threshold")
 FILE_FACTS = ("layers", "parameters", "bytes", "served_bytes")
 # Longer values of a table's tags are refused by MLflow.
 TAG_CHARACTERS = 500
+# MLflow's databases hold descriptions of 5,000 characters, of which a registered model's has some of its own.
+NOTE_CHARACTERS = 4000
 
 
 def describe_origin(run: Run, found: Found) -> dict[str, str]:
@@ -50,40 +59,39 @@ def list_served(found: Found) -> Mapping[str, Mapping[str, Any]]:
     return found[SERVE.name].facts if SERVE.name in found else {}
 
 
-def log_evidence(run: Run, found: Found) -> None:
-    """Write a run's settings, scores, tables and files into the MLflow run that is active."""
+def describe_result(run: Run, found: Found) -> str:
+    """Say in Markdown what came out: verdict, base, control and candidate side by side, every check, the command."""
+    base, candidate, control = open_reports(run.job, found)
+    plan, gate = found["plan"].facts, found["gate"].facts
+    told = [
+        f"**{gate['verdict']}**: {VERDICTS[gate['verdict']]}. {plan['layers_in']} layers became {plan['layers_out']}.",
+        make_table(result_table(base, candidate, control)),
+        f"± is one standard error. {tell_against_control(base, candidate, control)}",
+        make_table([describe_check(check) for check in gate["checks"]]),
+        f"`{run.job.command}`",
+    ]
+    page = make_page("\n\n".join(told))
+    if len(page) <= NOTE_CHARACTERS:
+        return page
+    whole, _, _ = page[:NOTE_CHARACTERS].rpartition("\n")
+    return f"{whole}\n\nThe rest is in the report."
+
+
+def log_evidence(run: Run, found: Found) -> Any:
+    """Write a run's settings, tables and files into the MLflow run that is active.
+
+    Returns:
+        The held-out table as MLflow knows it; None if nothing was measured on one.
+    """
     import mlflow
 
     job = run.job
     for params in _cut(flatten_recipe(job.recipe), 100):
         mlflow.log_params(params)
     mlflow.set_tags(describe_origin(run, found))
-    base, candidate, control = open_reports(job, found)
-    mlflow.set_tag("against_control", tell_against_control(base, candidate, control))
-    metrics: dict[str, float] = {}
-    for role, measured in zip(ROLES, (base, candidate, control)):
-        assert measured is not None
-        for score in measured.scores:
-            metrics[f"{role}/{score.name}/{score.metric}"] = score.value
-            metrics[f"{role}/{score.name}/{score.metric}_stderr"] = score.stderr
-        metrics |= {f"{role}/{name}": value for name, value in measured.speed.items()}
-        metrics |= {f"{role}/{name}": float(measured.checkpoint[name]) for name in FILE_FACTS}
-    for check in found["gate"].facts["checks"]:
-        bounds = {part: check[part] for part in CHECK_PARTS if check[part] is not None}
-        if check["bound"] == "better_than":
-            bounds["control"] = check["threshold"]
-        metrics |= {f"gate/{check['name']}/{part}": value for part, value in bounds.items()}
-    for name, told in list_served(found).items():
-        for figure, ratios in told["ratios"].items():
-            metrics |= {f"engine/{name}/{figure}_ratio_at_{count}": ratio for count, ratio in ratios.items()}
-    metrics["layer_ratio"] = found["plan"].facts["layer_ratio"]
-    metrics["size_ratio"] = 1.0 - metrics["candidate/bytes"] / metrics["base/bytes"]
-    for finite in _cut({name: float(value) for name, value in metrics.items() if value == value}, 1000):
-        mlflow.log_metrics(finite)
-    for point in (find_healing(found) or {}).get("curve", ()):
-        noted = {f"heal/{name}": point[name] for name in ("loss", "rate", "heldout") if name in point}
-        mlflow.log_metrics(noted, step=point["step"])
-    _log_tables(run)
+    mlflow.set_tag("against_control", tell_against_control(*open_reports(job, found)))
+    mlflow.set_tag(NOTE, describe_result(run, found))
+    heldout = _log_tables(run)
     mlflow.log_dict(job.recipe.model_dump(mode="json"), "recipe.yaml")
     mlflow.log_artifacts(str(found["report"].open()), "report")
     mlflow.log_artifacts(str(found["plan"].open()), "plan")
@@ -97,6 +105,66 @@ def log_evidence(run: Run, found: Found) -> None:
     checks = run.place.checks / guard.PAGE
     if checks.exists():
         mlflow.log_artifact(str(checks), "checks")
+    return heldout
+
+
+def log_figures(run: Run, found: Found, heldout: Any, model_id: str | None) -> None:
+    """Write what was measured into the MLflow run that is active.
+
+    Args:
+        run: the flow run.
+        found: every product.
+        heldout: the table that texts were read from, which their figures name.
+        model_id: the logged model, which the candidate's figures and the gate's name; None if there is none.
+    """
+    import mlflow
+
+    base, candidate, control = open_reports(run.job, found)
+    for role, measured in zip(ROLES, (base, candidate, control)):
+        if measured is None:
+            continue
+        owner = model_id if role == "candidate" else None
+        on_texts: dict[str, float] = {}
+        others: dict[str, float] = {f"{role}/{name}": value for name, value in measured.speed.items()}
+        others |= {f"{role}/{name}": float(measured.checkpoint[name]) for name in FILE_FACTS}
+        for score in measured.scores:
+            metrics = on_texts if find_metric(score.metric).on == "texts" else others
+            metrics[f"{role}/{score.name}/{score.metric}"] = score.value
+            metrics[f"{role}/{score.name}/{score.metric}_stderr"] = score.stderr
+        _send(on_texts, owner, heldout)
+        _send(others, owner)
+    judged: dict[str, float] = {}
+    for check in found["gate"].facts["checks"]:
+        bounds = {part: check[part] for part in CHECK_PARTS if check[part] is not None}
+        if check["bound"] == "better_than":
+            bounds["control"] = check["threshold"]
+        judged |= {f"gate/{check['name']}/{part}": value for part, value in bounds.items()}
+    for name, told in list_served(found).items():
+        for figure, ratios in told["ratios"].items():
+            judged |= {f"engine/{name}/{figure}_ratio_at_{count}": ratio for count, ratio in ratios.items()}
+    judged["layer_ratio"] = found["plan"].facts["layer_ratio"]
+    judged["size_ratio"] = 1.0 - candidate.checkpoint["bytes"] / base.checkpoint["bytes"]
+    _send(judged, model_id)
+    for point in (find_healing(found) or {}).get("curve", ()):
+        noted = {f"heal/{name}": point[name] for name in ("loss", "rate", "heldout") if name in point}
+        mlflow.log_metrics(noted, step=point["step"])
+
+
+def _send(metrics: Mapping[str, float], model_id: str | None, dataset: Any = None) -> None:
+    """Log figures that are finite, with whose they are and what they were measured on."""
+    import mlflow
+    from mlflow.entities import Metric
+
+    active = mlflow.active_run()
+    assert active is not None
+    named = {"model_id": model_id, "run_id": active.info.run_id}
+    if dataset is not None:
+        named |= {"dataset_name": dataset.name, "dataset_digest": dataset.digest}
+    now = time.time_ns() // 1_000_000
+    # MLflow's own function would put down what is nobody's to the model that was logged last.
+    for part in _cut({name: float(value) for name, value in metrics.items() if value == value}, 1000):
+        rows = [Metric(name, value, now, 0, **named) for name, value in part.items()]
+        mlflow.MlflowClient().log_batch(active.info.run_id, metrics=rows)
 
 
 def _cut(values: Mapping[str, Any], most: int) -> Iterator[dict[str, Any]]:
@@ -106,8 +174,8 @@ def _cut(values: Mapping[str, Any], most: int) -> Iterator[dict[str, Any]]:
         yield {name: values[name] for name in names[start : start + most]}
 
 
-def _log_tables(run: Run) -> None:
-    """Name every table of texts with its revision and digest; it is read as the run read it."""
+def _log_tables(run: Run) -> Any:
+    """Name every table of texts with its revision and digest, as the run read it; returns the held-out one."""
     import mlflow
     import pandas as pd
 
@@ -119,6 +187,7 @@ def _log_tables(run: Run) -> None:
         contexts.setdefault(job.recipe.heal.path, "healing")
     if job.recipe.evaluation.text is not None:
         contexts[job.recipe.evaluation.text] = "evaluation"
+    heldout = None
     for path, context in contexts.items():
         version = run.versions.get(str(path))
         if version is None:
@@ -132,3 +201,6 @@ def _log_tables(run: Run) -> None:
         tags = {"dvc_rev": version.rev or "working copy", "dvc_path": str(path), "hash": version.digest}
         shown = {name: value[-TAG_CHARACTERS:] for name, value in tags.items()}
         mlflow.log_input(dataset, context=context, tags=shown)
+        if path == job.recipe.evaluation.text:
+            heldout = dataset
+    return heldout

@@ -15,7 +15,7 @@ from mka.evaluation.speed import LEAST, MOST
 from mka.report.index import AliasMove, Recompression, Recovery, order_recoveries, write_index
 from tasks.machine.workplace import Workplace
 from tasks.registry.promotion import MOVE
-from tasks.registry.tracking import COMPLETE, EXPERIMENT, connect_registry, find_database, registry_address
+from tasks.registry.tracking import COMPLETE, EXPERIMENT, connect_registry, find_database, find_page, registry_address
 
 PAGE = "index.html"
 # Rows asked for at a time; every search of MLflow's stores allows it.
@@ -223,10 +223,4 @@ def _find_report(run: Any) -> Path | None:
 
 def _find_page(tracking_uri: str, run: Any) -> str | None:
     """Address of the run's page, if the registry is a server."""
-    parts = urlsplit(tracking_uri)
-    if parts.scheme not in ("http", "https"):
-        return None
-    # A page is passed on: whatever stands before the host's @ stays here.
-    host = parts.netloc.rpartition("@")[2]
-    root = f"{parts.scheme}://{host}{parts.path.rstrip('/')}"
-    return f"{root}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    return find_page(tracking_uri, f"experiments/{run.info.experiment_id}/runs/{run.info.run_id}")

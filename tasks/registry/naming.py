@@ -1,11 +1,14 @@
 """What MLflow will refuse to write down, asked before anything is computed: names and lengths, by its own rules."""
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from mka.errors import RecipeError, RegistryError
 from mka.evaluation.metrics import METRICS
 from mka.outside.printable import escape_controls
+from mka.pipeline.job import Job
+from mka.pipeline.stage import Found
 from mka.recipe import Recipe
 
 ALLOWED = "letters, digits, spaces and . _ - / :, of which / stands between names"
@@ -60,6 +63,14 @@ def refuse_source_names(sources: Iterable[str], table: str) -> None:
                     f"evaluation.text {table}: source {source!r} cannot be part of a metric's name in MLflow: "
                     f"{reason}; rename it, allowed: {ALLOWED}"
                 )
+
+
+def name_candidate(job: Job, found: Found) -> str:
+    """Return what MLflow's lists call the logged model, e.g. ``smollm2-135m-mka-23-of-30-layers-int8``."""
+    recipe, plan = job.recipe, found["plan"].facts
+    scheme = "" if recipe.quantize.scheme == "off" else f"-{recipe.quantize.scheme}"
+    name = f"{recipe.registered_name[:150]}-{plan['layers_out']}-of-{plan['layers_in']}-layers{scheme}"
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name)
 
 
 def _ask(validate: Callable[[str], object], name: str) -> str:

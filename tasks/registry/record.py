@@ -5,8 +5,7 @@ store: a version with the same key is found there and never made twice.
 """
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ from mka.recipe import Recipe
 from mka.store.products import Product, stage_key
 from tasks.base_model import is_worth_retrying
 from tasks.machine.workplace import Workplace
-from tasks.registry.evidence import describe_origin, log_evidence
+from tasks.registry.evidence import describe_origin, describe_result, log_evidence, log_figures
 from tasks.registry.held import CARD, fetch_back, lay_out
-from tasks.registry.naming import refuse_recipe_names
+from tasks.registry.naming import name_candidate, refuse_recipe_names
+from tasks.registry.opened import KEY, NOTE, describe_source, drop_run, fill_run
 from tasks.registry.tracking import (
     CANDIDATE,
     COMPLETE,
@@ -37,8 +37,11 @@ from tasks.registry.tracking import (
 from tasks.stages import Run
 
 VERSION = 1
-# Tag of a run: the registered model it makes a version of.
-REGISTERS = "mka.registers"
+ABOUT = (
+    "Made smaller by recompression. `champion` is in use, `candidate` was registered last, `previous` was champion "
+    "before. A version's description says what it keeps of its base, its tags where it came from; its run holds "
+    "report, plan, recipe and data checks."
+)
 # Same environment for serving; named here so that MLflow does not import the model to guess them.
 REQUIREMENTS = ("torch", "transformers", "compressed-tensors", "accelerate", "safetensors")
 
@@ -84,13 +87,19 @@ def reach_registry(place: Workplace, recipe: Recipe) -> str:
     retry_delay_seconds=5,
     retry_condition_fn=is_worth_retrying,
 )
-def register(run: Run, found: Found) -> Registration:
-    """Record the run with its evidence; register the candidate unless the gate refused it.
+def register(run: Run, found: Found, opened: str) -> Registration:
+    """Fill the MLflow run with the evidence; register the candidate unless the gate refused it.
+
+    Where the registry holds the same already, its run is the one that counts, and the open one is dropped.
 
     The alias "candidate" moves to the new version; "champion" is moved by promotion only.
 
-    One process at a time registers a name, and looks there first: what others register meanwhile is found, and a run
-    that says it is running was killed.
+    One process at a time registers a name, and looks there first: what others register meanwhile is found.
+
+    Args:
+        run: the flow run.
+        found: every product.
+        opened: the MLflow run that `tasks.registry.opened` has opened for it.
 
     Raises:
         RegistryError: if the registry cannot be reached, or does not hold what was measured afterwards.
@@ -103,9 +112,9 @@ def register(run: Run, found: Found) -> Registration:
     key = stage_key("register", VERSION, {"name": name}, inputs)
     uri = registry_address(run.place, run.job.recipe)
     with hold_registered(uri, name, "registration"), connect_registry(uri) as client:
-        _end_killed(client, name)
         if verdict == "fail":
             if (refused := _find_refused(client, key)) is not None:
+                drop_run(client, opened, refused)
                 return Registration(uri, refused, None, None, (), True)
         elif (registered := _find_version(client, name, key)) is not None:
             whole = registered.tags.get(COMPLETE) == "true"
@@ -114,19 +123,41 @@ def register(run: Run, found: Found) -> Registration:
             else:
                 # An earlier run was killed between registering this version and naming it.
                 aliases = _complete(client, run.place, name, registered.version, find_model(found))
+                client.set_tag(registered.run_id, NOTE, _describe_version(client, run, found, registered.version))
+                client.set_terminated(registered.run_id, "FINISHED")
+            drop_run(client, opened, registered.run_id)
             return Registration(uri, registered.run_id, name, str(registered.version), aliases, whole)
-        import mlflow
+        with fill_run(opened, key):
+            heldout = log_evidence(run, found)
+            logged = None if verdict == "fail" else _log_model(run, found)
+            log_figures(run, found, heldout, logged and logged.model_id)
+            if logged is None:
+                return Registration(uri, opened, None, None, (), False)
+            version = _make_version(run, found, logged.model_uri, key)
+            _describe_version(client, run, found, version)
+            aliases = _complete(client, run.place, name, version, find_model(found))
+        return Registration(uri, opened, name, version, aliases, False)
 
-        with _experiment_run(run, key, name) as record:
-            log_evidence(run, found)
-            if verdict == "fail":
-                return Registration(uri, record.info.run_id, None, None, (), False)
-            address = _log_model(run, found)
-        # It prints to the terminal what the summary says at the end.
-        with redirect_stderr(io.StringIO()):
-            version = mlflow.register_model(address, name, tags=describe_origin(run, found) | {"mka.key": key}).version
-        aliases = _complete(client, run.place, name, version, find_model(found))
-        return Registration(uri, record.info.run_id, name, str(version), aliases, False)
+
+def _make_version(run: Run, found: Found, address: str, key: str) -> str:
+    """Register what was logged; returns the version."""
+    import mlflow
+
+    name = run.job.recipe.registered_name
+    # It prints to the terminal what the summary says at the end.
+    with redirect_stderr(io.StringIO()):
+        made = mlflow.register_model(address, name, tags=describe_origin(run, found) | {KEY: key})
+    return str(made.version)
+
+
+def _describe_version(client: Any, run: Run, found: Found, version: str) -> str:
+    """Say on the pages of model and version what came out; returns it."""
+    name, told = run.job.recipe.registered_name, describe_result(run, found)
+    client.update_model_version(name, version, told)
+    written = client.get_registered_model(name).description
+    if not written or written.startswith(ABOUT):  # what a person wrote there stays
+        client.update_registered_model(name, f"{ABOUT}\n\nVersion {version}, the newest:\n\n{told}")
+    return told
 
 
 def _find_version(client: Any, name: str, key: str) -> Any:
@@ -144,16 +175,6 @@ def _find_refused(client: Any, key: str) -> str | None:
         [experiment.experiment_id], f"tags.`mka.key` = '{key}' and attributes.status = 'FINISHED'"
     )
     return str(runs[0].info.run_id) if runs else None
-
-
-def _end_killed(client: Any, name: str) -> None:
-    """End the records of registrations of a name that were killed: whoever holds its lock is the only one alive."""
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    if experiment is None:
-        return
-    running = f"tags.`{REGISTERS}` = '{name}' and attributes.status = 'RUNNING'"
-    for left in client.search_runs([experiment.experiment_id], running):
-        client.set_terminated(left.info.run_id, "KILLED")
 
 
 def _complete(client: Any, place: Workplace, name: str, version: str, candidate: Product) -> tuple[str, ...]:
@@ -174,23 +195,7 @@ def _complete(client: Any, place: Workplace, name: str, version: str, candidate:
     return (CANDIDATE,)
 
 
-@contextmanager
-def _experiment_run(run: Run, key: str, name: str) -> Iterator[Any]:
-    import mlflow
-
-    if mlflow.get_experiment_by_name(EXPERIMENT) is None:
-        uses_default = registry_address(run.place, run.job.recipe) == run.place.tracking_uri
-        try:
-            mlflow.create_experiment(EXPERIMENT, artifact_location=run.place.model_artifacts if uses_default else None)
-        except mlflow.exceptions.MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another model's first run was faster
-                raise
-    mlflow.set_experiment(EXPERIMENT)
-    with mlflow.start_run(run_name=run.name, tags={"mka.key": key, REGISTERS: name}) as record:
-        yield record
-
-
-def _log_model(run: Run, found: Found) -> str:
+def _log_model(run: Run, found: Found) -> Any:
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
@@ -199,16 +204,17 @@ def _log_model(run: Run, found: Found) -> str:
     signature = ModelSignature(text, text, ParamSchema([ParamSpec("max_new_tokens", "long", 32)]))
     candidate, card = find_model(found), found["report"].open() / CARD
     with lay_out(run.place, candidate.open() / MODEL_FOLDER, card, candidate.facts["digest"]) as folder:
-        info = mlflow.pyfunc.log_model(
-            name="model",
+        return mlflow.pyfunc.log_model(
+            name=name_candidate(run.job, found),
             python_model=str(Path(__file__).with_name("served_model.py")),
             artifacts={"model": str(folder)},
             pip_requirements=pinned_requirements(),
             signature=signature,
-            tags=describe_origin(run, found),
+            tags=describe_origin(run, found)
+            | describe_source(run.place, run.job.command)
+            | {NOTE: describe_result(run, found)},
             model_type="hf-causal-lm",
         )
-    return str(info.model_uri)
 
 
 def pinned_requirements() -> list[str]:

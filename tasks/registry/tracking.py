@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlsplit
 
 from filelock import FileLock
 
@@ -207,6 +208,21 @@ def _restore_environment(*names: str) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+def find_page(uri: str, route: str) -> str | None:
+    """Return the address of a page of the registry, if that is a server; MLflow's default view is one of agents."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https"):
+        return None
+    # A page is passed on: whatever stands before the host's @ stays here.
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}{parts.path.rstrip('/')}/#/{route}?workflowType=machine_learning"
+
+
+def find_version_page(uri: str, model: str, version: str) -> str | None:
+    """Return the address of a version's page, if the registry is a server."""
+    return find_page(uri, f"models/{quote(model, safe='')}/versions/{version}")
 
 
 def registered_address(name: str, version: str) -> str:

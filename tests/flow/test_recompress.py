@@ -141,12 +141,42 @@ def test_what_a_method_fits_is_stored_with_its_plan_and_folded_in(project):
     assert not torch.equal(load_file(merged)[name], before[source])
 
 
+def read_end(name):
+    """The last state of a flow run, and what Prefect's server keeps of its log."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, LogFilter
+    from prefect.logging.handlers import APILogHandler
+
+    APILogHandler().flush()
+    with get_client(sync_client=True) as client:
+        (run,) = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate({"name": {"any_": [name]}}))
+        chosen = LogFilter.model_validate({"flow_run_id": {"any_": [str(run.id)]}})
+        return run.state, [log.message for log in client.read_logs(chosen, limit=200)]
+
+
+def test_a_refusal_is_one_line_of_the_log_and_an_undecided_gate_says_so_in_its_state(project, capsys):
+    assert run(project, target__layers=99) == 2
+    state, logged = read_end(project.last_run["run"])
+    assert state.name == "Failed" and not any("Traceback" in message for message in logged)
+    assert sum("allowed: 1 to 6" in message for message in logged if not message.startswith("Finished")) == 1
+    run(project, gate__perplexity_recovery=0.999, target__layers=4)
+    assert project.last_run["verdict"] == "undecided"
+    state, _ = read_end(project.last_run["run"])
+    assert state.name == "Completed" and state.message == f"undecided: {project.last_run['decision']}"
+    assert state.message.startswith("undecided: perplexity words ")
+
+
 def test_a_refusing_gate_registers_nothing_and_keeps_the_evidence(project, capsys):
     project.teach_base_its_own_text()
     changes = {"gate__perplexity_recovery": 0.9, "target__layers": 3, "method__name": "reference_code"}
     assert run(project, **changes) == 1
-    assert "gate refused tiny" in one_line(capsys)
+    line = one_line(capsys)
+    assert "gate refused tiny" in line and "perplexity words" in line and "needed ≥ 0.9" in line
     facts = project.last_run
+    state, logged = read_end(facts["run"])
+    assert (state.type.value, state.name) == ("FAILED", "Refused")
+    assert line.endswith(state.message)
+    assert not any("Traceback" in message for message in logged)
     assert facts["status"] == "refused" and facts["verdict"] == "fail"
     assert facts["registered_version"] is None and versions(project) == []
     assert (facts["registry"]["state"], facts["registry"]["address"]) == ("none", None)

@@ -14,6 +14,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 from support.models import make_texts
 
@@ -78,9 +79,9 @@ def leave_aside(project):
     return lives
 
 
-def begin_run(project, name):
-    """Leave what a killed registration leaves: a run that nobody ends."""
-    from tasks.registry.record import REGISTERS
+def begin_run(project, name, **tags):
+    """Leave what a killed recompression leaves: a run that nobody ends."""
+    from tasks.registry.opened import REGISTERS
     from tasks.registry.tracking import EXPERIMENT, connect_registry
 
     project.work.mkdir(exist_ok=True)
@@ -88,7 +89,7 @@ def begin_run(project, name):
         found = client.get_experiment_by_name(EXPERIMENT)
         kept = (project.work / "mlartifacts").as_uri()
         experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT, kept)
-        return client.create_run(experiment, tags={REGISTERS: name}).info.run_id
+        return client.create_run(experiment, tags={REGISTERS: name, **tags}).info.run_id
 
 
 def test_a_run_that_was_killed_while_it_registered_is_ended_and_the_store_stays_as_it_was(project):
@@ -105,6 +106,139 @@ def test_a_run_that_was_killed_while_it_registered_is_ended_and_the_store_stays_
     (held,) = project.work.rglob(f"{model_id}/artifacts/artifacts/model")
     assert {file.name for file in held.iterdir()} == {file.name for file in candidate.iterdir()} | {"README.md"}
     assert list((project.work / "registry").iterdir()) == [sent]
+
+
+def own_process(**changes):
+    """The tags of a run that a living process on this machine fills, which is not this one's."""
+    from tasks.registry.opened import PROCESS
+
+    mine = psutil.Process(os.getppid())
+    told = {"pid": mine.pid, "created": mine.create_time(), "host": socket.gethostname()} | changes
+    return {PROCESS: f"{told['pid']} {told['created']} {told['host']}"}
+
+
+def test_a_run_that_somebody_still_fills_is_left_alone_and_one_of_another_machine_until_its_flow_run_ended(project):
+    from prefect import flow
+    from prefect.client.orchestration import get_client
+    from prefect.states import Crashed, Running
+
+    from tasks.registry.opened import FLOW_RUN
+
+    @flow
+    def elsewhere():
+        pass
+
+    with get_client(sync_client=True) as client:
+        ended, going = (client.create_flow_run(elsewhere, state=state) for state in (Crashed(), Running()))
+    living = begin_run(project, "tiny", **own_process())
+    reused = begin_run(project, "tiny", **own_process(created=1.0))
+    left, others = (
+        begin_run(project, "tiny", **own_process(host="elsewhere"), **{FLOW_RUN: str(run.id)}) for run in (ended, going)
+    )
+    assert project.run() == 0
+    states = {run: project.client.get_run(run).info.status for run in (living, reused, left, others)}
+    assert states == {living: "RUNNING", reused: "KILLED", left: "KILLED", others: "RUNNING"}
+
+
+def runs(project):
+    """Every run of the store that nobody removed, oldest first."""
+    experiment = project.client.get_experiment_by_name("mka")
+    return project.client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+
+
+def test_a_run_is_there_before_anything_is_computed_and_says_how_it_ended(project, capsys, monkeypatch):
+    import flows.recompress
+
+    assert project.run(target__layers=99) == 2
+    (refused,) = runs(project)
+    assert refused.info.status == "FAILED" and "allowed: 1 to 6" in refused.data.tags["mlflow.note.content"]
+    assert refused.info.run_name == project.last_run["run"]
+    assert refused.data.tags["mlflow.source.name"] == project.last_run["command"]
+
+    seen = []
+
+    def interrupt(*arguments):
+        seen.extend(run.info.status for run in runs(project))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(flows.recompress, "fetch_base_model", interrupt)
+        assert project.run() == 130
+    assert seen == ["FAILED", "RUNNING"]
+    assert [run.info.status for run in runs(project)] == ["FAILED", "KILLED"]
+
+    # What is found in the registry has a run already.
+    for _ in range(2):
+        assert project.run() == 0
+        assert [run.info.status for run in runs(project)] == ["FAILED", "KILLED", "FINISHED"]
+    assert runs(project)[-1].info.run_id == project.last_run["mlflow_run_id"]
+
+
+def test_pages_of_the_registry_say_what_came_out_and_whose_figures_are_whose(project):
+    assert project.run(name="ti.ny", registry__name="ti ny") == 0
+    (version,) = project.client.search_model_versions("name = 'ti ny'")
+    recorded = project.client.get_run(version.run_id)
+    notes = (
+        version.description,
+        project.client.get_registered_model("ti ny").description,
+        recorded.data.tags["mlflow.note.content"],
+    )
+    for note in notes:
+        (row,) = [line for line in note.splitlines() if line.startswith("| layers ")]
+        assert [cell.strip() for cell in row.strip("|").split("|")] == ["layers", "6", "6", "5", f"{5 / 6:.3f}"]
+        assert f"`{project.last_run['command']}`" in note
+    logged = project.client.get_logged_model(version.source.rpartition("/")[2])
+    assert logged.name == "ti-ny-5-of-6-layers-int8" and logged.tags["mlflow.note.content"] == version.description
+    for tags in (recorded.data.tags, logged.tags):
+        assert tags["mlflow.source.name"] == project.last_run["command"]
+        assert version.tags["code_commit"].startswith(tags["mlflow.source.git.commit"])
+    (table,) = [
+        item.dataset
+        for item in recorded.inputs.dataset_inputs
+        if any(tag.value == "evaluation" for tag in item.tags if "context" in tag.key)
+    ]
+    owned = {metric.key: metric.dataset_digest for metric in logged.metrics}
+    assert owned["candidate/words/perplexity"] == table.digest and owned["layer_ratio"] is None
+    assert {name.split("/")[0] for name in owned} == {"candidate", "gate", "layer_ratio", "size_ratio"}
+    assert {"base/words/perplexity", "control/words/perplexity"} <= set(recorded.data.metrics)
+    experiment = project.client.get_experiment_by_name("mka")
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def test_a_run_tells_what_the_machine_did_meanwhile(project, monkeypatch):
+    from tasks.registry import opened
+
+    monkeypatch.setattr(opened, "SAMPLE_SECONDS", 0.2)
+    assert project.run() == 0
+    metrics = project.client.get_run(project.last_run["mlflow_run_id"]).data.metrics
+    assert 0 < metrics["system/system_memory_usage_percentage"] <= 100
+    assert metrics["system/cpu_utilization_percentage"] >= 0
+
+
+def test_a_registration_that_is_tried_again_goes_on_with_its_own_run_and_version(project, monkeypatch):
+    from tasks.registry import record
+
+    complete, failures = record._complete, iter([RegistryError("gone for a moment")])
+
+    def fail_once(*arguments):
+        for failure in failures:
+            raise failure
+        return complete(*arguments)
+
+    monkeypatch.setattr(record, "_complete", fail_once)
+    monkeypatch.setattr(record.register, "retry_delay_seconds", 0)
+    assert project.run() == 0
+    (version,), (recorded,) = versions(project), runs(project)
+    assert version.run_id == recorded.info.run_id == project.last_run["mlflow_run_id"]
+    assert recorded.info.status == "FINISHED" and version.tags["mka.complete"] == "true"
+
+
+def test_a_registry_on_a_server_is_shown_by_pages_of_models_not_of_agents():
+    from tasks.registry.tracking import find_page, find_version_page
+
+    assert find_page("sqlite:////x/mlflow.db", "experiments") is None
+    page = "https://host:1/mlflow/#/models/a%20b/versions/3?workflowType=machine_learning"
+    assert find_version_page("https://me:hunter2@host:1/mlflow/", "a b", "3") == page
 
 
 @pytest.mark.parametrize("alter", ["flip", "lose"])

@@ -109,6 +109,57 @@ def test_a_base_that_a_newer_version_was_made_from_is_not_due(project, deploymen
     assert runs_of(recipe) == []
 
 
+def test_a_model_of_which_nothing_is_registered_is_started_only_if_somebody_asks(project, deployment, capsys):
+    recipe = write_recipe(project, "new")
+    assert watch(recipe, deployment=deployment) == 0
+    assert "new knows nothing registered; --initial (deployment: initial=true) starts the first" in (
+        capsys.readouterr().out
+    )
+    assert runs_of(recipe) == []
+    assert watch(recipe, deployment=deployment, options=["--initial"]) == 0
+    assert len(runs_of(recipe)) == 1
+
+
+def end_last(recipe, state):
+    """Let the newest run of a recipe end."""
+    from prefect.client.orchestration import get_client
+
+    newest = max(runs_of(recipe), key=lambda run: run.created)
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(newest.id, state, force=True)
+
+
+def test_what_failed_or_crashed_is_started_again_so_often_and_no_oftener(project, deployment, capsys):
+    from prefect.states import Crashed, Failed
+
+    recipe = write_recipe(project, "broken-down", registry__name="failing")
+    register(project, "failing", alias="champion", base_digest="0" * 64)
+    for count, state in ((1, Failed()), (2, Crashed()), (3, Failed())):
+        assert watch(recipe, deployment=deployment) == watch(recipe, deployment=deployment) == 0
+        assert len(runs_of(recipe)) == count
+        end_last(recipe, state)
+    said = capsys.readouterr().out
+    assert ", retry 1 of 2" in said and ", retry 2 of 2" in said
+    assert watch(recipe, deployment=deployment) == 0
+    assert "(Failed, retry 2 of 2); again by hand: prefect deployment run" in capsys.readouterr().out
+    assert len(runs_of(recipe)) == 3 and len({run.idempotency_key for run in runs_of(recipe)}) == 3
+
+
+@pytest.mark.parametrize("name", ["Refused", "Cancelled"])
+def test_what_was_refused_or_cancelled_is_not_started_again(project, deployment, capsys, name):
+    from prefect.states import Cancelled, Failed
+
+    from tasks.refusing import REFUSED
+
+    recipe = write_recipe(project, name.lower())
+    register(project, name.lower(), alias="champion", base_digest="0" * 64)
+    assert watch(recipe, deployment=deployment) == 0
+    end_last(recipe, Failed(name=REFUSED) if name == "Refused" else Cancelled())
+    assert watch(recipe, deployment=deployment) == 0
+    assert f"was started for it before ({name}); again by hand" in capsys.readouterr().out
+    assert len(runs_of(recipe)) == 1
+
+
 def test_commits_are_shortened_and_versions_are_not():
     from tasks.watching import shorten
 
@@ -118,11 +169,11 @@ def test_commits_are_shortened_and_versions_are_not():
 
 def test_a_recipe_that_fails_does_not_keep_the_others_from_being_watched(project, deployment, capsys):
     broken, fine = write_recipe(project, "broken", model__folder="/nowhere"), write_recipe(project, "fine")
-    assert watch(broken, fine, deployment=deployment) == 2
+    assert watch(broken, fine, deployment=deployment, options=["--initial"]) == 2
     assert len(runs_of(fine)) == 1
     said = capsys.readouterr()
     assert said.err.strip().startswith(f"watch: 1 of 2 recipes could not be looked at: {broken}: ")
-    assert "nothing registered: changed" in said.out
+    assert "fine knows nothing registered; started" in said.out
 
 
 def test_a_hub_that_does_not_answer_does_not_stop_the_watch(project, deployment, capsys, monkeypatch):
@@ -140,16 +191,16 @@ def test_a_hub_that_does_not_answer_does_not_stop_the_watch(project, deployment,
     monkeypatch.setattr(watching, "compare_base_model", watching.compare_base_model.with_options(retries=0))
     monkeypatch.setattr("flows.watch.compare_base_model", watching.compare_base_model)
     away, here = write_recipe(project, "away", model={"hub": "org/name"}), write_recipe(project, "here")
-    assert watch(away, here, deployment=deployment) == 2
+    assert watch(away, here, deployment=deployment, options=["--initial"]) == 2
     assert "1 of 2 recipes could not be looked at" in capsys.readouterr().err
     assert len(runs_of(here)) == 1
 
 
 def test_without_the_deployment_or_a_server_the_refusal_says_what_to_do(project, capsys, monkeypatch):
     recipe = write_recipe(project, "alone")
-    assert watch(recipe, deployment="recompress/nosuch") == 2
+    assert watch(recipe, deployment="recompress/nosuch", options=["--initial"]) == 2
     assert "no deployment 'recompress/nosuch'; `prefect deploy --all` makes it" in capsys.readouterr().err
     monkeypatch.setattr("flows.watch.is_on_server", lambda: False)
-    assert watch(recipe, deployment="recompress/watched") == 2
+    assert watch(recipe, deployment="recompress/watched", options=["--initial"]) == 2
     assert f"or `mka run {recipe}`" in capsys.readouterr().err
     assert watch(recipe, deployment="recompress/watched", options=["--dry-run"]) == 0

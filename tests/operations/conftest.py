@@ -1,11 +1,9 @@
 """The servers of `make up`, a tiny model recompressed on them, and a browser that talks to this machine only."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
-import urllib.request
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +15,7 @@ os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 
 import pytest
 from support.project import Project
-from support.servers import LOCAL, ROOT, SECONDS, free_port, run_module
+from support.servers import LOCAL, ROOT, SECONDS, ask, free_port, run_module
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
@@ -93,14 +91,6 @@ def executable() -> str:
     if found is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on PATH")
     return found
-
-
-def ask(address: str, body: dict[str, Any]) -> Any:
-    request = urllib.request.Request(
-        address, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
-    )
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)
 
 
 @pytest.fixture(scope="session")

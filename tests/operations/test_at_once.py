@@ -133,7 +133,9 @@ def test_of_watchers_at_once_one_starts_the_recompression(stack, tmp_path, numbe
     from prefect.client.orchestration import SyncPrefectClient
 
     recipe = write_recipe(Project(tmp_path), "watched", name=f"watched-{number}")
-    done = run_together(stack.environment | {"PYTHONPATH": str(ROOT)}, [["flows.watch", recipe]] * WATCHERS)
+    done = run_together(
+        stack.environment | {"PYTHONPATH": str(ROOT)}, [["flows.watch", recipe, "--initial"]] * WATCHERS
+    )
     refuse_tracebacks(done)
     assert [one.returncode for one in done] == [0] * WATCHERS, "\n".join(one.stderr[-500:] for one in done)
     with SyncPrefectClient(f"{stack.prefect}/api") as client:

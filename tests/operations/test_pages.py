@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from support.servers import ask
 
 from mka.errors import GuardError
 from mka.evaluation.scores import EvalReport, Score
@@ -17,6 +18,7 @@ from mka.report.index import AliasMove, Recompression, Recovery, write_index
 from mka.report.page import write_report
 from tasks.guards import guard
 from tasks.guards.columns import expect_complete, expect_finite
+from tasks.registry.tracking import find_version_page
 
 pytestmark = [pytest.mark.browser, pytest.mark.operations]
 
@@ -347,6 +349,32 @@ def test_the_prefect_page_of_the_run_shows_state_log_and_artifacts(stack, open_p
             assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 500
         page.screenshot(path=shots / f"prefect-{name}.png")
         page.go_back()
+
+
+def test_mlflow_opens_what_we_print_in_its_view_of_models_with_results_in_words(stack, open_page, shots):
+    version = find_version_page(stack.mlflow, stack.facts["registered_name"], stack.facts["registered_version"])
+    page, _ = open_page(version, width=1600)
+    page.get_by_role("link", name="tiny-5-of-6-layers-int8").wait_for()
+    # The description's table: base, control, candidate and their ratio.
+    row = page.locator("tbody tr", has=page.get_by_text("layers", exact=True)).first
+    cells = [text.strip() for text in row.locator("td").all_inner_texts()]
+    assert cells == ["layers", "6", "6", "5", f"{5 / 6:.3f}"]
+    assert page.get_by_text("Agent versions").count() == 0 and page.get_by_text("Model training").is_visible()
+    page.screenshot(path=shots / "mlflow-version.png")
+    page.get_by_role("link", name="tiny-5-of-6-layers-int8").click()
+    page.get_by_text("candidate/words/perplexity", exact=True).wait_for()
+    page.get_by_text(re.compile(r"^heldout \(#")).first.wait_for()
+    page.screenshot(path=shots / "mlflow-logged-model.png")
+
+
+def test_prefect_has_the_automations_and_the_one_that_sends_is_off(stack, open_page, shots):
+    page, _ = open_page(f"{stack.prefect}/automations")
+    page.get_by_text("mka-runs-without-heartbeat", exact=True).wait_for()
+    page.get_by_text("mka-tell", exact=True).wait_for()
+    page.screenshot(path=shots / "prefect-automations.png")
+    found = ask(f"{stack.prefect}/api/automations/filter", {})
+    enabled = {automation["name"]: automation["enabled"] for automation in found}
+    assert (enabled["mka-runs-without-heartbeat"], enabled["mka-tell"]) == (True, False)
 
 
 def test_the_mlflow_page_of_the_run_shows_figures_and_settings(stack, open_page, shots):

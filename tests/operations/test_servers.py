@@ -88,6 +88,46 @@ def test_the_pull_step_enters_the_checkout_of_whoever_runs_it(stack, client, tmp
     assert done.stdout.splitlines()[-1].split() == ["True", str(clone)]
 
 
+def test_wrong_parameters_are_refused_before_a_run_and_a_wrong_recipe_in_one_line_of_its_log(stack, client):
+    def start(*parameters):
+        command = [Path(sys.executable).with_name("prefect"), "deployment", "run", "recompress/default", "--watch"]
+        options = [word for parameter in parameters for word in ("--param", parameter)]
+        done = subprocess.run(
+            [*command, *options], cwd=ROOT, env=stack.environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    before = len(client.read_flow_runs())
+    assert "'recip'" in start("recip=x.yaml")
+    assert "Validation failed for field 'overrides'" in start("overrides=3")
+    assert len(client.read_flow_runs()) == before
+    said = start('overrides={"targett.layers": 3}', f"recipe={stack.project.write_recipe()}")
+    assert "targett" in said and "did you mean 'target'" in said
+
+
+def test_the_worker_records_on_the_server_beside_it_and_the_same_from_a_terminal(stack):
+    assert stack.facts["registry"]["tracking_uri"] == stack.mlflow
+    # What was begun on the server is gone on with without it.
+    assert stack.project.client.get_run(stack.facts["mlflow_run_id"]).info.artifact_uri.startswith("file://")
+    again = subprocess.run(
+        [sys.executable, "-m", "flows.recompress", str(stack.project.write_recipe())],
+        cwd=ROOT,
+        env=stack.environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert again.returncode == 0 and "(already there)" in again.stdout
+
+
+def test_base_candidate_and_champion_are_assets(stack):
+    said = "".join(stack.watched.split())
+    assert "prefect.asset.materialization.succeeded*tiny,candidate" in said
+    assert "prefect.asset.materialization.succeeded*tiny,champion" in said
+    assert f"prefect.asset.referenced*{stack.project.base}" in said
+
+
 def test_a_completed_recompression_names_its_evidence(stack):
     said = "".join(stack.watched.split())
     assert "gate.pass" in said and "model.promoted" in said
@@ -107,8 +147,10 @@ def test_two_models_at_once_do_not_disturb_each_other_and_a_refusal_fails_whoeve
 
     assert beside.returncode == 0, beside.stdout + beside.stderr
     assert "gate.pass" in beside.stdout and "beside" in stack.read_aliases()
+    assert "Traceback" not in refused.stdout + refused.stderr
     said = "".join((refused.stdout + refused.stderr).split())
     assert refused.returncode == 1, said
+    assert "Flowrunfinishedinstate'Refused'" in said and "perplexitywords0." in said
     assert "gate.fail" in said and "gaterefusedrefused;nothingwasregistered" in said
     assert "refused" not in stack.read_aliases()
     (report,) = {Path(found) for found in re.findall(r"evidencein(\S+?report\.html)andMLflowrun", said)}
