@@ -184,14 +184,14 @@ def compress(run: Run, start: Mapping[str, Product], log: Log) -> dict[str, Prod
     """Walk the pipeline, a task per stage; returns every product."""
 
     def walk_stage(stage: Stage, job: Job, found: Found) -> Product:
-        product = log.product(stage.name, run_stage(run, stage, found))
+        product = run_stage(run, stage, found)
         if stage.name == "plan":
             log.facts["plan"] = str(product.folder / PLAN_FILE)
         if stage.name == "gate":
             log.facts["verdict"] = product.facts["verdict"]
         return product
 
-    found = run_pipeline(run.job, walk_stage, start=start)
+    found = run_pipeline(run.job, walk_stage, start=start, tell=log.product)
     log.facts["candidate"] = str(find_model(found).folder / MODEL_FOLDER)
     return found
 

@@ -1,13 +1,13 @@
 """What a run did: told on the terminal while it runs, kept in last_run.json."""
 
 import json
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 from mka.outside.printable import hide_passwords, make_printable
 from mka.store.products import Product
 from mka.store.publishing import write_text
+from mka.terminal import say_stage
 from tasks.machine.workplace import Workplace
 
 
@@ -20,11 +20,11 @@ class Log:
     def stage(self, name: str, seconds: float, reused: bool, why: str) -> None:
         """Note one stage and say so on the terminal."""
         self.facts.setdefault("stages", {})[name] = {"seconds": seconds, "reused": reused, "why": why}
-        why, took = make_printable(why), "reused" if reused else f"{seconds:6.1f} s"
-        print(f"{name:<20} {took:>9}  {why}", file=sys.stderr, flush=True)
+        say_stage(name, seconds, reused, why)
         from prefect import get_run_logger
 
-        get_run_logger().info("%s: %s, %s", name, took.strip(), why)
+        took = "reused" if reused else f"{seconds:.1f} s"
+        get_run_logger().info("%s: %s, %s", name, took, make_printable(why))
 
     def product(self, name: str, product: Product) -> Product:
         """Note one stage's result."""

@@ -10,7 +10,7 @@ from mka.cli.console import examples, reports, show_results, typed
 from mka.cli.models import find_work, name_source
 from mka.cli.options import FILE, Command, default_of, pick, recipe_option, recipe_options, require_align
 from mka.store.publishing import check_free, make_work
-from mka.terminal import Outcome, quiet_libraries, say
+from mka.terminal import Outcome, quiet_libraries
 
 if TYPE_CHECKING:
     from mka.pipeline.compress import Compression
@@ -59,6 +59,7 @@ def compress(
     from mka.pipeline.compress import compress as run
     from mka.pipeline.job import prepare
     from mka.pipeline.pipeline import foresee
+    from mka.pipeline.stage import tell_product
 
     check_free(output)
     recipe = resolve_recipe(model, output, recipe_file, asked)
@@ -77,7 +78,7 @@ def compress(
         if dry_run:
             facts = foresee(job, output)
             return Outcome(facts, show_foresight(job, facts))
-        return show_compression(run(job, find_work() / "stages", output, say=say))
+        return show_compression(run(job, find_work() / "stages", output, tell=tell_product))
 
 
 def resolve_recipe(model: str | None, output: Path, recipe_file: Path | None, asked: Mapping[str, Any]) -> "Recipe":
