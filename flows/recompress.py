@@ -25,14 +25,17 @@ from prefect.events import emit_event
 from prefect.runtime import flow_run
 
 from mka.engines.loadable import check_engines
-from mka.errors import GateRefused, GuardError, PromotionError
+from mka.errors import GateRefused, GateUndecided, GuardError, PromotionError
 from mka.methods import resolve_method
 from mka.outside.reading import UnreadableError
+from mka.pipeline.evaluate import open_reports
 from mka.pipeline.job import Job, open_job
 from mka.pipeline.pipeline import run as run_pipeline
 from mka.pipeline.recipes import load_recipe
 from mka.pipeline.stage import MODEL_FOLDER, PLAN_FILE, Found, Stage, find_model
 from mka.recipe import Recipe
+from mka.report.figures import collect_figures
+from mka.report.verdict import refuse_verdict
 from mka.sections import parse_yaml
 from mka.store.products import Product
 from mka.terminal import interrupt_on_sigterm
@@ -93,11 +96,8 @@ def recompress(recipe: str, overrides: dict[str, Any] | None = None) -> dict[str
     try:
         walk(place, load_recipe(place.path(Path(recipe)), overrides), log)
         log.facts["status"] = "completed"
-    except GateRefused as error:
-        log.facts |= {"status": "refused", "error": str(error)}
-        raise
     except BaseException as error:
-        log.facts |= {"status": "failed", "error": str(error)}
+        log.end(error)
         raise
     finally:
         log.facts["seconds"] = round(time.perf_counter() - started, 3)
@@ -152,6 +152,7 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
     run = Run(place, job, name, versions, tables)
     with hold_slot(compute_slot()):
         found = compress(run, start, log)
+    log.facts["figures"] = collect_figures(*open_reports(job, found), seed=recipe.seed)
     log.facts["report"] = str(found["report"].folder / "report.html")
     log.facts["checks"] = str(open_checks(place, log))
     verdict = log.facts["verdict"]
@@ -188,7 +189,7 @@ def compress(run: Run, start: Mapping[str, Product], log: Log) -> dict[str, Prod
         if stage.name == "plan":
             log.facts["plan"] = str(product.folder / PLAN_FILE)
         if stage.name == "gate":
-            log.facts["verdict"] = product.facts["verdict"]
+            log.facts |= {"verdict": product.facts["verdict"], "gate": dict(product.facts)}
         return product
 
     found = run_pipeline(run.job, walk_stage, start=start, tell=log.product)
@@ -247,7 +248,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     parser = argparse.ArgumentParser(
         prog="python -m flows.recompress",
         description="Recompress a model: observe, merge, quantize, evaluate, gate, register.",
-        epilog="example: python -m flows.recompress recipes/smollm2_135m.yaml --set target.layers=26",
+        epilog="example: python -m flows.recompress recipes/smollm2_135m.yaml --set target.layers=26\n\n"
+        "exit codes: 0 done, 1 the gate failed the candidate, 2 refused, 3 the gate is undecided, 130 interrupted",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", help="recipe file (YAML)")
     parser.add_argument(
@@ -267,7 +270,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the flow on this machine; refusals are one line on stderr and a non-zero exit."""
+    """Run the flow on this machine; refusals are one line on stderr and a non-zero exit, 3 if the gate is undecided."""
     given, overrides = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     recipe = Path(given).resolve()
     hint = f"finished stages are kept; resume: {describe_command(find_workplace(), str(recipe), overrides)}"
@@ -278,9 +281,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         find_workplace().prepare()
         require_server()
         begun = True
-        recompress(str(recipe), overrides)
+        facts = recompress(str(recipe), overrides)
+        if (undecided := refuse_verdict(facts["gate"], facts["report"])) is not None:
+            raise undecided
     except (Exception, KeyboardInterrupt) as error:
-        helps = is_interruption(error) or (begun and not isinstance(error, GateRefused))
+        helps = is_interruption(error) or (begun and not isinstance(error, GateRefused | GateUndecided))
         return refuse("recompress", error, hint if helps else "")
     return 0
 

@@ -1,4 +1,4 @@
-"""Refusals: what failed, what was given, what is allowed, what to do. One line each, exit code 2."""
+"""Refusals: what failed, what was given, what is allowed, what to do. One line each; exit code 2 if none is said."""
 
 import difflib
 from collections.abc import Iterable
@@ -84,6 +84,12 @@ class GateRefused(MkaError):
     """The candidate was measured and the gate did not let it pass."""
 
     exit_code = 1
+
+
+class GateUndecided(MkaError):
+    """The candidate was measured, and the gate can neither let it pass nor refuse it by what was measured."""
+
+    exit_code = 3
 
 
 class EngineError(MkaError):

@@ -54,7 +54,8 @@ def compress(
     report.html in DIR/evidence; it is published whole or not at all. Perplexity is measured on --text, or on
     data/prepared/heldout.jsonl where that exists. Calibration texts that evaluation uses are refused. Where `base`
     stands for a table, or no table was named and the project's own is not there, the base writes its text itself. A
-    candidate that the gate fails is written all the same, its card says so, and the exit code is 1.
+    candidate that the gate fails is written all the same, its card says so, and the exit code is 1; where the gate is
+    undecided it is 3, and a line says how much more measured would decide.
     """
     from mka.pipeline.compress import compress as run
     from mka.pipeline.job import prepare
@@ -228,12 +229,11 @@ def describe_healing_plan(facts: dict[str, Any]) -> str:
 def show_compression(made: "Compression") -> Outcome:
     """Say what came of it: the results side by side, the verdict, and where everything is."""
     from mka.pipeline.compress import EVIDENCE
-    from mka.pipeline.judge import refuse_failed
     from mka.report.alignment import summarise_alignment
     from mka.report.control import has_own_control, tell_against_control
     from mka.report.healing import summarise_healing
     from mka.report.table import result_table
-    from mka.report.verdict import describe_decision
+    from mka.report.verdict import describe_decision, refuse_verdict
 
     page = made.output / EVIDENCE / "report.html"
     rows = result_table(made.base, made.candidate, made.control)
@@ -259,4 +259,4 @@ def show_compression(made: "Compression") -> Outcome:
     healed = [summarise_healing(made.healing), ""] if made.healing else []
     made_by = [*beside, *aligned, *healed]
     lines = [show_results(rows), "", *made_by, *verdict, "", f"model   {made.output}", f"report  {page}"]
-    return Outcome(document, "\n".join(lines), refuse_failed(made.gate, page))
+    return Outcome(document, "\n".join(lines), refuse_verdict(made.gate, page))

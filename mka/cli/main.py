@@ -96,7 +96,7 @@ def cli(context: click.Context, progress: bool | None) -> None:
     """Make a language model shallower: merge similar layers, quantize, and prove what was lost.
 
     Every command takes --json, and --help with an example. Exit codes: 0 done, 1 the gate failed the candidate,
-    2 refused (one line on stderr says why), 130 interrupted.
+    2 refused (one line on stderr says why), 3 the gate is undecided, 130 interrupted.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
