@@ -29,7 +29,7 @@ from mka.errors import GateRefused, GateUndecided, GuardError, PromotionError
 from mka.methods import resolve_method
 from mka.outside.reading import UnreadableError
 from mka.pipeline.evaluate import open_reports
-from mka.pipeline.job import Job, open_job
+from mka.pipeline.job import Job, check_search, check_target, open_job
 from mka.pipeline.pipeline import run as run_pipeline
 from mka.pipeline.recipes import load_recipe
 from mka.pipeline.stage import MODEL_FOLDER, PLAN_FILE, Found, Stage, find_model
@@ -122,6 +122,7 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
     base = fetch_base_model(place, recipe)
     log.facts["base"] = str(base.checkpoint.path)
     log.stage("base model", base.seconds, base.reused, f"{recipe.model.label} at {base.revision}")
+    check_target(recipe, resolve_method(recipe.method), base.checkpoint)
     versions, tables = read_tables(place, recipe)
     log.product("tables", tables)
     name = str(flow_run.name)
@@ -149,6 +150,7 @@ def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
     )
     if not job.judged:
         raise GuardError("the gate has nothing to decide on; evaluate on held-out text or on tasks, or give it rules")
+    check_search(job)
     run = Run(place, job, name, versions, tables)
     with hold_slot(compute_slot()):
         found = compress(run, start, log)

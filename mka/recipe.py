@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from mka.kernels import MIXED, choose_scheme, refuse_unserved
 from mka.outside.printable import hide_passwords
-from mka.outside.sizes import parse_size
+from mka.outside.sizes import format_size, parse_size
 from mka.sections import Option, Section
 
 # In the place of a table's path: text that the base writes itself.
@@ -275,6 +275,12 @@ class Target(Section):
         if not given and not self.bounds:
             raise ValueError(f"at least one of {', '.join(DEPTHS + BOUNDS)} must be given, got none")
         return self
+
+    def describe(self) -> str:
+        """Say what was asked for, as it was spelled, e.g. "target.layers 24"."""
+        asked = {name: value for name in DEPTHS + BOUNDS if (value := getattr(self, name)) is not None}
+        told = {name: format_size(value) if "bytes" in name else f"{value:g}" for name, value in asked.items()}
+        return ", ".join(f"target.{name} {value}" for name, value in told.items())
 
     @property
     def bounds(self) -> dict[str, float]:

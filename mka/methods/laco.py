@@ -22,7 +22,7 @@ Where this departs from the source:
 
 import math
 from collections.abc import Sequence
-from itertools import groupby, takewhile
+from itertools import takewhile
 from typing import Any
 
 from pydantic import Field
@@ -30,6 +30,7 @@ from pydantic import Field
 from mka.evidence.needs import OUTPUT_SIMILARITY, Evidence
 from mka.evidence.states import LayerScores
 from mka.methods import Method
+from mka.plan.grouping import count_merged
 from mka.plan.plan import Decision, MergedLayer, Step, identity_layers
 from mka.plan.target import Aim, refuse_unreachable
 from mka.sections import Section
@@ -58,8 +59,7 @@ def collapse_layers(group: Sequence[MergedLayer]) -> MergedLayer:
 
 def decide(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> Decision:
     """Walk with an ever lower threshold until the target is met. A step's score is the cosine after it."""
-    free = evidence.kinds[aim.protect_first : max(aim.protect_first, evidence.layers - aim.protect_last)]
-    fewest = evidence.layers - len(free) + len(list(groupby(free)))
+    fewest = count_merged(evidence.kinds, aim)
     refuse_unreachable(aim.layers_out, fewest, aim.protect_first, aim.protect_last)
     walk = _Walk(evidence, aim, settings)
     base = identity_layers(evidence.layers)
@@ -131,4 +131,5 @@ METHOD = Method(
     settings=Settings,
     decide=decide,
     needs=lambda settings: frozenset({OUTPUT_SIMILARITY}),
+    fewest=lambda kinds, aim, settings: count_merged(kinds, aim),
 )
