@@ -243,7 +243,9 @@ def test_only_failures_that_are_no_limit_of_a_method_set_the_exit_code(root, cap
     assert [(f["row"], f["layers"]) for f in document["failed"]] == [("sleb", 5), ("mka", 5)]
     assert all(str(error) in f["reason"] and f["expected"] is isinstance(error, EXPECTED) for f in document["failed"])
     assert [(c["row"], c["layers"]) for c in document["cells"]] == [("sleb", 4), ("mka", 4)]
-    assert said.err.count("\n") == code and ("2 of 4 cells failed unexpectedly" in said.err) == bool(code)
+    lines = said.err.splitlines()
+    assert [line.split()[0] for line in lines[:5]] == ["base", "1/4", "2/4", "3/4", "4/4"]  # a line per cell
+    assert len(lines) == 5 + code and ("2 of 4 cells failed unexpectedly" in said.err) == bool(code)
 
 
 def test_a_text_that_was_calibrated_on_is_refused_before_anything_runs(root):
