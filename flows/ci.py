@@ -19,7 +19,7 @@ from flows.cli.console import run_program
 from flows.told import Told, read_told
 from mka.errors import GateRefused, GateUndecided, MkaError, ServerError
 from mka.outside.printable import hide_passwords, make_printable, one_line
-from mka.terminal import Outcome, align
+from mka.terminal import Outcome, align, describe_stage
 from tasks.machine.deployments import find_deployment
 
 POLL_SECONDS = 3.0
@@ -110,7 +110,7 @@ def follow(client: Any, run_id: UUID, page: str | None, tell: Callable[[str], An
             continue
         answered = time.monotonic()
         for stage in told.stages[shown:]:
-            tell(describe_stage(stage))
+            tell(describe_stage(stage["stage"], stage["seconds"], stage["reused"], stage["why"]))
         shown = max(shown, len(told.stages))
         ended = run.state is not None and run.state.is_final()
         name = run.state.name if run.state else "unknown"
@@ -163,12 +163,6 @@ def find_page(run_id: UUID) -> str | None:
         return None
     shown = hide_passwords(str(settings.ui_url or settings.api.url))
     return f"{shown.removesuffix('/').removesuffix('/api')}/runs/flow-run/{run_id}"
-
-
-def describe_stage(stage: Mapping[str, Any]) -> str:
-    """Say in one line that a stage has ended."""
-    took = "reused" if stage["reused"] else f"{stage['seconds']:6.1f} s"
-    return f"{stage['stage']:<20} {took:>9}  {stage['why']}"
 
 
 def conclude(run: Run) -> Outcome:

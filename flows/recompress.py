@@ -28,11 +28,13 @@ from prefect.states import Completed
 from mka.engines.loadable import check_engines
 from mka.errors import GateRefused, GuardError, PromotionError
 from mka.methods import resolve_method
-from mka.pipeline.job import Job, open_job
+from mka.pipeline.evaluate import open_reports
+from mka.pipeline.job import Job, check_search, check_target, open_job
 from mka.pipeline.pipeline import run as run_pipeline
 from mka.pipeline.recipes import load_recipe
 from mka.pipeline.stage import MODEL_FOLDER, PLAN_FILE, Found, Stage, find_model
 from mka.recipe import Recipe
+from mka.report.figures import collect_figures
 from mka.report.verdict import tell_checks
 from mka.store.products import Product
 from tasks.base_model import fetch_base_model
@@ -96,11 +98,8 @@ def recompress(recipe: str, overrides: dict[str, Any] | None = None) -> Any:
     try:
         walk(place, load_recipe(place.path(Path(recipe)), overrides), log)
         log.facts["status"] = "completed"
-    except GateRefused as error:
-        log.facts |= {"status": "refused", "error": str(error)}
-        raise
     except BaseException as error:
-        log.facts |= {"status": "failed", "error": str(error)}
+        log.end(error)
         raise
     finally:
         log.facts["seconds"] = round(time.perf_counter() - started, 3)
@@ -133,6 +132,7 @@ def carry_out(place: Workplace, recipe: Recipe, log: Log) -> None:
     base = fetch_base_model(place, recipe)
     log.facts["base"] = str(base.checkpoint.path)
     log.stage("base model", base.seconds, base.reused, f"{recipe.model.label} at {base.revision}")
+    check_target(recipe, resolve_method(recipe.method), base.checkpoint)
     versions, tables = read_tables(place, recipe)
     log.product("tables", tables)
     name = str(flow_run.name)
@@ -159,9 +159,11 @@ def carry_out(place: Workplace, recipe: Recipe, log: Log) -> None:
         provenance=describe_provenance(recipe, versions, place.root),
     )
     require_judged(job)
+    check_search(job)
     run = Run(place, job, name, versions, tables)
     with hold_slot(compute_slot()):
         found = compress(run, start, log)
+    log.facts["figures"] = collect_figures(*open_reports(job, found), seed=recipe.seed)
     log.facts["report"] = str(found["report"].folder / "report.html")
     log.facts["checks"] = str(open_checks(place, log))
     verdict = log.facts["verdict"]
@@ -203,14 +205,15 @@ def compress(run: Run, start: Mapping[str, Product], log: Log) -> dict[str, Prod
     """Walk the pipeline, a task per stage; returns every product."""
 
     def walk_stage(stage: Stage, job: Job, found: Found) -> Product:
-        product = log.product(stage.name, run_stage(run, stage, found))
+        product = run_stage(run, stage, found)
         if stage.name == "plan":
             log.facts["plan"] = str(product.folder / PLAN_FILE)
         if stage.name == "gate":
             log.facts |= {"verdict": product.facts["verdict"], "decision": tell_checks(product.facts)}
+            log.facts["gate"] = dict(product.facts)
         return product
 
-    found = run_pipeline(run.job, walk_stage, start=start)
+    found = run_pipeline(run.job, walk_stage, start=start, tell=log.product)
     log.facts["candidate"] = str(find_model(found).folder / MODEL_FOLDER)
     return found
 

@@ -1,4 +1,4 @@
-"""Refusals: what failed, what was given, what is allowed, what to do. One line each, exit code 2."""
+"""Refusals: what failed, what was given, what is allowed, what to do. One line each; exit code 2 if none is said."""
 
 import difflib
 import importlib.util

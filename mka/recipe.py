@@ -9,11 +9,13 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from mka.kernels import MIXED, choose_scheme, refuse_unserved
 from mka.outside.printable import hide_passwords
-from mka.outside.sizes import parse_size
+from mka.outside.sizes import format_size, parse_size
 from mka.sections import Option, Section
 
 # In the place of a table's path: text that the base writes itself.
 BASE_TEXT = Path("base")
+# Fewest tokens that a healing may be asked for, and weights of a group that share a scale.
+LEAST_HEALING, LEAST_GROUP = 512, 8
 
 
 # Bytes, also as people write them: 90MB.
@@ -184,7 +186,7 @@ class HealFit(StageSettings):
         description="Texts of the healing, JSON lines with `text` and `source`, or `base`: what the base writes itself",
     )
     tokens: Annotated[int, Option("--heal-tokens")] = Field(
-        102_400, ge=512, description="Tokens the healing reads, of each source by its share of the table"
+        102_400, ge=LEAST_HEALING, description="Tokens the healing reads, of each source by its share of the table"
     )
     train: Annotated[Literal["changed", "all", "lora", "head-and-last"], Option("--heal-train")] = Field(
         "changed",
@@ -274,6 +276,12 @@ class Target(Section):
             raise ValueError(f"at least one of {', '.join(DEPTHS + BOUNDS)} must be given, got none")
         return self
 
+    def describe(self) -> str:
+        """Say what was asked for, as it was spelled, e.g. "target.layers 24"."""
+        asked = {name: value for name in DEPTHS + BOUNDS if (value := getattr(self, name)) is not None}
+        told = {name: format_size(value) if "bytes" in name else f"{value:g}" for name, value in asked.items()}
+        return ", ".join(f"target.{name} {value}" for name, value in told.items())
+
     @property
     def bounds(self) -> dict[str, float]:
         """What bounds the layers that remain, as asked for."""
@@ -313,7 +321,9 @@ class QuantizeSettings(StageSettings):
         32_768, ge=512, description="Most calibration tokens that gptq and gptaq look at"
     )
     group_size: Annotated[int, Option()] = Field(
-        64, ge=8, description="Weights that share one scale; must divide every layer's input width; w8a8 has rows"
+        64,
+        ge=LEAST_GROUP,
+        description="Weights that share one scale; must divide every layer's input width; w8a8 has rows",
     )
     embeddings: Annotated[Literal["off", "int8"], Option()] = Field(
         "off", description="Round embedding and language-model head too, one scale per row"

@@ -41,9 +41,20 @@ class Outcome:
 
 
 def say(line: str) -> None:
-    """Print a line of progress on stderr, unless bars are off: then nobody watches."""
-    if is_shown():
+    """Print a line of progress on stderr, unless progress was switched off."""
+    if _SHOWN.get() is not False:
         click.echo(make_printable(line), err=True)
+
+
+def say_stage(name: str, seconds: float, reused: bool, why: str) -> None:
+    """Say in one line that a stage has ended: in a terminal and in a log, of a command and of a flow, the same."""
+    say(describe_stage(name, seconds, reused, why))
+
+
+def describe_stage(name: str, seconds: float, reused: bool, why: str) -> str:
+    """Return the line of a stage that has ended."""
+    took, how = ("–", "reused") if reused else (f"{seconds:,.1f} s", "computed")
+    return f"{name:<20} {took:>10}  {how}: {why}"
 
 
 def explain_unforeseen(error: BaseException, folder: Path) -> str:
@@ -101,17 +112,18 @@ def align(rows: list[list[Any]], headers: list[str], right: str = "") -> str:
 # cores from whatever else runs: two runs at once then take several times as long as one after the other.
 SHARED_MACHINE = {"OMP_WAIT_POLICY": "PASSIVE"}
 
-_SHOWN: ContextVar[bool] = ContextVar("progress shown", default=True)
+_SHOWN: ContextVar[bool | None] = ContextVar("progress shown", default=None)
 
 
 def is_shown() -> bool:
-    """Whether bars are drawn."""
-    return _SHOWN.get()
+    """Whether bars are drawn: a log that is no terminal gets lines alone."""
+    shown = _SHOWN.get()
+    return sys.stderr.isatty() if shown is None else shown
 
 
 @contextmanager
-def showing(shown: bool) -> Iterator[None]:
-    """Draw bars, or leave them out, within the block."""
+def showing(shown: bool | None) -> Iterator[None]:
+    """Within the block draw bars, or say nothing of progress; None: bars in a terminal only, and lines."""
     token = _SHOWN.set(shown)
     try:
         yield
@@ -139,12 +151,16 @@ def show_progress(
         unit=unit if scale else f" {unit}",
         unit_scale=scale,
         file=sys.stderr,
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-        leave=True,
         disable=not is_shown(),
+        **_pace(),
     )
     with bar:
         yield bar.update
+
+
+def _pace() -> dict[str, Any]:
+    """Where a bar is drawn over, once it has ended a line says so in its place."""
+    return {"mininterval": 0.5, "leave": False} if sys.stderr.isatty() else {"mininterval": 10}
 
 
 # Names of libraries that are replaced where they offer no switch, by what is then kept off the terminal. The only such
@@ -253,7 +269,7 @@ def quiet_lm_eval(progress: bool) -> "Iterator[Renderer]":
 
     def bar(*args: Any, desc: str = "", **options: Any) -> Any:
         shown = progress and desc.startswith("Running")
-        style = {"desc": f"{'tasks':<22}", "unit": " req", "mininterval": 0.5 if sys.stderr.isatty() else 10}
+        style = {"desc": f"{'tasks':<22}", "unit": " req", **_pace()}
         return tqdm(*args, **{**options, **style, "disable": not shown})
 
     bars = datasets.is_progress_bar_enabled()

@@ -111,5 +111,5 @@ def run_program(module: str, command: str, arguments: Sequence[str] | None = Non
     place, _, name = command.partition(":")
     found: click.Command = getattr(importlib.import_module(f"flows.cli.{place}"), name)
     found.context_settings = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-    with showing(sys.stderr.isatty()):
+    with showing(None):
         return main(arguments, found, f"python -m flows.{module}")

@@ -32,6 +32,7 @@ def run(recipe: Path, overrides: dict[str, Any], dry_run: bool) -> Outcome:
     Exit codes: 0 done, 1 the gate failed the candidate, 2 refused, 3 the gate is undecided, 130 interrupted.
     """
     from flows.recompress import describe_command, load_recipe, recompress
+    from mka.report.verdict import refuse_verdict
     from tasks.machine.workplace import find_workplace
 
     path, place = recipe.resolve(), find_workplace()
@@ -45,9 +46,10 @@ def run(recipe: Path, overrides: dict[str, Any], dry_run: bool) -> Outcome:
         prepare_flow()
         resumption.begun = True
         try:
-            return Outcome(recompress(str(path), overrides), "")
+            facts = recompress(str(path), overrides)
         except GateRefused as error:
             return Outcome(read_facts(place.last_run), "", error)
+        return Outcome(facts, "", refuse_verdict(facts["gate"], facts["report"]))
 
 
 def read_facts(file: Path) -> Any:

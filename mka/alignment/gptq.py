@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mka.errors import CalibrationError, NumericsError
+from mka.errors import CalibrationError
 from mka.model.checkpoint import Checkpoint
-from mka.model.tensors import TensorInfo, TensorReader, is_finite, torch_dtype
+from mka.model.tensors import TensorInfo, TensorReader, torch_dtype
 from mka.recipe import QuantizeSettings
 from mka.terminal import show_progress
 from mka.transforms import BASE, CALIBRATION, MIXED, Transform, list_options
@@ -28,6 +28,7 @@ from mka.transforms.packing import (
     loaded_dtype,
     write_packed,
 )
+from mka.transforms.rewrite import refuse_overflow
 
 if TYPE_CHECKING:
     import numpy as np
@@ -192,23 +193,13 @@ def _round(
             for name, (weight, scale) in made.items():
                 stem = source.family.layer_tensor(index, name)
                 scheme, dtype = describe(index, name)
-                _refuse_overflow(weight, f"{stem}.weight", dtype)
+                refuse_overflow(weight, f"{stem}.weight", dtype)
                 packed = pack_rows(weight.contiguous(), scale.to(dtype).float(), scheme)
                 packed["weight_scale"] = scale.to(dtype).contiguous()
                 kept |= {f"{stem}.{leaf}": value for leaf, value in packed.items()}
                 files[f"{stem}.weight"] = file
             save_file(kept, file)
     return files, walk.measure_loss()
-
-
-def _refuse_overflow(weight: "torch.Tensor", name: str, dtype: "torch.dtype") -> None:
-    # What a loader unpacks, in the dtype that it unpacks to.
-    if not is_finite(weight.to(dtype)):
-        held = str(dtype).removeprefix("torch.")
-        raise NumericsError(
-            f"{name}: rounded, its values reach {float(weight.abs().max()):.6g}, beyond {held}, which it unpacks to; "
-            "put `name: cast` with `settings: {dtype: bfloat16}` among the recipe's transforms"
-        )
 
 
 TRANSFORM = Transform(

@@ -14,13 +14,12 @@ from mka.healing.table import HealingTable, cut_healing
 from mka.methods import Planner, resolve_method
 from mka.model.checkpoint import Checkpoint
 from mka.outside.project import suggest_table
-from mka.pipeline.inputs import Inputs, check_evaluation, digest_task
+from mka.pipeline.inputs import Inputs, check_evaluation, check_measured, digest_task
 from mka.pipeline.job import Job, Opened, fetch_base, open_job
 from mka.pipeline.written import OwnText, locate_table, open_own_text, want_text
 from mka.recipe import BASE_TEXT, MethodChoice
 from mka.texts.calibration import load_calibration
 from mka.texts.overlap import refuse_overlap
-from mka.texts.positions import check_context
 from mka.texts.rows import digest_texts, read_heldout, read_rows, read_texts
 from mka.transforms import looks_at_texts
 
@@ -54,7 +53,7 @@ def prepare(recipe: BenchRecipe, work: Path, *, root: Path = Path(), write: bool
     if wanted is None:
         inputs, notes = _read_calibration(recipe, used, paragraphs)
     base, revision = fetch_base(recipe.model, work)
-    check_context(recipe.evaluation.context, base.config.get("max_position_embeddings"))
+    check_measured(texts, recipe.evaluation, base, recipe.seed, recipe.model.trust_remote_code)
     if wanted is not None:
         with open_own_text(base, recipe.model, wanted, work / "stages", write=write) as own_text:
             inputs, notes = _read_calibration(recipe, used, paragraphs, own_text)

@@ -13,6 +13,7 @@ from mka.bench.results import Failed, Results
 from mka.errors import MkaError, NumericsError, OutputError, PlanError, RecipeError, nearest
 from mka.evaluation.metrics import HEADLINE
 from mka.model.checkpoint import describe_checkpoint
+from mka.pipeline.job import check_search
 
 # A method's own limits: it cannot reach a target, or leaves a model whose outputs are no numbers.
 EXPECTED = (PlanError, NumericsError)
@@ -122,14 +123,39 @@ def estimate_cell(bench: Bench, cell: Cell, base: Measured | None, known: Sequen
 
 
 def foresee_bench(bench: Bench, only: str | None) -> list[dict[str, Any]]:
-    """Say of the base and every chosen cell whether it is stored, else about how many seconds it takes."""
+    """Say of the base and every chosen cell whether it is stored, else about how many seconds it takes.
+
+    A target that a cell's method cannot reach is known beforehand: ``refusal`` says why.
+    """
     base = find_base(bench)
     found = [(cell, find_cell(bench, cell)) for cell in choose_cells(bench.recipe, only)]
     known = [measured for _, measured in found if measured is not None]
     whole = Cell(bench.recipe.methods[0], bench.base.layers, False)
-    rows = [("base", bench.base.layers, base is not None, estimate_cell(bench, whole, base, ()))]
-    rows += [(c.row, c.layers, m is not None, estimate_cell(bench, c, base, known)) for c, m in found]
-    return [
-        {"cell": name, "layers": layers, "stored": stored, "seconds": 0.0 if stored else seconds}
-        for name, layers, stored, seconds in rows
+    rows: list[tuple[str, int, bool, float, str | None]] = [
+        ("base", bench.base.layers, base is not None, estimate_cell(bench, whole, base, ()), None)
     ]
+    rows += [
+        (c.row, c.layers, m is not None, estimate_cell(bench, c, base, known), None if m else find_refusal(bench, c))
+        for c, m in found
+    ]
+    return [
+        {
+            "cell": name,
+            "layers": layers,
+            "stored": stored,
+            "seconds": 0.0 if stored or refusal else seconds,
+            "refusal": refusal,
+        }
+        for name, layers, stored, seconds, refusal in rows
+    ]
+
+
+def find_refusal(bench: Bench, cell: Cell) -> str | None:
+    """Return why a cell's method cannot reach its target, as far as that is known before it runs; None if it may."""
+    job = bench.jobs[cell.key]
+    try:
+        job.planner.check_aim(bench.base.kinds, job.aim)
+        check_search(job)
+    except PlanError as error:
+        return str(error)
+    return None

@@ -54,8 +54,14 @@ def bench(recipe: Path, only: str | None, readme: bool, dry_run: bool) -> Outcom
 
 def show_foresight(cells: list[dict[str, Any]]) -> Outcome:
     """Say what a dry run found."""
-    rows = [[c["cell"], c["layers"], "stored" if c["stored"] else f"about {c['seconds']:,.0f} s"] for c in cells]
-    todo = [c["seconds"] for c in cells if not c["stored"]]
+
+    def tell(cell: dict[str, Any]) -> str:
+        return "stored" if cell["stored"] else "not reached" if cell["refusal"] else f"about {cell['seconds']:,.0f} s"
+
+    rows = [[cell["cell"], cell["layers"], tell(cell)] for cell in cells]
+    refused = [f"{cell['cell']} at {cell['layers']}: {cell['refusal']}" for cell in cells if cell["refusal"]]
+    todo = [cell["seconds"] for cell in cells if not cell["stored"] and not cell["refusal"]]
     total = f"{len(todo)} of {len(cells)} to do, about {sum(todo) / 60:,.1f} minutes; searches come on top at first"
     document = {"cells": cells, "to_do": len(todo), "seconds": sum(todo)}
-    return Outcome(document, f"{align(rows, ['cell', 'layers', 'state'], 'lrr')}\n\n{total}\ndry run: nothing was run")
+    table = align(rows, ["cell", "layers", "state"], "lrr")
+    return Outcome(document, "\n".join([table, "", *refused, total, "dry run: nothing was run"]))

@@ -33,8 +33,10 @@ def budget(recipe: Path, budgets: tuple[float, ...], depths: tuple[int, ...]) ->
     For every number of layers the method of RECIPE plans; what the plan loses is measured on calibration text,
     refitted if the recipe refits, not healed. What bits lose is expected of noise that is measured once on every linear
     layer, less what calibrated rounding makes up for, which is measured once with all layers; bits are shared out
-    exactly over the layers that remain. The two are added, in nats per token. Nothing is written but plans into the
-    work folder; `mka frontier` measures models on held-out text.
+    exactly over the layers that remain. The two are added, in nats per token. Weights are rounded as RECIPE says, by
+    gptq or gptaq; where it says neither, by gptaq, since mixed bits need one of them. A number of layers that the
+    method cannot reach is marked. Nothing is written but plans into the work folder; `mka frontier` measures models on
+    held-out text.
     """
     from mka.bench.moves import choose_rounding
     from mka.kernels import MIXED
@@ -91,11 +93,14 @@ def tabulate_offers(offers: "list[Offer]") -> str:
         best = min((offer.total for offer in there if offer.total is not None), default=None)
         for place, offer in enumerate(there):
             size = "" if place else format_size(nbytes)
-            if offer.total is None or offer.bits is None or offer.rounding is None:
-                rows.append([size, offer.layers, "–", f"{offer.depth:.3f}", "–", "too few bytes"])
+            if offer.total is None or offer.bits is None or offer.depth is None or offer.rounding is None:
+                lost, why = ("–", "not reached") if offer.depth is None else (f"{offer.depth:.3f}", offer.refusal)
+                rows.append([size, offer.layers, "–", lost, "–", why])
                 continue
             total = f"{offer.total:.3f}{' *' if offer.total == best else '  '}"
             rows.append([size, offer.layers, f"{offer.bits:.2f}", f"{offer.depth:.3f}", f"{offer.rounding:.3f}", total])
     head = ["bytes", "layers", "bits", "lost by depth", "by bits", "both"]
-    note = "nats per token, before healing; bits of the linear layers with their scales; * least of its bytes"
-    return f"{align(rows, head, 'rrrrrr')}\n\n{note}"
+    notes = ["nats per token, before healing; bits of the linear layers with their scales; * least of its bytes"]
+    unreached = {offer.layers: offer.refusal for offer in offers if offer.depth is None}
+    notes += [f"{layers} layers: {why}" for layers, why in unreached.items()]
+    return "\n\n".join([align(rows, head, "rrrrrr"), "\n".join(notes)])

@@ -10,6 +10,7 @@ from mka.cli.console import examples, reports
 from mka.cli.models import find_work
 from mka.cli.options import FILE
 from mka.errors import DurationError
+from mka.outside.sizes import format_size
 from mka.terminal import Outcome, align
 
 if TYPE_CHECKING:
@@ -76,11 +77,6 @@ def describe_cleaning(work: Path, found: "Cleaning", dry_run: bool) -> Outcome:
         "notes": found.notes,
     }
     return Outcome(document, "\n\n".join(parts))
-
-
-def format_size(size: int) -> str:
-    """Write bytes as megabytes, or kilobytes below one."""
-    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
 
 
 def format_age(seconds: float) -> str:

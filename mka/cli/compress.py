@@ -11,7 +11,7 @@ from mka.cli.console import examples, reports, show_results, typed
 from mka.cli.models import find_work, name_source, stand_in
 from mka.cli.options import FILE, Command, default_of, device_option, pick, recipe_option, recipe_options, require_align
 from mka.store.publishing import check_free, make_work
-from mka.terminal import Outcome, quiet_libraries, say
+from mka.terminal import Outcome, quiet_libraries
 
 if TYPE_CHECKING:
     from mka.pipeline.compress import Compression
@@ -56,11 +56,13 @@ def compress(
     report.html in DIR/evidence; it is published whole or not at all. Perplexity is measured on --text, or on
     data/prepared/heldout.jsonl where that exists. Calibration texts that evaluation uses are refused. Where `base`
     stands for a table, or no table was named and the project's own is not there, the base writes its text itself. A
-    candidate that the gate fails is written all the same, its card says so, and the exit code is 1.
+    candidate that the gate fails is written all the same, its card says so, and the exit code is 1; where the gate is
+    undecided it is 3, and a line says how much more measured would decide.
     """
     from mka.pipeline.compress import compress as run
     from mka.pipeline.job import prepare
     from mka.pipeline.pipeline import foresee
+    from mka.pipeline.stage import tell_product
 
     check_free(output)
     recipe = resolve_recipe(model, output, recipe_file, asked)
@@ -81,7 +83,7 @@ def compress(
             files = "\n".join(f"  {file}" for file in facts["files"])
             told = [show_foresight(job, facts), "would write", files, "dry run: nothing was written"]
             return Outcome(facts, "\n".join(told))
-        return show_compression(run(job, find_work() / "stages", output, say=say))
+        return show_compression(run(job, find_work() / "stages", output, tell=tell_product))
 
 
 def resolve_recipe(model: str | None, output: Path, recipe_file: Path | None, asked: Mapping[str, Any]) -> "Recipe":
@@ -225,14 +227,13 @@ def describe_healing_plan(facts: dict[str, Any]) -> str:
 def show_compression(made: "Compression") -> Outcome:
     """Say what came of it: the results side by side, the verdict, and where everything is."""
     from mka.pipeline.compress import EVIDENCE
-    from mka.pipeline.judge import refuse_failed
     from mka.report.alignment import summarise_alignment
     from mka.report.control import has_own_control, tell_against_control
     from mka.report.decision import tell_decision, tell_demonstration
     from mka.report.healing import summarise_healing
     from mka.report.speeds import warn_of_others
     from mka.report.table import result_table
-    from mka.report.verdict import describe_decision
+    from mka.report.verdict import describe_decision, refuse_verdict
 
     page = made.output / EVIDENCE / "report.html"
     rows = result_table(made.base, made.candidate, made.control)
@@ -264,4 +265,4 @@ def show_compression(made: "Compression") -> Outcome:
     healed = [summarise_healing(made.healing), ""] if made.healing else []
     made_by = [*beside, *busy, *aligned, *healed]
     lines = [*first, show_results(rows), "", *made_by, *verdict, "", f"model   {made.output}", f"report  {page}"]
-    return Outcome(document, "\n".join(lines), refuse_failed(made.gate, page))
+    return Outcome(document, "\n".join(lines), refuse_verdict(made.gate, page))

@@ -1,12 +1,11 @@
 """`mka frontier`: what fewer bits, fewer layers and both leave of a model, at the bytes they take."""
 
-import shlex
 from pathlib import Path
 
 import click
 
 from mka.cli.bench import show_foresight
-from mka.cli.console import examples, reports
+from mka.cli.console import examples, reports, typed
 from mka.cli.models import find_work
 from mka.cli.options import FILE, RECIPE, budgets_option, depths_option, device_option
 from mka.store.publishing import make_work, write_text
@@ -33,10 +32,11 @@ def frontier(recipe: Path, budgets: tuple[float, ...], depths: tuple[int, ...], 
     """Draw quality against bytes and against time for the moves that RECIPE allows.
 
     Its base is compared with itself in 8, 4 and 3 bits and in the best mixture of bits for each budget, with fewer
-    layers, merged, refitted and healed as the recipe says, and with both in the same bytes. Every model is measured
-    from disk on the recipe's held-out texts, with paired intervals; what something no larger equals is grey. Models are
-    deleted once they are measured, and the same command goes on where it was killed. DIR gets frontier.md, its pictures
-    and frontier.yaml, the comparison as `mka bench` runs it.
+    layers, merged, refitted and healed as the recipe says, and with both in the same bytes. Weights are rounded by its
+    gptq or gptaq; where it says neither, by gptaq, since mixed bits need one of them. Every model is measured from disk
+    on the recipe's held-out texts, with paired intervals; what something no larger equals is grey. Models are deleted
+    once they are measured, and the same command goes on where it was killed. DIR gets frontier.md, its pictures and
+    frontier.yaml, the comparison as `mka bench` runs it.
     """
     import yaml
 
@@ -54,8 +54,7 @@ def frontier(recipe: Path, budgets: tuple[float, ...], depths: tuple[int, ...], 
         base, _ = fetch_base(loaded.model, find_work())
         laid_out = lay_out_moves(loaded, base, budgets, depths, output)
         file = output / "frontier.yaml"
-        command = shlex.join(["mka", "bench", str(file)])
-        prepared = prepare(laid_out, find_work(), write=not dry_run, command=command)
+        prepared = prepare(laid_out, find_work(), write=not dry_run, command=typed())
         if dry_run:
             return show_foresight(foresee_bench(prepared, None))
         output.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,7 @@ def heal(model: str, base_model: str, plan_file: Path | None, output: Path, aske
     from mka.healing.student import check_student
     from mka.healing.table import cut_healing, open_healing
     from mka.model.checkpoint import describe_checkpoint, open_checkpoint
-    from mka.pipeline.stage import MODEL_FOLDER
+    from mka.pipeline.stage import MODEL_FOLDER, tell_product
     from mka.recipe import HealSettings
     from mka.report.healing import summarise_healing
     from mka.store.products import find_scratch, produce
@@ -95,6 +95,7 @@ def heal(model: str, base_model: str, plan_file: Path | None, output: Path, aske
         keyed = key_healing(settings, source.dtype, seed) | {"ends": ends}
         inputs = {"model": student.digest, "base": base.digest, "texts": table.digest}
         made = produce(work / "stages", "heal-model", version=1, settings=keyed, inputs=inputs, make=make)
+        tell_product("heal", made)
     with publish(output) as partial:
         export_folder(made.open() / MODEL_FOLDER, partial)
     facts = describe_checkpoint(open_checkpoint(output, verify=False)) | {"output": str(output)}

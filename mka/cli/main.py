@@ -111,9 +111,8 @@ class Commands(click.Group):
         """Run the command."""
         from mka.terminal import showing
 
-        watched = ctx.params["progress"]
         try:
-            with showing(sys.stderr.isatty() if watched is None else watched):
+            with showing(ctx.params["progress"]):
                 return super().invoke(ctx)
         except (Exception, KeyboardInterrupt) as error:
             if not was_interrupted(error):
@@ -149,7 +148,11 @@ def find_installed() -> dict[str, EntryPoint]:
     ),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-@click.option("--progress/--no-progress", default=None, help="Bars on stderr.  [default: in a terminal]")
+@click.option(
+    "--progress/--no-progress",
+    default=None,
+    help="On stderr: bars, or neither bars nor lines.  [default: bars in a terminal, and a line per stage]",
+)
 @click.version_option(mka.__version__, prog_name="mka")
 @click.pass_context
 def cli(context: click.Context, progress: bool | None) -> None:

@@ -32,12 +32,11 @@ def report(
 ) -> Outcome:
     """Decide the gate, write report.html and a model card.
 
-    The gate compares the lower 95 % bound of recovery with its threshold: pass, fail (exit code 1) or undecided.
+    The gate compares the lower 95 % bound of recovery with its threshold: pass, fail (exit code 1) or undecided (3).
     Thresholds are those of the recipe, or the defaults.
     """
     from mka.evaluation.gate import decide, recover_tasks
     from mka.evidence.states import LayerScores
-    from mka.pipeline.judge import refuse_failed
     from mka.pipeline.recipes import load_recipe
     from mka.plan.plan import MergePlan
     from mka.recipe import GateSettings
@@ -46,7 +45,7 @@ def report(
     from mka.report.decision import tell_decision, tell_demonstration
     from mka.report.page import write_card, write_report
     from mka.report.table import result_table
-    from mka.report.verdict import describe_decision
+    from mka.report.verdict import describe_decision, refuse_verdict
     from mka.store.publishing import publish
 
     check_free(output)
@@ -77,4 +76,4 @@ def report(
     document |= {"against_control": against or None, "output": str(output)}
     told = [*([against, ""] if against else []), *describe_decision(decision.to_dict())]
     text = "\n".join([*filter(None, first), "", show_results(rows), "", *told, "", str(output / "report.html")])
-    return Outcome(document, text, refuse_failed(decision.to_dict(), output / "report.html"))
+    return Outcome(document, text, refuse_verdict(decision.to_dict(), output / "report.html"))

@@ -18,6 +18,7 @@ from mka.evaluation.heldout import MOST_WINDOWS, refuse_long_context
 from mka.evaluation.metrics import Subject, find_metric
 from mka.evaluation.scores import Score
 from mka.evaluation.speed import greedy_options
+from mka.recipe import Measurement
 from mka.terminal import show_progress
 from mka.texts.windows import SEPARATOR, find_bos
 
@@ -98,10 +99,21 @@ def measure_retrieval(subject: Subject) -> tuple[Score, ...]:
     """
     _, context, rng = _open(subject, "retrieval")
     tokenize = subject.tokenizer
+    answers, prompts, room = _lay_passages(tokenize, context, subject.settings.generation, rng)
+    given = continue_greedily(subject, prompts, room, "retrieval")
+    said = [tokenize.decode(ids, skip_special_tokens=True).strip() for ids in given]
+    items = [int(text.startswith(answer) and not text[4:5].isdigit()) for text, answer in zip(said, answers)]
+    return (_score("passages", "retrieval", items, prompts, {"tokens": max(map(len, prompts))}),)
+
+
+def _lay_passages(
+    tokenize: Any, context: int, count: int, rng: np.random.Generator
+) -> tuple[list[str], list[list[int]], int]:
+    """Return answers, passages as tokens, and the tokens that an answer may take."""
     answers, prompts = [], []
     # What a number may take in tokens, and one more that shows where it ends.
     room = max(len(tokenize(f" {n}", add_special_tokens=False)["input_ids"]) for n in (1234, 5678, 9090)) + 1
-    for index in range(subject.settings.generation):
+    for index in range(count):
         budget = int(LENGTHS[index % len(LENGTHS)] * context) - room
         names = rng.choice(_NAMES, FACTS, replace=False).tolist()
         numbers = [str(number) for number in rng.choice(np.arange(1000, 10000), FACTS, replace=False)]
@@ -115,10 +127,7 @@ def measure_retrieval(subject: Subject) -> tuple[Score, ...]:
             )
         answers.append(numbers[0])
         prompts.append(passage)
-    given = continue_greedily(subject, prompts, room, "retrieval")
-    said = [tokenize.decode(ids, skip_special_tokens=True).strip() for ids in given]
-    items = [int(text.startswith(answer) and not text[4:5].isdigit()) for text, answer in zip(said, answers)]
-    return (_score("passages", "retrieval", items, prompts, {"tokens": max(map(len, prompts))}),)
+    return answers, prompts, room
 
 
 def measure_repetition(subject: Subject) -> tuple[Score, ...]:
@@ -133,17 +142,32 @@ def measure_repetition(subject: Subject) -> tuple[Score, ...]:
         NumericsError: if a logit is NaN or infinite.
     """
     _, context, rng = _open(subject, "repetition")
-    openings = [opening.format(about) for opening in _OPENINGS for about in _SUBJECTS]
-    picked = rng.permutation(len(openings))[: subject.settings.generation]
-    prompts = [subject.tokenizer(openings[i], verbose=False)["input_ids"] for i in picked]
-    steps = min(CONTINUED, context - max(map(len, prompts)))
-    if steps < NGRAM:
-        raise RecipeError(f"repetition: evaluation.context is {context}, too short for a prompt and {NGRAM} tokens")
+    prompts, steps = _choose_openings(subject.tokenizer, context, subject.settings.generation, rng)
     given = continue_greedily(subject, prompts, steps, "repetition", whole=True)
     distinct = [len(set(zip(*(ids[i:] for i in range(NGRAM))))) / (steps - NGRAM + 1) for ids in given]
     extra = {"tokens": steps, "repeated": 1 - float(np.mean(distinct))}
     items = [-math.log(share) for share in distinct]
     return (_score("continuations", "repetition", items, prompts, extra),)
+
+
+def _choose_openings(tokenizer: Any, context: int, count: int, rng: np.random.Generator) -> tuple[list[list[int]], int]:
+    """Return prompts as tokens, and how many follow each."""
+    openings = [opening.format(about) for opening in _OPENINGS for about in _SUBJECTS]
+    prompts = [tokenizer(openings[i], verbose=False)["input_ids"] for i in rng.permutation(len(openings))[:count]]
+    steps = min(CONTINUED, context - max(map(len, prompts)))
+    if steps < NGRAM:
+        raise RecipeError(f"repetition: evaluation.context is {context}, too short for a prompt and {NGRAM} tokens")
+    return prompts, steps
+
+
+def check_generation(tokenizer: Any, settings: Measurement, seed: int) -> None:
+    """Refuse, before a model is loaded, a context that the items do not fit into.
+
+    Raises:
+        RecipeError: saying how many tokens they take.
+    """
+    for what, make in (("retrieval", _lay_passages), ("repetition", _choose_openings)):
+        make(tokenizer, settings.context, settings.generation, _draw(seed, what))
 
 
 def continue_greedily(
@@ -188,7 +212,11 @@ def continue_greedily(
 def _open(subject: Subject, what: str) -> tuple[Any, int, np.random.Generator]:
     """Return model, context and the source of items, each measurement its own."""
     refuse_long_context(subject.model, subject.settings.context)
-    return subject.model, subject.settings.context, np.random.default_rng([subject.seed, *what.encode()])
+    return subject.model, subject.settings.context, _draw(subject.seed, what)
+
+
+def _draw(seed: int, what: str) -> np.random.Generator:
+    return np.random.default_rng([seed, *what.encode()])
 
 
 def _list_ordinary(model: Any, tokenizer: Any) -> list[int]:

@@ -5,7 +5,11 @@ from collections.abc import Sequence
 from mka.errors import RecipeError, nearest
 from mka.evaluation.metrics import FACTS, METRICS, find_subject
 from mka.evaluation.served import ENGINE_FACTS
-from mka.recipe import GateRule, GateSettings, Measurement
+from mka.recipe import EvaluationSettings, GateRule, GateSettings
+
+# What a recipe's `evaluation` measures on, by what a metric is measured on; and all that makes it measure anything.
+ASKED_BY = {"texts": "text", "tasks": "tasks"}
+MEASURED_BY = (*ASKED_BY.values(), "generation")
 
 
 def list_rules(settings: GateSettings) -> tuple[GateRule, ...]:
@@ -42,7 +46,7 @@ def asks_engines(settings: GateSettings) -> bool:
 
 def check_rules(
     gate: GateSettings,
-    evaluation: Measurement | None = None,
+    evaluation: EvaluationSettings | None = None,
     where: str = "recipe",
     engines: Sequence[str] | None = None,
 ) -> None:
@@ -77,8 +81,13 @@ def check_rules(
             raise RecipeError(f"{at}: {rule.metric} cannot load; `must` is of the metric engine")
         if rule.bound == "recovery" and not (row and row.of_base):
             raise RecipeError(f"{at}: {rule.metric} has no recovery; bound it by most, least or better_than")
-        if row and row.asked and evaluation is not None and not getattr(evaluation, row.asked):
-            raise RecipeError(f"{at}: {rule.metric} is not measured; ask for it by evaluation.{row.asked}")
+        if row and evaluation is not None and not getattr(evaluation, asks := row.asked or ASKED_BY[row.on]):
+            raise RecipeError(f"{at}: {rule.metric} is not measured; ask for it by evaluation.{asks}")
+    if gate.rules and evaluation is not None and not any(getattr(evaluation, name) for name in MEASURED_BY):
+        raise RecipeError(
+            f"{where}: 'gate.rules' judge nothing where nothing is measured; ask for something by "
+            f"{', '.join(f'evaluation.{name}' for name in MEASURED_BY)}, or take the rules out"
+        )
 
 
 def _check_engine_rule(rule: GateRule, at: str, engines: Sequence[str] | None) -> None:

@@ -12,6 +12,7 @@ from mka.model.checkpoint import Checkpoint
 from mka.plan.plan import MergedLayer
 from mka.recipe import CalibrationSettings, ModelSource
 from mka.terminal import show_progress
+from mka.texts.positions import check_context
 
 
 def observe_texts(
@@ -115,8 +116,8 @@ def _make_trials(model: Any, tokenizer: Any, texts: Sequence[str], options: Any)
     from mka.alignment.trials import COPIES, AlignedTrials
     from mka.texts.windows import make_copies
 
-    fitted, heldout = (max(1, tokens // options.context) for tokens in (options.tokens, options.heldout_tokens))
-    windows = _pack_enough(tokenizer, texts, options.context, fitted + heldout, "tokens, heldout_tokens or context")
+    windows = _pack_enough(tokenizer, texts, options, TRIALS)
+    fitted, heldout = _count_windows(options, TRIALS)
     # A trial is not fitted on copies: fitted on one, it hides which layers copy (DECISIONS.md).
     copies = make_copies(windows[:fitted], COPIES if options.copying else 0)
     windows = torch.cat([windows, copies])
@@ -126,24 +127,56 @@ def _make_trials(model: Any, tokenizer: Any, texts: Sequence[str], options: Any)
 def _make_repairs(model: Any, tokenizer: Any, texts: Sequence[str], options: Any, base: Any) -> Any:
     from mka.evidence.repairs import Healing, MeasuredRepairs
 
+    windows = _pack_enough(tokenizer, texts, options, REPAIRS)
+    measured, fitted, healed = windows.split(_count_windows(options, REPAIRS))
+    return MeasuredRepairs(model, measured, fitted, Healing(healed, *base) if options.finalists else None)
+
+
+# Parts of `Evidence` that read windows, and the method's settings that ask for fewer of them.
+_ASKED_BY = {TRIALS: "tokens, heldout_tokens or context", REPAIRS: "tokens, aligned_tokens, heal_tokens or context"}
+
+
+def count_searched(needs: frozenset[str], tokenizer: Any, texts: Sequence[str], settings: CalibrationSettings) -> int:
+    """Return the calibration tokens that a search measures every model on; 0 if it measures none."""
+    from mka.texts.tokens import take_tokens
+
+    if not needs & {DIVERGENCE, LOSS, OUTPUT_SIMILARITY}:
+        return 0
+    return sum(map(len, take_tokens(tokenizer, texts, settings.max_tokens, settings.search_tokens)))
+
+
+def check_texts(needs: frozenset[str], options: Any, checkpoint: Checkpoint, tokenizer: Any, texts: Any) -> None:
+    """Refuse, before a model is opened, what `make_oracles` would refuse: windows too long, or too little text.
+
+    Raises:
+        RecipeError: if windows are longer than the model reads.
+        CalibrationError: if there is too little text.
+    """
+    for need in needs & _ASKED_BY.keys():
+        check_context(options.context, checkpoint.config.get("max_position_embeddings"), "method.settings.context")
+        _pack_enough(tokenizer, texts, options, need)
+
+
+def _count_windows(options: Any, need: str) -> list[int]:
+    """Return the windows of each kind that trials (fitted, held out) or repairs (measured, fitted, healed) read."""
+    if need == TRIALS:
+        return [max(1, tokens // options.context) for tokens in (options.tokens, options.heldout_tokens)]
     fits = options.aligned_tokens if options.repair == "aligned" else 0
     heals = options.heal_tokens if options.finalists else 0
-    counts = [tokens // options.context for tokens in (options.tokens[-1], fits, heals)]
-    keys = "tokens, aligned_tokens, heal_tokens or context"
-    measured, fitted, healed = _pack_enough(tokenizer, texts, options.context, sum(counts), keys).split(counts)
-    return MeasuredRepairs(model, measured, fitted, Healing(healed, *base) if heals else None)
+    return [tokens // options.context for tokens in (options.tokens[-1], fits, heals)]
 
 
-def _pack_enough(tokenizer: Any, texts: Sequence[str], context: int, needed: int, keys: str) -> Any:
-    """Cut so many windows, (needed, T); refuses fewer, naming the settings that ask for less."""
+def _pack_enough(tokenizer: Any, texts: Sequence[str], options: Any, need: str) -> Any:
+    """Cut as many windows as are read, (S, T); refuses fewer, naming the settings that ask for less."""
     import torch
 
     from mka.texts.windows import pack_windows
 
-    windows = pack_windows(tokenizer, texts, context, needed)
+    needed = sum(_count_windows(options, need))
+    windows = pack_windows(tokenizer, texts, options.context, needed)
     if len(windows) < needed:
         raise CalibrationError(
-            f"{len(windows)} windows of {context} tokens in the calibration set, {needed} needed; "
-            f"give more samples, or lower the method's {keys}"
+            f"{len(windows)} windows of {options.context} tokens in the calibration set, {needed} needed; "
+            f"give more samples, or lower the method's {_ASKED_BY[need]}"
         )
     return torch.tensor(windows)

@@ -11,7 +11,7 @@ from mka.model.decoder import as_decoder
 from mka.model.readout import read_out, sum_divergence
 from mka.model.walk import Batch
 from mka.plan.plan import MergedLayer, identity_layers
-from mka.texts.tokens import pad, tokenize
+from mka.texts.tokens import pad, take_tokens
 
 # Positions whose logits are in memory at a time.
 ROWS = 256
@@ -31,14 +31,8 @@ class Oracle:
         The model is a transformers causal language model, or a `mka.model.decoder.Decoder`, open while this is used.
         """
         self.decoder = as_decoder(model)
-        sequences: list[list[int]] = []
-        taken = 0
-        for ids in tokenize(tokenizer, texts, max_tokens):
-            if taken >= tokens:
-                break
-            sequences.append(ids)
-            taken += len(ids)
-        self.tokens = taken
+        sequences = take_tokens(tokenizer, texts, max_tokens, tokens)
+        self.tokens = sum(map(len, sequences))
         self.ids, self.mask = pad(sequences, self.decoder.device)
         start, self._contexts = self.decoder.enter(self.ids, self.mask)
         self._layers: tuple[MergedLayer, ...] = ()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mka.errors import CalibrationError, RecipeError, nearest
 from mka.model.checkpoint import Checkpoint
-from mka.recipe import HealFit
+from mka.recipe import LEAST_HEALING, HealFit
 from mka.texts.overlap import read_apart
 from mka.texts.positions import check_context
 from mka.texts.rows import digest_sources
@@ -107,9 +107,10 @@ def cut_healing(table: HealingTable, checkpoint: Checkpoint, tokenizer: Any = No
     others = {source: texts[::-1] for source, texts in table.texts.items() if source != heldout}
     there = sum(len(pack_windows(tokenizer, texts, settings.context)) for texts in others.values()) * settings.context
     if there < settings.tokens:
+        fewer = f"lower it to {there:,} or give" if there >= LEAST_HEALING else f"{LEAST_HEALING} are the fewest, give"
         raise CalibrationError(
             f"healing: {there:,} tokens in windows of {settings.context} without source {heldout!r}, which only "
-            f"measures; heal.tokens asks for {settings.tokens:,}: lower it or give more text"
+            f"measures; heal.tokens asks for {settings.tokens:,}: {fewer} more text"
         )
     dealt = deal_windows(tokenizer, others, context=settings.context, tokens=settings.tokens)
     counts = {source: len(rows) for source, rows in dealt.items()}

@@ -11,8 +11,9 @@ from mka.errors import RecipeError, nearest
 from mka.evidence.cuts import CutEvidence
 from mka.evidence.needs import HIDDEN_STATES, Evidence
 from mka.evidence.states import LayerScores
+from mka.plan.deleting import count_protected
 from mka.plan.plan import Decision, MergePlan
-from mka.plan.target import Aim, count_fewest
+from mka.plan.target import Aim, refuse_unreachable
 from mka.recipe import MethodChoice
 from mka.sections import Section, explain_validation
 from mka.transforms.fold import Folds
@@ -53,7 +54,10 @@ class Method:
         competing: most layers whose heads or neurons compete for one output layer under given settings; above 1, only
             an alignment can write its plans.
         units: how many units at most, and of what, ``decide`` reports for L layers, an aim and settings.
-        fewest: fewest layers it can leave of layers of these kinds, an aim's protection and settings.
+        fewest: how many layers at least it leaves of layers of these kinds, given an aim's protection and settings;
+            what the model makes of them may leave more.
+        check_search: refuses settings that buy nothing where every model is measured on so many tokens; None if it
+            takes what there is.
     """
 
     name: str
@@ -71,8 +75,9 @@ class Method:
         default=lambda layers, aim, settings: (layers - aim.layers_out, "merge")
     )
     fewest: Callable[[Sequence[Any], Aim, Any], int] = field(
-        default=lambda kinds, aim, settings: count_fewest(kinds, aim)
+        default=lambda kinds, aim, settings: max(1, count_protected(len(kinds), aim))
     )
+    check_search: Callable[[int, Any], Any] | None = None
 
 
 def method_names() -> list[str]:
@@ -140,6 +145,21 @@ class Planner:
         """Return the settings as JSON types; with ``scoring`` those only that scores depend on."""
         idle = self.method.plan_settings if scoring else frozenset()
         return {key: value for key, value in self.settings.model_dump(mode="json").items() if key not in idle}
+
+    def check_aim(self, kinds: Sequence[Any], aim: Aim) -> None:
+        """Refuse, before anything is computed, an aim that the method cannot reach.
+
+        Args:
+            kinds: one value per layer of the base.
+            aim: the target in layers.
+
+        Raises:
+            PlanError: if protection or kinds leave more than the target, or a budget of the method buys nothing.
+        """
+        if aim.layers_out < len(kinds):
+            fewest = self.method.fewest(kinds, aim, self.settings)
+            refuse_unreachable(aim.layers_out, fewest, aim.protect_first, aim.protect_last)
+            self.method.units(len(kinds), aim, self.settings)
 
     def plan(
         self, evidence: Evidence, scores: LayerScores | None, aim: Aim, base: Mapping[str, Any] | None = None

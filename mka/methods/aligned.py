@@ -7,9 +7,11 @@ measured with that one group replaced by what the base misses most of it, refitt
 (`mka.plan.grouping.partition_layers`). The plan is meant to be written with `alignment: {enabled: true}`.
 """
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -19,9 +21,9 @@ from mka.evidence.needs import HIDDEN_STATES, TRIALS, Evidence
 from mka.evidence.states import LayerScores
 from mka.methods import Method
 from mka.plan.deleting import deletable_layers
-from mka.plan.grouping import merge_adjacent, partition_layers
+from mka.plan.grouping import count_merged, merge_adjacent, partition_layers
 from mka.plan.plan import Decision, MergedLayer, Step, take_layers
-from mka.plan.target import Aim, count_fewest
+from mka.plan.target import Aim
 from mka.sections import Section
 from mka.similarity.npib import SimilaritySettings, score_similarity
 
@@ -149,6 +151,12 @@ def count_units(layers: int, aim: Aim, settings: Settings) -> tuple[int, str]:
     return sum(_count_proposed(groups, share) for groups in sizes.values()), "group"
 
 
+def count_fewest(kinds: Sequence[Any], aim: Aim, settings: Settings) -> int:
+    """Fewest layers that groups leave, if all of them may be formed."""
+    largest = math.inf if settings.selection == "similarity" else settings.largest
+    return count_merged(kinds if settings.operator == "average" else [None] * len(kinds), aim, largest)
+
+
 def needs(settings: Settings) -> frozenset[str]:
     """Hidden states for NPIB; trials where divergence decides."""
     return frozenset({HIDDEN_STATES} if settings.selection == "similarity" else {HIDDEN_STATES, TRIALS})
@@ -166,10 +174,5 @@ METHOD = Method(
     plan_settings=frozenset(Settings.model_fields),
     competing=lambda settings: settings.largest if settings.operator == "concat-select" else 1,
     units=count_units,
-    fewest=lambda kinds, aim, settings: count_fewest(
-        kinds if settings.operator == "average" else [None] * len(kinds),
-        aim,
-        merged=True,
-        largest=None if settings.selection == "similarity" else settings.largest,
-    ),
+    fewest=count_fewest,
 )

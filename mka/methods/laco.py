@@ -30,8 +30,9 @@ from pydantic import Field
 from mka.evidence.needs import OUTPUT_SIMILARITY, Evidence
 from mka.evidence.states import LayerScores
 from mka.methods import Method
+from mka.plan.grouping import count_merged
 from mka.plan.plan import Decision, MergedLayer, Step, identity_layers
-from mka.plan.target import Aim, count_fewest, refuse_unreachable
+from mka.plan.target import Aim, refuse_unreachable
 from mka.sections import Section
 
 Layers = tuple[MergedLayer, ...]
@@ -58,9 +59,8 @@ def collapse_layers(group: Sequence[MergedLayer]) -> MergedLayer:
 
 def decide(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: Settings) -> Decision:
     """Walk with an ever lower threshold until the target is met. A step's score is the cosine after it."""
-    refuse_unreachable(
-        aim.layers_out, count_fewest(evidence.kinds, aim, merged=True), aim.protect_first, aim.protect_last
-    )
+    fewest = count_merged(evidence.kinds, aim)
+    refuse_unreachable(aim.layers_out, fewest, aim.protect_first, aim.protect_last)
     walk = _Walk(evidence, aim, settings)
     base = identity_layers(evidence.layers)
     layers: Layers = base
@@ -131,5 +131,5 @@ METHOD = Method(
     settings=Settings,
     decide=decide,
     needs=lambda settings: frozenset({OUTPUT_SIMILARITY}),
-    fewest=lambda kinds, aim, settings: count_fewest(kinds, aim, merged=True),
+    fewest=lambda kinds, aim, settings: count_merged(kinds, aim),
 )

@@ -31,7 +31,7 @@ from mka.evidence.needs import HIDDEN_STATES
 from mka.methods import Method
 from mka.plan.plan import MergePlan
 from mka.sections import Section
-from mka.similarity.blocks import delete_scored_block, score_cosine
+from mka.similarity.blocks import count_kept, delete_scored_block, score_cosine
 from mka.transforms.fold import Folds, fold_output_map
 
 
@@ -101,6 +101,7 @@ METHOD = Method(
     source="arXiv 2505.24680",
     settings=Settings,
     decide=partial(delete_scored_block, kept=1),
+    fewest=partial(count_kept, kept=1),
     needs=lambda settings: frozenset({HIDDEN_STATES}),
     score=partial(score_cosine, method="linearpatch"),
     plan_settings=frozenset({"ridge"}),

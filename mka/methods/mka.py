@@ -13,9 +13,9 @@ from mka.errors import PlanError
 from mka.evidence.needs import DIVERGENCE, HIDDEN_STATES, REOBSERVE, Evidence
 from mka.evidence.states import LayerScores
 from mka.methods import Method
-from mka.plan.grouping import join_layers, merge_adjacent
+from mka.plan.grouping import count_merged, join_layers, merge_adjacent
 from mka.plan.plan import Decision
-from mka.plan.target import Aim, count_fewest
+from mka.plan.target import Aim
 from mka.similarity.npib import SimilaritySettings, score_similarity
 
 
@@ -115,5 +115,5 @@ METHOD = Method(
     needs=needs,
     score=score,
     plan_settings=frozenset({"selection", "weights", "weight", "grid"}),
-    fewest=lambda kinds, aim, settings: count_fewest(kinds, aim, merged=True),
+    fewest=lambda kinds, aim, settings: count_merged(kinds, aim),
 )

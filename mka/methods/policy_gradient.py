@@ -142,15 +142,7 @@ def decide(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: S
         return Decision(keep_layers(range(evidence.layers)))
     measured = evidence.loss if settings.objective == "loss" else evidence.divergence
     assert measured is not None
-    # The base is run as well where it is what models are held against.
-    extra = int(settings.objective == "divergence")
-    rounds = (settings.budget // measured.tokens - extra) // settings.samples
-    if rounds < 2:
-        raise PlanError(
-            f"a budget of {settings.budget} forward tokens is too small: two rounds of {settings.samples} models, each "
-            f"measured on {measured.tokens} tokens, need {(2 * settings.samples + extra) * measured.tokens}; "
-            "give a larger budget, fewer samples or fewer search_tokens"
-        )
+    rounds, extra = count_rounds(measured.tokens, settings)
 
     def measure(mask: np.ndarray) -> float:
         gone = {layer for layer, stays in zip(free, mask) if not stays}
@@ -169,6 +161,24 @@ def decide(evidence: Evidence, scores: LayerScores | None, aim: Aim, settings: S
     )
 
 
+def count_rounds(tokens: int, settings: Settings) -> tuple[int, int]:
+    """Return the rounds that the budget pays for, and how often the base is run, where a model runs on so many tokens.
+
+    Raises:
+        PlanError: if they are fewer than two.
+    """
+    # The base is run as well where it is what models are held against.
+    extra = int(settings.objective == "divergence")
+    rounds = (settings.budget // tokens - extra) // settings.samples
+    if rounds < 2:
+        raise PlanError(
+            f"a budget of {settings.budget} forward tokens is too small: two rounds of {settings.samples} models, each "
+            f"measured on {tokens} tokens, need {(2 * settings.samples + extra) * tokens}; "
+            "give a larger budget, fewer samples or fewer search_tokens"
+        )
+    return rounds, extra
+
+
 METHOD = Method(
     name="policy_gradient",
     summary="Delete the layers whose learnt probability of staying is least: forward passes only",
@@ -180,4 +190,5 @@ METHOD = Method(
     score=partial(score_influence, method="policy_gradient"),
     plan_settings=frozenset(Settings.model_fields),
     units=lambda layers, aim, settings: (settings.budget, "tok"),
+    check_search=count_rounds,
 )

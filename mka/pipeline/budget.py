@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mka.alignment.gptq import MEASURED, cut_windows, measure_damage
-from mka.errors import CalibrationError, RecipeError
+from mka.errors import CalibrationError, PlanError, RecipeError
 from mka.pipeline.job import Job
 from mka.pipeline.pipeline import run
 from mka.pipeline.plan import open_plan
+from mka.pipeline.stage import tell_product
 from mka.pipeline.target import foresee_rounded, least_bytes, settle
 from mka.plan.target import Aim
 from mka.terminal import show_progress
@@ -43,21 +44,23 @@ class Offer:
         layers: that remain.
         nbytes: of all tensors.
         bits: per weight of the linear layers, scales included; None if even the fewest take more.
-        depth: nats per token that fewer layers lose.
+        depth: nats per token that fewer layers lose; None if the method cannot reach so few.
         rounding: nats per token that those bits lose, by the share of what is expected that was measured; None without
             bits.
+        refusal: why there is no such model; None if there is one.
     """
 
     layers: int
     nbytes: float
     bits: float | None
-    depth: float
+    depth: float | None
     rounding: float | None
+    refusal: str | None = None
 
     @property
     def total(self) -> float | None:
         """Both together."""
-        return None if self.rounding is None else self.depth + self.rounding
+        return None if self.rounding is None or self.depth is None else self.depth + self.rounding
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def propose(
 ) -> tuple[list[Offer], Share]:
     """Return what every number of layers comes to within every budget, and how much calibrated rounding leaves.
 
-    Plans are made and stored as the pipeline does.
+    Plans are made and stored as the pipeline does. What the method cannot reach is an offer that says so.
 
     Args:
         job: of a recipe whose `quantize` mixes schemes, with calibration texts.
@@ -95,13 +98,13 @@ def propose(
         refit: whether plans are measured refitted in closed form.
 
     Raises:
-        PlanError: if the method cannot reach a depth.
+        PlanError: if the method can reach none of the depths.
         CalibrationError: if there is too little text.
         MkaError: whatever a stage refuses.
     """
     from mka.model.loading import open_decoder
 
-    plans = {layers: _plan(job, store, layers) for layers in depths}
+    plans, refused = _plan_all(job, store, depths)
     settings, source, calibration = job.recipe.quantize, job.recipe.model, job.inputs.calibration
     assert calibration is not None
     with open_decoder(job.base, source.dtype, source.trust_remote_code) as (decoder, tokenizer):
@@ -115,13 +118,37 @@ def propose(
         units, damage, taken = measure_damage(job.base, settings, decoder, windows[:MEASURED])
         share = _measure_share(job, decoder, windows, (units, damage, taken))
     measured = (units, damage * share.value, taken)
-    offers = [_offer(job, plans[layers], lost[layers], nbytes, *measured) for nbytes in budgets for layers in depths]
+    offers = [
+        Offer(layers, nbytes, None, None, None, refused[layers])
+        if layers in refused
+        else _offer(job, plans[layers], lost[layers], nbytes, *measured)
+        for nbytes in budgets
+        for layers in depths
+    ]
     return offers, share
+
+
+def _plan_all(job: Job, store: Path, depths: Sequence[int]) -> "tuple[dict[int, MergePlan], dict[int, str]]":
+    """Return the plan of each depth that can be reached, and of the others why not."""
+    plans, refused = {}, {}
+    for layers in depths:
+        try:
+            plans[layers] = _plan(job, store, layers)
+        except PlanError as error:
+            refused[layers] = str(error)
+            if len(refused) == len(depths):
+                raise
+    return plans, refused
 
 
 def _plan(job: Job, store: Path, layers: int) -> "MergePlan":
     aim = Aim(layers, job.aim.protect_first, job.aim.protect_last)
-    found = run(replace(job, aim=aim), lambda stage, one, before: stage.produce(one, before, store), until="plan")
+    found = run(
+        replace(job, aim=aim),
+        lambda stage, one, before: stage.produce(one, before, store),
+        until="plan",
+        tell=lambda name, product: tell_product(f"{name}, {layers} layers", product),
+    )
     plan, folds = open_plan(found)
     if folds:
         raise RecipeError(
@@ -195,7 +222,7 @@ def _offer(
 ) -> Offer:
     layers = len(plan.layers)
     if nbytes < least_bytes(job.base, job.recipe.quantize, layers):
-        return Offer(layers, nbytes, None, lost, None)
+        return Offer(layers, nbytes, None, lost, None, "too few bytes")
     kept = {layer.leader for layer in plan.layers}
     rows = [place for place, (index, _) in enumerate(units) if index in kept]
     found = _share_out(job, layers, nbytes, damage[rows], taken[rows])

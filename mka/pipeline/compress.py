@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from mka.pipeline.plan import open_plan
 from mka.pipeline.report import find_fit, find_healing
 from mka.pipeline.score import open_scores
 from mka.pipeline.serve import SERVE, SERVED_FILE
-from mka.pipeline.stage import MODEL_FOLDER, SCORES_FILE, Found, Stage, find_model
+from mka.pipeline.stage import MODEL_FOLDER, SCORES_FILE, Found, Tell, find_model
 from mka.plan.plan import MergePlan
-from mka.store.products import Product, reading
+from mka.store.products import reading
 from mka.store.publishing import check_room, publish
 
 EVIDENCE = "evidence"
@@ -53,7 +53,7 @@ class Compression:
     healing: Mapping[str, Any] | None = None
 
 
-def compress(job: Job, store: Path, output: Path, *, say: Callable[[str], Any]) -> Compression:
+def compress(job: Job, store: Path, output: Path, *, tell: Tell) -> Compression:
     """Compress and publish a stock model folder with its card, and its evidence in a folder inside.
 
     Every stage's result is kept in the store: killed, the same call goes on where it was. The folder is published whole
@@ -63,20 +63,14 @@ def compress(job: Job, store: Path, output: Path, *, say: Callable[[str], Any]) 
         job: what `mka.pipeline.job.prepare` checked.
         store: folder of all stages' results.
         output: folder to publish; must not exist.
-        say: called with a line per finished stage.
+        tell: called with name and result of each stage as soon as it has ended.
 
     Raises:
         MkaError: if any stage refuses; nothing is published then.
     """
-
-    def run_stage(stage: Stage, job: Job, found: Found) -> Product:
-        product = stage.produce(job, found, store)
-        say(f"{stage.name:<22} {'reused' if product.reused else f'{product.seconds:7.1f} s':>9}")
-        return product
-
     needed = candidate_nbytes(job) + COMPANIONS_NBYTES
     check_room(output, needed)
-    found = run(job, run_stage)
+    found = run(job, lambda stage, job, found: stage.produce(job, found, store), tell=tell)
     with publish(output, needed_bytes=needed) as partial, reading(), hold_base(job.base):
         export_folder(find_model(found).open() / MODEL_FOLDER, partial)
         shutil.copyfile(found["report"].open() / "README.md", partial / "README.md")

@@ -11,11 +11,13 @@ from mka.errors import CalibrationError, RecipeError, StoreError
 from mka.evaluation.catalog import Catalog, open_catalog
 from mka.healing.table import HealingTable, open_healing
 from mka.methods import Planner
+from mka.model.checkpoint import Checkpoint
 from mka.outside.project import suggest_table
 from mka.pipeline.written import OwnText, locate_table, refuse_used, want_text
 from mka.recipe import BASE_TEXT, Measurement, Recipe
 from mka.texts.calibration import CalibrationSet, load_calibration
 from mka.texts.overlap import refuse_overlap
+from mka.texts.positions import check_context
 from mka.texts.rows import digest_sources, digest_texts, read_heldout, read_rows, read_texts
 from mka.texts.writing import Wanted
 from mka.transforms import CALIBRATION, list_needs
@@ -51,6 +53,11 @@ class Inputs:
     def measures(self) -> bool:
         """Whether there is anything to measure a model on."""
         return bool(self.heldout or self.tasks or self.generation)
+
+    @property
+    def knows_calibration(self) -> bool:
+        """Whether the calibration texts are there, not only such as stand in for what the base has yet to write."""
+        return self.calibration is not None and not (self.own_text and self.own_text.foreseen)
 
     def refuse_marks(self, marks: Sequence[str]) -> None:
         """Refuse texts that hold marks which a model has no embedding for.
@@ -169,6 +176,39 @@ def check_evaluation(settings: Measurement, text: Path | None, catalog: Catalog)
             hint = suggest_table("name the folder that has one, or `hub` (null in a recipe) for the hub's data sets")
             raise RecipeError(f"task {task!r}: no table in {catalog.folder}; {hint}")
     return read_heldout(text) if text is not None else {}
+
+
+def check_measured(
+    heldout: Mapping[str, Sequence[str]],
+    settings: Measurement,
+    base: Checkpoint,
+    seed: int,
+    trust_remote_code: bool = False,
+) -> None:
+    """Refuse, before anything is computed, windows that a model cannot read and texts that make too few of them.
+
+    Args:
+        heldout: source -> texts of perplexity.
+        settings: length and number of windows, and of the items of generation.
+        base: whose tokenizer cuts them.
+        seed: draws the items.
+        trust_remote_code: whether code that comes with the tokenizer may run.
+
+    Raises:
+        RecipeError: naming the source, or what is too long.
+    """
+    from mka.evaluation.generation import check_generation
+    from mka.model.loading import load_tokenizer
+    from mka.texts.windows import cut_windows
+
+    if not heldout and not settings.generation:
+        return
+    check_context(settings.context, base.config.get("max_position_embeddings"))
+    tokenizer = load_tokenizer(base.path, trust_remote_code)
+    if settings.generation:
+        check_generation(tokenizer, settings, seed)
+    for name, texts in heldout.items():
+        cut_windows(tokenizer, texts, name=name, context=settings.context, max_tokens=settings.text_tokens)
 
 
 def digest_task(catalog: Catalog, task: str, shots: int | None) -> str:

@@ -1,6 +1,6 @@
 """What one compression is about to do: resolved and opened once, everything checked that needs no run of the model."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,18 +8,18 @@ from typing import Any
 
 from mka.alignment.table import fit_windows
 from mka.engines.loadable import check_engines
+from mka.errors import RecipeError
 from mka.evaluation.catalog import open_catalog
+from mka.evidence.needs import REPAIRS, TRIALS
 from mka.healing.table import cut_healing
 from mka.methods import Planner, check_alignment, resolve_method
 from mka.model.checkpoint import Checkpoint
-from mka.pipeline.inputs import Inputs, check_evaluation, check_named, read_inputs, want_own_text
+from mka.pipeline.inputs import Inputs, check_evaluation, check_measured, check_named, read_inputs, want_own_text
 from mka.pipeline.target import refuse_bytes, resolve_aim
 from mka.pipeline.written import open_own_text
-from mka.plan.deleting import deletable_layers
 from mka.plan.target import Aim
-from mka.recipe import ModelSource, QuantizeSettings, Recipe
+from mka.recipe import ModelSource, Recipe
 from mka.sources.fetch import materialize, resolve_revision
-from mka.texts.positions import check_context
 from mka.transforms import Treatment, get_quantizer, looks_at_texts, outline_treated, resolve_transforms
 from mka.transforms.packing import raise_bytes
 from mka.transforms.rewrite import refuse_quantized
@@ -146,19 +146,54 @@ def prepare(
     else:  # writing takes minutes; what can be refused before is
         check_named(recipe, planner)
         if evaluate:
-            check_evaluation(recipe.evaluation, recipe.evaluation.text, open_catalog(recipe.evaluation))
+            heldout = check_evaluation(recipe.evaluation, recipe.evaluation.text, open_catalog(recipe.evaluation))
     base, revision = fetch_base(recipe.model, work)
-    aim = check_feasible(recipe, base)
-    deletable_layers(base.layers, aim)  # refuses a protection that leaves more than the target
-    planner.method.units(base.layers, aim, planner.settings)  # refuses a budget that buys nothing
+    check_target(recipe, planner, base)
     if wanted is not None:
+        if evaluate:
+            check_measured(heldout, recipe.evaluation, base, recipe.seed, recipe.model.trust_remote_code)
         with open_own_text(base, recipe.model, wanted, work / "stages", write=write) as own_text:
             inputs = read_inputs(recipe, planner, evaluate=evaluate, own_text=own_text)
     if inputs.alignment is not None:
         inputs = replace(inputs, alignment=fit_windows(inputs.alignment, base))
     if inputs.healing is not None:
         cut_healing(inputs.healing, base)  # refuses what healing itself would refuse later
-    return open_job(recipe, planner, base, revision, inputs, command=command, output=output)
+    job = open_job(recipe, planner, base, revision, inputs, command=command, output=output)
+    check_search(job)
+    return job
+
+
+def check_search(job: Job) -> None:
+    """Refuse, before anything is computed, a search whose budget buys nothing with the calibration texts there are.
+
+    Raises:
+        PlanError: saying what it takes.
+    """
+    from mka.evidence.gather import count_searched
+    from mka.model.loading import load_tokenizer
+
+    planner, calibration = job.planner, job.inputs.calibration
+    check = planner.method.check_search if job.aim.layers_out < job.base.layers else None
+    if check is not None and calibration is not None and job.inputs.knows_calibration:
+        tokenizer = load_tokenizer(job.base.path, job.recipe.model.trust_remote_code)
+        check(count_searched(planner.needs, tokenizer, calibration.texts, job.recipe.calibration), planner.settings)
+
+
+def check_target(recipe: Recipe, planner: Planner, base: Checkpoint) -> None:
+    """Refuse a target that the method cannot reach, or that the base has already with nothing else to do.
+
+    Raises:
+        PlanError: as `Planner.check_aim`.
+        RecipeError: if all layers remain and nothing is done to the weights, or as `check_feasible`.
+        CheckpointError: as `check_feasible`.
+    """
+    aim = check_feasible(recipe, base)
+    planner.check_aim(base.kinds, aim)
+    if aim.layers_out == base.layers and not recipe.treats_weights:
+        raise RecipeError(
+            f"nothing to do: all {base.layers} layers remain ({recipe.target.describe()}) and nothing is rounded or "
+            "transformed; aim at fewer layers, or name a scheme in quantize"
+        )
 
 
 def open_job(recipe: Recipe, planner: Planner, base: Checkpoint, revision: str, inputs: Inputs, **more: Any) -> Job:
@@ -171,21 +206,27 @@ def open_job(recipe: Recipe, planner: Planner, base: Checkpoint, revision: str, 
     """
     aim = check_feasible(recipe, base)
     inputs.refuse_marks(base.rowless)
-    if inputs.heldout:
-        check_context(recipe.evaluation.context, base.config.get("max_position_embeddings"))
-    if looks_at_texts(recipe.quantize):
-        _require_windows(recipe.quantize, base, inputs)
+    if inputs.measures:
+        check_measured(inputs.heldout, recipe.evaluation, base, recipe.seed, recipe.model.trust_remote_code)
+    # What the base has not written yet is long enough.
+    if inputs.calibration is not None and inputs.knows_calibration:
+        _check_calibration(recipe, planner, base, inputs.calibration.texts)
     return Job(recipe, planner, base, revision, aim, inputs, resolve_transforms(recipe.transforms), **more)
 
 
-def _require_windows(settings: QuantizeSettings, base: Checkpoint, inputs: Inputs) -> None:
+def _check_calibration(recipe: Recipe, planner: Planner, base: Checkpoint, texts: Sequence[str]) -> None:
+    """Refuse what whoever reads the calibration texts would refuse later."""
     from mka.alignment.gptq import cut_windows
+    from mka.evidence.gather import check_texts
     from mka.model.loading import load_tokenizer
 
-    # What the base has not written yet is long enough, and what stands in for it says nothing.
-    if inputs.calibration is not None and not (inputs.own_text and inputs.own_text.foreseen):
-        one = settings.model_copy(update={"tokens": 1})
-        cut_windows(base, one, load_tokenizer(base.path), inputs.calibration.texts)
+    if not planner.needs & {TRIALS, REPAIRS} and not looks_at_texts(recipe.quantize):
+        return
+    tokenizer = load_tokenizer(base.path, recipe.model.trust_remote_code)
+    check_texts(planner.needs, planner.settings, base, tokenizer, texts)
+    if looks_at_texts(recipe.quantize):
+        one = recipe.quantize.model_copy(update={"tokens": 1})
+        cut_windows(base, one, tokenizer, texts)
 
 
 def check_feasible(recipe: Recipe, checkpoint: Checkpoint) -> Aim:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mka.errors import GateRefused, GuardError
+from mka.errors import GuardError
 from mka.evaluation.gate import decide
 from mka.evaluation.rules import asks_control, asks_engines, asks_speed
 from mka.pipeline.evaluate import BASE, CANDIDATE, EVALUATE_CONTROL, ROLES, SPEED, open_report
@@ -74,10 +74,3 @@ GATE = Stage(
     make=_make,
     foresee=lambda job: Cost(files=("evidence/gate.json",)),
 )
-
-
-def refuse_failed(decision: Mapping[str, Any] | None, where: Path) -> GateRefused | None:
-    """Return the refusal of a failed verdict, for the caller to raise once it has shown the result."""
-    if decision is None or decision["verdict"] != "fail":
-        return None
-    return GateRefused(f"the gate failed this candidate ({tell_checks(decision, 'fail')}); evidence in {where}")

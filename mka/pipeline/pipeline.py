@@ -23,7 +23,7 @@ from mka.pipeline.quantize import QUANTIZE
 from mka.pipeline.report import REPORT
 from mka.pipeline.score import SCORE
 from mka.pipeline.serve import SERVE
-from mka.pipeline.stage import RunStage
+from mka.pipeline.stage import RunStage, Tell
 from mka.pipeline.target import expect_gains
 from mka.pipeline.transform import TRANSFORM, describe_treatments
 from mka.store.products import Product
@@ -35,7 +35,11 @@ PIPELINE = (*_MAKE, *_PROVE)
 
 
 def run(
-    job: Job, run_stage: RunStage, until: str | None = None, start: Mapping[str, Product] | None = None
+    job: Job,
+    run_stage: RunStage,
+    until: str | None = None,
+    start: Mapping[str, Product] | None = None,
+    tell: Tell = lambda name, product: None,
 ) -> dict[str, Product]:
     """Walk the stages that a job has.
 
@@ -44,6 +48,7 @@ def run(
         run_stage: returns the product of one stage, e.g. `mka.pipeline.stage.Stage.produce` with a store.
         until: name of the last stage; None: all of them.
         start: products that were there before, by name; what they hold is evidence like that of any stage.
+        tell: called with name and result of each stage as soon as it has ended.
 
     Returns:
         Stage -> product, in their order.
@@ -55,6 +60,7 @@ def run(
     for stage in PIPELINE:
         if stage.wanted(job):
             found[stage.name] = run_stage(stage, job, found)
+            tell(stage.name, found[stage.name])
         if stage.name == until:
             break
     return found

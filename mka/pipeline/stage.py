@@ -9,6 +9,7 @@ from typing import Any
 from mka.pipeline.holding import hold_base
 from mka.pipeline.job import Job
 from mka.store.products import Product, find, produce, stage_key
+from mka.terminal import say_stage
 
 Found = Mapping[str, Product]
 
@@ -103,6 +104,13 @@ class Stage:
 
 
 RunStage = Callable[[Stage, Job, Found], Product]
+# Told the name of a stage that has ended, and its result.
+Tell = Callable[[str, Product], Any]
+
+
+def tell_product(name: str, product: Product) -> None:
+    """Say on the terminal, or in the log that stands in its place, that a stage has ended."""
+    say_stage(name, product.seconds, product.reused, product.why)
 
 
 def find_model(found: Found) -> Product:

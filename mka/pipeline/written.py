@@ -12,6 +12,7 @@ from mka.model.checkpoint import Checkpoint
 from mka.pipeline.holding import hold_base
 from mka.recipe import BASE_TEXT, AlignmentFit, CalibrationTexts, HealFit, ModelSource
 from mka.store.products import Product, find, produce
+from mka.terminal import say_stage
 from mka.texts.overlap import refuse_overlap
 from mka.texts.rows import format_rows, read_heldout, read_texts
 from mka.texts.writing import FEWEST_TOKENS, KINDS, Wanted
@@ -139,7 +140,9 @@ def open_own_text(
     Without ``write`` nothing is run: where it is not stored, texts of random words stand in for it.
     """
     if write:
-        yield as_own_text(write_table(base, source, wanted, store))
+        written = write_table(base, source, wanted, store)
+        say_stage("text of the base", written.seconds, written.reused, written.why)
+        yield as_own_text(written)
         return
     if (stored := find(store, **_key(base, source, wanted))) is not None:
         yield as_own_text(stored)

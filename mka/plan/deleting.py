@@ -34,9 +34,14 @@ def deletable_layers(count: int, aim: Aim) -> range:
     Raises:
         PlanError: if they are too few to reach the aim by deletion.
     """
-    free = range(aim.protect_first, max(aim.protect_first, count - aim.protect_last))
-    refuse_unreachable(aim.layers_out, count - len(free), aim.protect_first, aim.protect_last)
-    return free
+    fewest = count_protected(count, aim)
+    refuse_unreachable(aim.layers_out, fewest, aim.protect_first, aim.protect_last)
+    return range(aim.protect_first, aim.protect_first + count - fewest)
+
+
+def count_protected(count: int, aim: Aim) -> int:
+    """Return how many of ``count`` layers protection keeps: the fewest that deletion can leave."""
+    return min(count, aim.protect_first + aim.protect_last)
 
 
 def delete_least_important(importance: np.ndarray, aim: Aim) -> Decision:

@@ -1,13 +1,15 @@
 """From similarities to groups and weights. Pure: numbers in, output layers out."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from mka.errors import PlanError
 from mka.plan.plan import Decision, MergedLayer, Step, identity_layers
-from mka.plan.target import refuse_unreachable
+from mka.plan.target import Aim, refuse_unreachable
 
 
 def merge_adjacent(
@@ -68,6 +70,19 @@ def merge_adjacent(
         if on_merge:
             on_merge()
     return Decision(tuple(layers), tuple(steps))
+
+
+def count_merged(kinds: Sequence[Any], aim: Aim, largest: float = math.inf) -> int:
+    """Return the fewest layers that merging neighbours of one kind can leave.
+
+    Args:
+        kinds: one value per source layer.
+        aim: how many at either end stay as they are.
+        largest: most layers that become one.
+    """
+    free = kinds[aim.protect_first : max(aim.protect_first, len(kinds) - aim.protect_last)]
+    runs = (len(list(run)) for _, run in groupby(free))
+    return len(kinds) - len(free) + sum(math.ceil(run / largest) if largest < run else 1 for run in runs)
 
 
 def join_layers(left: MergedLayer, right: MergedLayer, weight: float) -> MergedLayer:

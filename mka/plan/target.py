@@ -3,8 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
 
 import numpy as np
 
@@ -117,21 +115,6 @@ def fit_layers(bounds: Sequence[Bound], layers_in: int, fewest: int, layers: int
             return count
     least, why = (layers, "") if layers is not None else (fewest, ", the fewest that protection leaves,")
     raise next(bound.refuse(least, why) for bound in bounds if not bound.holds(least))
-
-
-def count_fewest(kinds: Sequence[Any], aim: Aim, *, merged: bool = False, largest: int | None = None) -> int:
-    """Return the fewest layers that can remain, whatever number the aim asks for.
-
-    Args:
-        kinds: one value per source layer.
-        aim: how many stay untouched at either end.
-        merged: whether unprotected layers become one with neighbours of their kind, each run of these at least one;
-            else all of them may go.
-        largest: layers in the largest group that becomes one; None: as many as there are.
-    """
-    free = kinds[aim.protect_first : max(aim.protect_first, len(kinds) - aim.protect_last)]
-    runs = [len(list(run)) for _, run in groupby(free)] if merged else []
-    return max(1, len(kinds) - len(free) + sum(-(-run // (largest or run)) for run in runs))
 
 
 def refuse_unreachable(layers_out: int, reached: int, protect_first: int, protect_last: int) -> None:

@@ -1,8 +1,10 @@
 """What the gate decided, in words: for a terminal, a page, a card and a refusal."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from mka.errors import GateRefused, GateUndecided
 from mka.evaluation.metrics import FACTS, find_subject
 from mka.report.table import format_value
 
@@ -11,6 +13,10 @@ VERDICTS = {
     "undecided": "a threshold lies between the bounds: more items would decide",
     "fail": "a threshold is missed even at the better 95 % bound",
 }
+# What of a recipe's `evaluation` says how much is measured, by what a metric is measured on.
+_AMOUNTS = {"texts": "text_tokens", "tasks": "tasks"}
+# Times as many items as were measured that a person might still wait for.
+_MOST_TIMES = 100
 _SIGNS = {"recovery": "≥", "least": "≥", "most": "≤"}
 _WORDS = {"recovery": "needed", "least": "at least", "most": "at most", "better_than": "better than", "must": "must"}
 
@@ -74,3 +80,51 @@ def tell_checks(decision: Mapping[str, Any], verdict: str | None = None) -> str:
         within = "" if row["bounds"] == "–" else f" [{row['bounds']}]"
         told.append(f"{row['name']} {row['figure']}{within}, needed {row['threshold']}")
     return "; ".join(told)
+
+
+def count_needed(check: Mapping[str, Any]) -> int | None:
+    """Return about how many windows or items would decide an undecided check, if the estimate stays where it is.
+
+    Bounds close in with the root of their number. None if the check has no interval, or so many cannot be measured.
+    """
+    lower, upper, n = check["lower"], check["upper"], check.get("n")
+    if lower is None or upper is None or not n:
+        return None
+    beside = check.get("bound") == "better_than"  # as good as the control is 1
+    threshold = 1.0 if beside else check["threshold"]
+    estimate = (lower + upper) / 2 if beside else check["value"] if check.get("recovery") is None else check["recovery"]
+    towards, distance = (lower if estimate > threshold else upper), estimate - threshold
+    if not distance or abs(times := (estimate - towards) / distance) > math.sqrt(_MOST_TIMES):
+        return None
+    return math.ceil(n * times**2)
+
+
+def tell_needed(check: Mapping[str, Any]) -> str:
+    """Say what would decide an undecided check: about how many items, and which key of a recipe asks for them."""
+    row, needed = find_subject(check.get("metric", "")), count_needed(check)
+    if row is None:
+        return "more of what was measured would decide"
+    key = f"evaluation.{row.asked or _AMOUNTS[row.on]}"
+    if needed is None:
+        return f"it lies so near that {_MOST_TIMES} times as many {row.resampled} would not decide"
+    return f"about {needed:,} {row.resampled} would decide, {check['n']:,} were measured ({key})"
+
+
+def refuse_verdict(decision: Mapping[str, Any] | None, where: object) -> GateRefused | GateUndecided | None:
+    """Return what a verdict other than a pass ends a command with, to be raised once it has shown the result.
+
+    Args:
+        decision: of `mka.evaluation.gate.GateDecision.to_dict`; None if there was nothing to decide on.
+        where: the evidence.
+    """
+    verdict = decision["verdict"] if decision is not None else "pass"
+    if decision is None or verdict == "pass":
+        return None
+    if verdict == "fail":
+        return GateRefused(f"the gate failed this candidate ({tell_checks(decision, 'fail')}); evidence in {where}")
+    told = [
+        f"{tell_checks({'checks': [check]})}: {tell_needed(check)}"
+        for check in decision["checks"]
+        if check["verdict"] == "undecided"
+    ]
+    return GateUndecided(f"the gate is undecided ({'; '.join(told)}); evidence in {where}")

@@ -1,6 +1,6 @@
 """Layers and contiguous blocks of layers: how far hidden states move across each, and which go. Pure."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from mka.evidence.needs import Evidence
 from mka.evidence.states import LayerScores
-from mka.plan.deleting import delete_block, delete_least_important
+from mka.plan.deleting import count_protected, delete_block, delete_least_important
 from mka.plan.plan import Decision
 from mka.plan.target import Aim
 from mka.sections import Section
@@ -66,6 +66,11 @@ def delete_scored_layers(evidence: Evidence, scores: LayerScores | None, aim: Ai
     """Delete the layers that scores of their importance put last; for refusals see `delete_least_important`."""
     assert scores is not None
     return delete_least_important(scores.values, aim)
+
+
+def count_kept(kinds: Sequence[Any], aim: Aim, settings: Section, *, kept: int = 0) -> int:
+    """Return the fewest layers that `delete_scored_block` leaves."""
+    return count_protected(len(kinds), replace(aim, protect_first=max(kept, aim.protect_first)))
 
 
 def delete_scored_block(

@@ -18,7 +18,7 @@ from typing import Any
 
 from mka.errors import DurationError, OutputError
 from mka.outside.reading import read_json
-from mka.store.products import MANIFEST
+from mka.store.manifests import MANIFEST
 from mka.store.sums import SUMS_NAME
 
 UNITS = {"h": "hours", "d": "days", "w": "weeks"}

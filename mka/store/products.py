@@ -7,21 +7,21 @@ name, a date or a path. It is reused only if every file it consists of still has
 import contextlib
 import hashlib
 import json
-import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from mka.errors import StoreError
+from mka.store.manifests import MANIFEST, digest_manifest, read_manifest
+from mka.store.nearest import explain_missing
 from mka.store.publishing import publish
 from mka.store.sums import file_sha256
 
-MANIFEST = "stage.json"
 FORMAT = "mka-stage/1"
 
 # What was opened since the innermost `reading` began; None outside of one.
@@ -164,6 +164,7 @@ def produce(
         stored, why = _read(folder, key)
         if stored is not None:
             return stored
+        why = why or explain_missing(store, stage, version=version, settings=settings, inputs=inputs)
         shutil.rmtree(folder, ignore_errors=True)
         for left in store.glob(f".{folder.name}.partial-*"):  # by a killed process; its lock is ours now
             shutil.rmtree(left, ignore_errors=True)
@@ -242,46 +243,12 @@ def _lock_path(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
 
 
-def read_manifest(folder: Path) -> Mapping[str, Any] | None:
-    """Return what a stored result's manifest says; None if it is damaged in whatever way: then there is no result.
-
-    Raises:
-        FileNotFoundError: if there is none.
-    """
-    try:
-        body = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        whole = {"stage": str, "key": str, "seconds": int | float, "files": dict, "facts": dict}
-        sound = all(isinstance(body[name], kind) for name, kind in whole.items()) and 0 <= body["seconds"] < math.inf
-        sound = sound and all(
-            type(entry["bytes"]) is int and isinstance(entry["sha256"], str) and _lies_below(name)
-            for name, entry in body["files"].items()
-        )
-        # Manifests of earlier commits have no digest of their own.
-        return body if sound and body.get("sha256", known := digest_manifest(body)) == known else None
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def digest_manifest(body: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of everything a manifest says but this."""
-    rest = {name: value for name, value in body.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _lies_below(name: str) -> bool:
-    path = PurePosixPath(name)
-    possible = name.isprintable() and len(name) < 1024 and all(len(part.encode()) < 256 for part in path.parts)
-    return possible and not path.is_absolute() and ".." not in path.parts
-
-
 def _read(folder: Path, key: str) -> tuple[Product | None, str]:
-    """Return the stored product, or None and why it cannot be used."""
+    """Return the stored product, or None and why it cannot be used; empty if there is none."""
     try:
         body = read_manifest(folder)
     except FileNotFoundError:
-        return None, "no result for these inputs and settings yet"
+        return None, ""
     if body is None:
         return None, "the stored result's manifest is damaged"
     if body.get("format") != FORMAT or body["key"] != key:

@@ -9,6 +9,18 @@ import torch
 from mka.errors import CalibrationError
 
 
+def take_tokens(tokenizer: Any, texts: Sequence[str], max_tokens: int, tokens: int) -> list[list[int]]:
+    """Tokenize texts in order until ``tokens`` tokens are there, each cut to ``max_tokens``."""
+    taken: list[list[int]] = []
+    count = 0
+    for ids in tokenize(tokenizer, texts, max_tokens):
+        if count >= tokens:
+            break
+        taken.append(ids)
+        count += len(ids)
+    return taken
+
+
 def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
     """Tokenize with the tokenizer's own default special tokens (BOS only where it adds one), cut to ``max_tokens``.
 

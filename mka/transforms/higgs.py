@@ -17,10 +17,12 @@ from mka.errors import RecipeError
 from mka.model.checkpoint import Checkpoint
 from mka.model.parts import ATTENTION, MLP, check_parts
 from mka.model.tensors import TensorInfo
+from mka.recipe import LEAST_GROUP
 from mka.sections import Section
 from mka.transforms import Transform
 from mka.transforms.packing import find_linear
 from mka.transforms.rewrite import refuse_quantized, rewrite_checkpoint
+from mka.transforms.serving import list_group_sizes
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +35,7 @@ class Settings(Section):
     """Settings of HIGGS."""
 
     bits: int = Field(4, ge=1, le=4, description="Bits of a weight, beside one scale of 16 bits per group")
-    group_size: int = Field(256, ge=8, description="Weights that are turned together; a power of two")
+    group_size: int = Field(256, ge=LEAST_GROUP, description="Weights that are turned together; a power of two")
     pairs: bool = Field(True, description="Round pairs of numbers to points of the plane; else each number by itself")
     seed: int = Field(0, ge=0, description="Draws the signs that groups are turned with")
 
@@ -95,10 +97,10 @@ def _check(source: Checkpoint, settings: Settings) -> None:
     check_parts(source.family.parts, frozenset({ATTENTION, MLP}), "transforms: higgs", str(source.path))
     widths = sorted({info.shape[1] for info in find_linear(source)})
     if any(width % settings.group_size for width in widths):
-        fitting = [size for size in (16, 32, 64, 128, 256, 512, 1024) if not any(w % size for w in widths)]
+        fitting = [size for size in list_group_sizes(widths) if size.bit_count() == 1]
         raise RecipeError(
             f"transforms: higgs: group_size {settings.group_size} does not divide the layer widths {widths}; "
-            f"sizes that do: {', '.join(map(str, fitting)) or 'none of 16 to 1024'}"
+            f"sizes that do: {', '.join(map(str, fitting)) or f'none of {LEAST_GROUP} or more'}"
         )
 
 

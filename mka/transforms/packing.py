@@ -18,8 +18,8 @@ from mka.model.checkpoint import Checkpoint
 from mka.model.config import build_config, write_config
 from mka.model.parts import ATTENTION, MLP, check_parts
 from mka.model.shards import BLOCK_BYTES, MAX_SHARD_BYTES, Blocks, split_shards, write_shards
-from mka.model.tensors import FLOATS, STORED_NAMES, TensorInfo, TensorReader, torch_dtype
-from mka.recipe import QuantizeSettings
+from mka.model.tensors import FLOATS, STORED_NAMES, TensorInfo, TensorReader, is_finite, torch_dtype
+from mka.recipe import LEAST_GROUP, QuantizeSettings
 from mka.transforms import SCHEMES, list_options
 from mka.transforms.allocation import TOLERANCE
 from mka.transforms.formats import (
@@ -32,8 +32,8 @@ from mka.transforms.formats import (
     pack_rows,
     scale_groups,
 )
-from mka.transforms.rewrite import publish_copy
-from mka.transforms.serving import check_embeddings, check_kernels
+from mka.transforms.rewrite import publish_copy, refuse_overflow
+from mka.transforms.serving import check_embeddings, check_kernels, list_group_sizes
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,7 @@ def check_roundable(source: Checkpoint, settings: QuantizeSettings) -> None:
         raise CheckpointError(f"{source.path}: weights are already quantized")
     check_parts(source.family.parts, TREATS, f"quantize.scheme {settings.scheme}", str(source.path))
     if any(SCHEMES[name].grouped for name in list_options(settings)):
-        check_group_size(source, settings.group_size)
+        check_group_size(source, settings)
     check_kernels(source, settings)
     if settings.scheme == MIXED:
         check_bits(source, settings)
@@ -85,18 +85,18 @@ def check_roundable(source: Checkpoint, settings: QuantizeSettings) -> None:
         check_embeddings(source)
 
 
-def check_group_size(source: Checkpoint, group_size: int) -> None:
+def check_group_size(source: Checkpoint, settings: QuantizeSettings) -> None:
     """Refuse a group size that does not divide the input width of every linear layer.
 
     Raises:
         RecipeError: naming the width and the group sizes that fit.
     """
     widths = {info.shape[1] for info in find_linear(source)}
-    if any(width % group_size for width in widths):
-        fitting = [size for size in (16, 32, 64, 128, 256) if not any(w % size for w in widths)]
+    if any(width % settings.group_size for width in widths):
+        fitting = ", ".join(map(str, list_group_sizes(widths, settings)))
         raise RecipeError(
-            f"quantize.group_size {group_size} does not divide the layer widths {sorted(widths)}; "
-            f"sizes that do: {', '.join(map(str, fitting)) or 'none of 16 to 256; use scheme: off'}"
+            f"quantize.group_size {settings.group_size} does not divide the layer widths {sorted(widths)}; "
+            f"sizes that do: {fitting or f'none of {LEAST_GROUP} or more; use scheme: off'}"
         )
 
 
@@ -269,6 +269,7 @@ def read_rows(source: Checkpoint, info: TensorInfo, read: TensorReader, nbytes: 
     """Read a tensor some rows at a time, as many as ``nbytes`` hold but at least one, in the dtype it is loaded in."""
     dtype = torch_dtype(replace(info, dtype=loaded_dtype(source, info)))
     for rows in read.blocks(info.name, nbytes):
+        refuse_overflow(rows, info.name, dtype)
         yield rows.to(dtype)
 
 
@@ -281,8 +282,16 @@ def round_rows(
     that grows with the model.
     """
     leaf = spec.name.rpartition(".")[2]
+    from mka.transforms.columns import round_to
+
+    half = 1 << (scheme.weights.num_bits - 1)
     for rows in read_rows(source, info, read, _ROUND_BYTES):
-        yield pack_rows(rows, scale_groups(rows, scheme), scheme)[leaf]
+        scale = scale_groups(rows, scheme)
+        # One number more is below 0 than above: a weight may be rounded to more than it was.
+        if not is_finite((half * scale.float()).to(rows.dtype)):
+            grouped = rows.float().unflatten(-1, (scale.shape[1], -1))  # (R, G, C / G)
+            refuse_overflow(round_to(grouped, scale.float()[..., None], scheme), info.name, rows.dtype)
+        yield pack_rows(rows, scale, scheme)[leaf]
 
 
 def _write_config(source: Checkpoint, settings: QuantizeSettings, chosen: Mapping[str, str], folder: Path) -> None:

@@ -27,6 +27,23 @@ def refuse_quantized(source: Checkpoint) -> None:
         raise CheckpointError(f"{source.path}: weights are already quantized; name the original model instead")
 
 
+def refuse_overflow(weight: "torch.Tensor", name: str, dtype: "torch.dtype") -> None:
+    """Refuse values of a tensor that are not finite in the dtype that a stock loader gives it.
+
+    Raises:
+        NumericsError: naming the tensor, and what to do.
+    """
+    if is_finite(weight.to(dtype)):
+        return
+    if not is_finite(weight):
+        raise NumericsError(f"{name}: NaN or infinite weights cannot be rounded; the model is damaged")
+    held = str(dtype).removeprefix("torch.")
+    raise NumericsError(
+        f"{name}: rounded, its values reach {float(weight.abs().max()):.6g}, beyond {held}, which it unpacks to; "
+        "put `name: cast` with `settings: {dtype: bfloat16}` among the recipe's transforms"
+    )
+
+
 def publish_copy(
     source: Checkpoint,
     output: str | Path,

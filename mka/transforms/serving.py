@@ -1,9 +1,12 @@
 """What of a checkpoint an engine has kernels for, and what stock loading misses, refused before anything is rounded."""
 
+import math
+from collections.abc import Iterable
+
 from mka.errors import RecipeError
 from mka.kernels import find_row
 from mka.model.checkpoint import Checkpoint
-from mka.recipe import QuantizeSettings
+from mka.recipe import LEAST_GROUP, QuantizeSettings
 from mka.transforms import SCHEMES, list_options
 
 
@@ -31,6 +34,23 @@ def check_kernels(source: Checkpoint, settings: QuantizeSettings) -> None:
                 f"quantize.scheme {settings.scheme}: {row.engine.label} runs {name} on widths that are multiples of "
                 f"{row.multiple}, this model has {sorted(widths)}; name another scheme, or no serve_on"
             )
+
+
+def list_group_sizes(widths: Iterable[int], settings: QuantizeSettings | None = None) -> list[int]:
+    """Return the group sizes that may be named: those that divide all widths, powers of two if any of them is one.
+
+    Args:
+        widths: of the inputs.
+        settings: whose schemes and engine are to have them; None: whatever they are.
+    """
+    common = math.gcd(*widths)
+    rows = [find_row(settings.serve_on, name) for name in list_options(settings)] if settings else []
+    sizes = [
+        size
+        for size in range(LEAST_GROUP, common + 1)
+        if not common % size and all(not size % row.group_multiple and size in (row.groups or (size,)) for row in rows)
+    ]
+    return [size for size in sizes if size.bit_count() == 1] or sizes
 
 
 def list_products(source: Checkpoint) -> list[tuple[int, int]]:

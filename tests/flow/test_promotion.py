@@ -102,7 +102,10 @@ def test_a_candidate_that_is_worse_than_the_champion_stays_candidate(project, ca
 
 
 def test_an_undecided_candidate_is_not_promoted(project, capsys):
-    assert project.run(gate__perplexity_recovery=0.999, target__layers=4) == 0
+    assert project.run(gate__perplexity_recovery=0.999, target__layers=4) == 3
+    line = refusal(capsys)
+    assert line.startswith("recompress: the gate is undecided (perplexity words") and "resume" not in line
+    assert project.last_run["status"] == "completed"
     if project.last_run["verdict"] != "undecided":
         pytest.fail(f"the tiny model was meant to be undecided, it is {project.last_run['verdict']}")
     assert aliases(project) == {"candidate": 1}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.lines import split_stages
 from support.models import make_texts
 
 from mka.store.sums import file_sha256
@@ -249,3 +250,49 @@ def test_a_prefect_server_that_does_not_answer_is_one_line_and_nothing_is_begun(
     assert line.startswith(f"{module}: Prefect server http://127.0.0.1:9/api does not answer: ")
     assert "unset that to run without one" in line
     assert not (project.work / "stages").exists()
+
+
+@pytest.mark.parametrize(("cancelled", "status"), [(True, "cancelled"), (False, "interrupted")])
+def test_a_run_that_was_ended_says_so(project, capsys, monkeypatch, cancelled, status):
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import TerminationSignal
+    from prefect.runtime import flow_run
+    from prefect.states import Cancelling
+
+    def end(*_):
+        if cancelled:
+            with get_client(sync_client=True) as client:
+                client.set_flow_run_state(flow_run.id, Cancelling(), force=True)
+        raise TerminationSignal(signal=15)
+
+    monkeypatch.setattr("flows.recompress.walk", end)
+    assert run(project) == 130
+    assert "interrupted; finished stages are kept; resume: python -m flows.recompress" in one_line(capsys)
+    assert project.last_run["status"] == status and project.last_run["error"]
+
+
+def test_a_run_tells_its_stages_in_a_line_each_and_its_figures_in_a_file(project, capsys):
+    assert run(project) == 0
+    told, rest = split_stages(capsys.readouterr().err)
+    facts = project.last_run
+    assert told == list(facts["stages"]) and len(told) > 10 and rest == ""
+    assert facts["gate"]["verdict"] == "pass" and facts["gate"]["checks"][0]["threshold"] == 0.01
+    candidate, control = facts["figures"]["candidate"], facts["figures"]["control"]
+    assert (candidate["layers"], control["layers"]) == (5, 6) and candidate["bytes"] < control["bytes"]
+    (score,) = candidate["scores"]
+    assert score["lower"] <= score["value"] <= score["upper"] and score["n"] == 8
+    recorded = client(project).get_run(facts["mlflow_run_id"]).data.metrics
+    assert score["value"] in recorded.values() and candidate["speed"].keys() == control["speed"].keys() != set()
+    # Another target: what is made anew says which result is near, and in what it differs.
+    assert run(project, target__layers=4) == 0
+    why = project.last_run["stages"]["plan"]["why"]
+    assert why.startswith("plan-") and why.endswith("the nearest stored, has another aim.layers_out (5, now 4)")
+    assert "has another input merged" in project.last_run["stages"]["quantize"]["why"]
+
+
+def test_what_the_method_cannot_reach_is_refused_before_a_table_is_read(project, capsys):
+    assert run(project, target={"layers": 2, "protect_first": 1, "protect_last": 1}) == 2
+    assert "target of 2 layers cannot be reached" in one_line(capsys)
+    assert set(project.last_run["stages"]) == {"base model"}
+    assert run(project, target__layers=6, quantize={"scheme": "off"}) == 2
+    assert "nothing to do: all 6 layers remain" in one_line(capsys)

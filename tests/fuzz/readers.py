@@ -67,7 +67,8 @@ def prepare_plan(folder: Path) -> tuple[Path, bytes, Read]:
 
 def prepare_manifest(folder: Path) -> tuple[Path, bytes, Read]:
     """The manifest of a stored result."""
-    from mka.store.products import MANIFEST, find, produce
+    from mka.store.manifests import MANIFEST
+    from mka.store.products import find, produce
 
     what = {"version": 1, "settings": {"a": 1}, "inputs": {"base": "d"}}
     made = produce(folder, "score", **what, make=lambda partial: {"n": (partial / "x").write_text("x")})

@@ -17,7 +17,7 @@ from support.models import make_texts, make_tiny_model, save_model
 
 from mka.cli.main import main
 from mka.model.checkpoint import open_checkpoint
-from mka.store.products import MANIFEST
+from mka.store.manifests import MANIFEST
 
 pytestmark = pytest.mark.operations
 

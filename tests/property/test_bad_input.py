@@ -51,7 +51,8 @@ from mka.report.page import write_card
 from mka.report.table import result_table
 from mka.similarity.stability import describe_stability
 from mka.store.cleaning import _names_of_last_run
-from mka.store.products import MANIFEST, produce, read_manifest
+from mka.store.manifests import MANIFEST, read_manifest
+from mka.store.products import produce
 from mka.terminal import quiet_lm_eval
 from mka.texts.calibration import load_calibration
 from mka.texts.rows import read_heldout

@@ -243,7 +243,9 @@ def test_only_failures_that_are_no_limit_of_a_method_set_the_exit_code(root, cap
     assert [(f["row"], f["layers"]) for f in document["failed"]] == [("sleb", 5), ("mka", 5)]
     assert all(str(error) in f["reason"] and f["expected"] is isinstance(error, EXPECTED) for f in document["failed"])
     assert [(c["row"], c["layers"]) for c in document["cells"]] == [("sleb", 4), ("mka", 4)]
-    assert said.err.count("\n") == code and ("2 of 4 cells failed unexpectedly" in said.err) == bool(code)
+    lines = said.err.splitlines()
+    assert [line.split()[0] for line in lines[:5]] == ["base", "1/4", "2/4", "3/4", "4/4"]  # a line per cell
+    assert len(lines) == 5 + code and ("2 of 4 cells failed unexpectedly" in said.err) == bool(code)
 
 
 def test_a_text_that_was_calibrated_on_is_refused_before_anything_runs(root):
@@ -403,6 +405,39 @@ def test_a_dry_run_lists_cells_and_runs_nothing(root, capsys):
     assert all(bool(cell["seconds"]) != cell["stored"] for cell in foreseen)
     assert main(["bench", recipe, "--dry-run"]) == 0
     assert "2 of 5 to do" in capsys.readouterr().out
+
+
+def test_a_dry_run_marks_the_cells_that_the_run_cannot_reach(root, capsys):
+    small = {"name": "policy_gradient", "settings": {"budget": 10}, "targets": [5]}
+    changes = {"targets": [2, 5], "methods": [{"name": "sleb"}, {"name": "mka"}, small]}  # first and last protected
+    recipe = str(write_bench_recipe(root, **changes))
+    assert main(["bench", recipe, "--dry-run", "--json"]) == 0
+    cells = {f"{c['cell']} at {c['layers']}": c["refusal"] for c in json.loads(capsys.readouterr().out)["cells"]}
+    refused = {name: refusal for name, refusal in cells.items() if refusal}
+    assert list(refused) == ["mka at 2", "policy_gradient (budget=10) at 5"]
+    assert main(["bench", recipe, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert cells["mka at 2"] in shown and shown.count("not reached") == 2 and "4 of 6 to do" in shown
+    failed = run(root, **changes).failed
+    assert {one.cell.key: one.reason for one in failed} == refused and all(one.expected for one in failed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluation": {"context": 64, "text_tokens": 64}}, "windows of 64 tokens, at least 2 are needed"),
+        (
+            {"evaluation": {"context": 16, "text_tokens": 256, "generation": 2, "task_targets": [4]}},
+            "facts and a question are",
+        ),
+    ],
+)
+def test_what_would_fail_every_cell_is_refused_before_any_is_run(root, capsys, changes, message):
+    recipe = str(write_bench_recipe(root, **changes))
+    for options in (["--dry-run"], []):
+        assert main(["bench", recipe, *options]) == 2
+        assert message in capsys.readouterr().err
+    assert not (root / "work/stages").exists()
 
 
 def test_only_names_a_method_of_the_recipe(root, capsys):

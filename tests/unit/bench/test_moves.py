@@ -1,6 +1,7 @@
 """`mka frontier`: a recipe laid out as bits alone, depth alone and both, run, and drawn."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,7 @@ def test_the_page_is_written_and_the_same_comparison_can_be_run_again(place, mon
     assert "7 of 7 to do" in said and not Path("out").exists()  # and nothing was written
     assert main(asked) == 0
     page = Path("out/frontier.md").read_text()
+    assert f"Written by `{shlex.join(['mka', *asked])}` on" in page
     assert "## Quality against bytes and time" in page and "| depth and bits, mixed 75 kB in all" in page
     assert {path.name for path in Path("out").iterdir()} == {
         *("frontier.md", "frontier.yaml", "frontier.png", "frontier-bytes.png")

@@ -19,7 +19,7 @@ def test_the_command_lists_removes_and_reports(work, capsys):
     assert main(["clean", "--work", str(work), "--older-than", "30d", "--dry-run"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].split() == ["what", "path", "size", "age"]
-    assert shown[2].split()[2:] == [f"stages/{old.name}", "2.0", "MB", "40", "d"]
+    assert shown[2].split()[2:] == [f"stages/{old.name}", "2", "MB", "40", "d"]
     assert shown[-1] == "dry run: nothing was removed" and "would go" in shown[-2]
     assert old.is_dir()
     assert main(["clean", "--work", str(work), "--older-than", "30d", "--json"]) == 0
@@ -28,7 +28,7 @@ def test_the_command_lists_removes_and_reports(work, capsys):
     assert document["removed"][0]["path"] == f"stages/{old.name}" and document["bytes"] > 2_000_000
     assert not old.exists()
     assert main(["clean", "--work", str(work), "--older-than", "30d"]) == 0
-    assert capsys.readouterr().out == f"0.0 kB in 0 things went from {work}\n"
+    assert capsys.readouterr().out == f"0 B in 0 things went from {work}\n"
 
 
 def test_the_command_finds_the_work_folder_and_refuses_in_one_line(work, tmp_path, capsys, monkeypatch):

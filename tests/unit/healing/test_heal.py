@@ -60,7 +60,7 @@ def test_the_command_leaves_a_stock_folder_nearer_to_the_base(place, capsys, mod
     [
         (["--mode", "local"], "no evidence/plan.json says what its layers answer for; give --plan FILE"),
         (["--base", "cut"], "equals its base"),
-        (["--tokens", "90000000"], "heal.tokens asks for 90,000,000: lower it or give more text"),
+        (["--tokens", "90000000"], "heal.tokens asks for 90,000,000: lower it to 8,192 or give more text"),
         (["--table", "none.jsonl"], "text table not found: none.jsonl"),
         (["--mode", "off"], "--mode off leaves nothing to do"),
         (["--rate", "1e9", "--tokens", "6144"], "lower heal.rate"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from support.bench import make_bench_folder
+from support.lines import split_stages
 from transformers import AutoModelForCausalLM
 
 from mka.alignment.gptq import MEASURED, choose_bits, cut_windows
@@ -144,4 +145,15 @@ def test_the_least_loss_of_its_bytes_is_starred(ask):
 )
 def test_what_cannot_be_told_is_refused_in_one_line(ask, options, changes, message):
     _, said = ask("--layers", "4", *options, code=2, **changes)
+    said = split_stages(said)[1]
     assert message in said and said.count("\n") == 1
+
+
+def test_a_number_of_layers_that_cannot_be_reached_is_marked_and_the_others_are_told(ask):
+    found, said = ask("--layers", "5", "--layers", "1", "--bytes", "1GB")
+    assert found[5, 1e9]["total"] is not None and found[5, 1e9]["refusal"] is None
+    assert found[1, 1e9]["depth"] is None and "target of 1 layers cannot be reached" in found[1, 1e9]["refusal"]
+    assert any(line.split()[-2:] == ["not", "reached"] for line in said.splitlines())
+    assert "1 layers: target of 1 layers cannot be reached" in said
+    _, said = ask("--layers", "1", "--bytes", "1GB", code=2)
+    assert "target of 1 layers cannot be reached" in said

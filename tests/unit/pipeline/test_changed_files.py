@@ -15,7 +15,8 @@ from mka.pipeline.job import prepare
 from mka.pipeline.pipeline import PIPELINE
 from mka.pipeline.recipes import validate_recipe
 from mka.pipeline.stage import Stage
-from mka.store.products import MANIFEST, produce, reading
+from mka.store.manifests import MANIFEST
+from mka.store.products import produce, reading
 from mka.terminal import showing
 
 LOOKING = yaml.safe_load(TINY.read_text())["calibration"]
@@ -76,7 +77,7 @@ def finished(tmp_path_factory):
     }
     recipe = validate_recipe(raw)
     with showing(False):
-        compress(prepare(recipe, root / "work"), root / "work/stages", root / "out", say=lambda line: None)
+        compress(prepare(recipe, root / "work"), root / "work/stages", root / "out", tell=lambda name, product: None)
     return root, recipe, open_checkpoint(root / "out").digest
 
 
@@ -98,7 +99,7 @@ def rerun(root, recipe, store, output, monkeypatch, *, after, harm):
 
     monkeypatch.setattr(Stage, "produce", produce_then_harm)
     with showing(False):
-        compress(prepare(recipe, root / "work"), store, output, say=lambda line: None)
+        compress(prepare(recipe, root / "work"), store, output, tell=lambda name, product: None)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_what_changes_during_a_run_ends_it_before_anything_is_published(
     monkeypatch.undo()
     # The same call then makes again what was harmed, and ends where an undisturbed run does.
     with showing(False):
-        compress(prepare(recipe, root / "work"), store, output, say=lambda line: None)
+        compress(prepare(recipe, root / "work"), store, output, tell=lambda name, product: None)
     assert open_checkpoint(output).digest == digest
 
 

@@ -12,7 +12,7 @@ from support.work import DAY, MONTH, age, gone, look, make, make_work_folder, pa
 
 from mka.errors import DurationError, OutputError
 from mka.store.cleaning import clean, read_duration
-from mka.store.products import MANIFEST
+from mka.store.manifests import MANIFEST
 
 
 @pytest.fixture

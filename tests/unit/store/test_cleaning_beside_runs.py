@@ -17,7 +17,8 @@ from support.work import MONTH, age, gone, make, make_work_folder, paths
 
 from mka.errors import OutputError
 from mka.store.cleaning import clean
-from mka.store.products import MANIFEST, produce
+from mka.store.manifests import MANIFEST
+from mka.store.products import produce
 from mka.store.publishing import replace_file
 
 ROOT = Path(__file__).parents[3]

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from mka.errors import OutputError
-from mka.store.products import MANIFEST, digest_manifest, find_scratch, produce, stage_key
+from mka.store.manifests import MANIFEST, digest_manifest
+from mka.store.products import find_scratch, produce, stage_key
 
 ROOT = Path(__file__).parents[3]
 WHAT = {"version": 1, "settings": {"a": 1}, "inputs": {"base": "d1"}}
@@ -42,7 +43,7 @@ def make(store, maker, stage="score", **changes):
 def test_the_first_run_makes_and_the_second_reuses(tmp_path):
     maker = Maker()
     first = make(tmp_path / "store", maker)
-    assert not first.reused and first.why == "no result for these inputs and settings yet"
+    assert not first.reused and first.why == "no result of this stage is stored"
     assert (first.folder / "x.txt").read_text() == "result"
     second = make(tmp_path / "store", maker)
     assert second.reused and second.why == "same inputs and settings; 2 files intact"
@@ -112,7 +113,7 @@ def test_a_result_that_is_not_whole_is_made_again_and_the_reason_said(tmp_path, 
 @pytest.mark.parametrize(
     ("manifest", "why"),
     [
-        (None, "no result for these inputs and settings yet"),
+        (None, "no result of this stage is stored"),
         ("", "manifest is damaged"),
         ("{", "manifest is damaged"),
         ("\xff", "manifest is damaged"),
@@ -225,7 +226,7 @@ def test_an_exception_stores_nothing(tmp_path, error):
         make(tmp_path, fail)
     assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
     maker = Maker()
-    assert make(tmp_path, maker).why == "no result for these inputs and settings yet"
+    assert make(tmp_path, maker).why == "no result of this stage is stored"
 
 
 def test_facts_that_are_not_json_store_nothing(tmp_path):
@@ -318,7 +319,7 @@ def test_a_killed_process_leaves_no_result_and_nobody_waits_for_it(tmp_path):
     started = time.perf_counter()
     product = make(tmp_path, Maker())
     assert time.perf_counter() - started < 5
-    assert not product.reused and product.why == "no result for these inputs and settings yet"
+    assert not product.reused and product.why == "no result of this stage is stored"
     # What the killed process had half written is gone too.
     assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == [product.folder]
 

@@ -93,7 +93,7 @@ def test_rows_of_a_matrix_are_rounded_alike_however_many_at_a_time():
 
 def test_refusals(tmp_path):
     source = open_checkpoint(save_model(make_tiny_model("llama"), tmp_path / "base"))
-    with pytest.raises(RecipeError, match=r"group_size 256 does not divide the layer widths \[32, 64\].*: 16, 32"):
+    with pytest.raises(RecipeError, match=r"group_size 256 does not divide the layer widths \[32, 64\].*: 8, 16, 32"):
         simulate_higgs(source, Settings(), tmp_path / "out")
     with pytest.raises(ValidationError, match="a Hadamard matrix has a power of two"):
         Settings(group_size=48)

@@ -1,6 +1,7 @@
 """Weight-only rounding: a stock loader gets back round-to-nearest on a grid per group, and nothing else moved."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from support.models import make_tiny_model, save_model
 from transformers import AutoModelForCausalLM
 
-from mka.errors import CheckpointError, RecipeError
+from mka.errors import CheckpointError, NumericsError, RecipeError
 from mka.model.checkpoint import open_checkpoint
 from mka.model.verification import inspect_checkpoint, require_sound
 from mka.plan.plan import MergedLayer, MergePlan, identity_layers
@@ -20,6 +21,7 @@ from mka.transforms import get_quantizer
 from mka.transforms.merge import merge_checkpoint
 from mka.transforms.packing import check_group_size
 from mka.transforms.rtn import quantize_checkpoint
+from mka.transforms.serving import list_group_sizes
 
 GROUP = 16
 BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
@@ -34,8 +36,8 @@ def tiny(family="llama", **options):
     return make_tiny_model(family, num_hidden_layers=LAYERS, **FAMILY_OPTIONS.get(family, {}), **options)
 
 
-def quantize(folder, output, scheme="int8", group_size=GROUP, **options):
-    settings = QuantizeSettings(scheme=scheme, group_size=group_size)
+def quantize(folder, output, scheme="int8", group_size=GROUP, embeddings="off", **options):
+    settings = QuantizeSettings(scheme=scheme, group_size=group_size, embeddings=embeddings)
     return quantize_checkpoint(open_checkpoint(folder), output, settings, **options)
 
 
@@ -237,10 +239,11 @@ def test_a_merged_model_can_be_quantized(tmp_path):
 @pytest.mark.parametrize(
     ("group_size", "options", "fitting"),
     [
-        (64, {}, "16, 32"),
-        (24, {}, "16, 32"),
-        (128, {"hidden_size": 64, "intermediate_size": 192}, "16, 32"),
-        (32, {"intermediate_size": 72}, "none of 16 to 256; use scheme: off"),
+        (64, {}, "8, 16, 32"),
+        (24, {}, "8, 16, 32"),
+        (128, {"hidden_size": 64, "intermediate_size": 192}, "8, 16, 32"),
+        (32, {"intermediate_size": 72}, "8"),
+        (32, {"intermediate_size": 68}, "none of 8 or more; use scheme: off"),
     ],
 )
 def test_a_group_size_that_does_not_divide_the_widths_is_refused_with_those_that_do(
@@ -248,7 +251,7 @@ def test_a_group_size_that_does_not_divide_the_widths_is_refused_with_those_that
 ):
     source = open_checkpoint(save_model(tiny(**options), tmp_path / "base"))
     with pytest.raises(RecipeError) as caught:
-        check_group_size(source, group_size)
+        check_group_size(source, QuantizeSettings(scheme="int8", group_size=group_size))
     message = str(caught.value)
     assert f"quantize.group_size {group_size} does not divide the layer widths" in message
     assert message.endswith(f"sizes that do: {fitting}")
@@ -261,7 +264,41 @@ def test_a_group_size_that_does_not_divide_the_widths_is_refused_with_those_that
 def test_the_sizes_named_are_accepted(tmp_path):
     source = open_checkpoint(save_model(tiny(), tmp_path / "base"))
     for size in (8, 16, 32):
-        check_group_size(source, size)
+        check_group_size(source, QuantizeSettings(scheme="int8", group_size=size))
+
+
+@pytest.mark.parametrize(
+    ("widths", "settings", "sizes"),
+    [
+        ((32, 64), {}, [8, 16, 32]),
+        # What is no power of two is told where nothing else divides all.
+        ((36, 108), {}, [9, 12, 18, 36]),
+        ((576, 1536), {}, [8, 16, 32, 64]),
+        # llama.cpp holds groups of multiples of 32.
+        ((576, 1536), {"serve_on": "llama.cpp"}, [32, 64]),
+        ((30, 7), {}, []),
+    ],
+)
+def test_sizes_are_those_that_divide_and_that_the_engine_runs(widths, settings, sizes):
+    assert list_group_sizes(widths, QuantizeSettings(scheme="int8", **settings)) == sizes
+
+
+@pytest.mark.parametrize("largest", [70000.0, 65400.0])
+@pytest.mark.parametrize("embeddings", ["off", "int8"])
+def test_weights_beyond_the_dtype_they_are_loaded_in_are_refused_by_name(largest, embeddings, tmp_path):
+    model = make_tiny_model("llama", tie_word_embeddings=False)
+    where = "model.layers.2.mlp.up_proj.weight" if embeddings == "off" else "lm_head.weight"
+    with torch.no_grad():
+        # Of the range's numbers one more is below 0: 65400 rounds to 65656, beyond float16's 65504.
+        model.get_parameter(where)[3, 5] = -largest
+    folder = save_model(model, tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    with pytest.raises(
+        NumericsError, match=f"^{re.escape(where)}: rounded, its values reach .* beyond float16"
+    ) as told:
+        quantize(folder, tmp_path / "out", group_size=16, embeddings=embeddings)
+    assert "dtype: bfloat16" in str(told.value) and not (tmp_path / "out").exists()
 
 
 def test_weights_that_are_quantized_already_are_refused(tmp_path):
@@ -296,6 +333,7 @@ from mka.model import verification
 from mka.model.verification import inspect_checkpoint
 from mka.recipe import QuantizeSettings
 from mka.transforms.rtn import quantize_checkpoint
+from mka.transforms.serving import list_group_sizes
 verification.PROBE_TOKENS = 2
 work = Path({work!r})
 for turn, layers in enumerate((4, 4, 36)):  # the first run brings in what the libraries load late
