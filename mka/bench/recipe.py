@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from mka.errors import RecipeError
 from mka.pipeline.quantize import describe_rounding
 from mka.recipe import (
+    LEAST_HEALING,
     AlignmentFit,
     AlignmentSettings,
     CalibrationSettings,
@@ -53,8 +54,8 @@ class MethodEntry(Section):
     @field_validator("heal")
     @classmethod
     def _distinct_amounts(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(value)) < len(value) or min(value) < 0:
-            raise ValueError("must be different numbers of tokens, 0 for a row that is not healed")
+        if len(set(value)) < len(value) or any(tokens and tokens < LEAST_HEALING for tokens in value):
+            raise ValueError(f"must be different numbers of tokens from {LEAST_HEALING} on, 0 for a row not healed")
         return value
 
     @field_validator("quantize")

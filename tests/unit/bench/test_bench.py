@@ -430,6 +430,7 @@ def test_a_dry_run_marks_the_cells_that_the_run_cannot_reach(root, capsys):
             {"evaluation": {"context": 16, "text_tokens": 256, "generation": 2, "task_targets": [4]}},
             "facts and a question are",
         ),
+        ({"methods": [{"name": "sleb", "heal": [0, 100]}]}, "different numbers of tokens from 512 on"),
     ],
 )
 def test_what_would_fail_every_cell_is_refused_before_any_is_run(root, capsys, changes, message):
