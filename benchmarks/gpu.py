@@ -156,7 +156,7 @@ def copy_bytes(source: Path, target: Path) -> None:
 
 
 def run_all(shape: str, work: Path, dtype: str, windows: int, context: int) -> Table:
-    """Everything, in the order of the road."""
+    """Everything, in the order of a run."""
     table, on_gpu = Table(), torch.cuda.is_available()
     base, device = work / "base", "cuda" if on_gpu else "cpu"
     with table.time("write the random checkpoint"):

@@ -117,7 +117,7 @@ def describe_command(place: Workplace, recipe: str, overrides: dict[str, Any] | 
 
 
 def walk(place: Workplace, recipe: Recipe, log: Log) -> None:
-    """The road, top to bottom; every stage is stored and reused by content."""
+    """Every stage, top to bottom; every stage is stored and reused by content."""
     log.facts["name"] = recipe.name
     reach_registry(place, recipe)
     check_engines(recipe)

@@ -1,4 +1,4 @@
-"""The page of a comparison, generated whole, and its rows in the README."""
+"""The page of a comparison, generated whole, and its rows in another."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -81,7 +81,7 @@ def render_page(comparison: Comparison, picture: str | None, frontier: str | Non
     return "\n".join(lines) + "\n"
 
 
-def update_readme(path: Path, comparison: Comparison) -> None:
+def update_rows(path: Path, comparison: Comparison) -> None:
     """Replace what stands between the two markers by the best method of each target.
 
     Best is the lowest geometric mean, over the texts, of the ratio of the headline metric.

@@ -8,27 +8,31 @@ import click
 
 from mka.cli.console import examples, reports
 from mka.cli.models import find_work
-from mka.cli.options import RECIPE, device_option
+from mka.cli.options import FILE, RECIPE, device_option
 from mka.store.publishing import make_work
 from mka.terminal import Outcome, align, quiet_libraries, say
-
-README = Path("README.md")
 
 
 @click.command(
     epilog=examples(
         "mka bench recipes/bench_smollm2.yaml --dry-run",
         "mka bench recipes/bench_smollm2.yaml --only shortgpt",
-        "mka bench recipes/bench_smollm2.yaml --readme",
+        "mka bench recipes/bench_smollm2.yaml --rows-in docs/comparing.md",
     )
 )
 @click.argument("recipe", type=RECIPE)
 @click.option("--only", metavar="METHOD", help="Run the cells of one method, by name or label; show all stored ones.")
-@click.option("--readme", is_flag=True, help=f"Put the best rows between the benchmarks markers of {README} too.")
+@click.option(
+    "--rows-in",
+    "page",
+    type=FILE,
+    metavar="FILE",
+    help="Put the best rows between the markers of FILE, too.",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything and list the cells: stored, or about how long.")
 @device_option
 @reports
-def bench(recipe: Path, only: str | None, readme: bool, dry_run: bool) -> Outcome:
+def bench(recipe: Path, only: str | None, page: Path | None, dry_run: bool) -> Outcome:
     """Compare methods as RECIPE says: methods × targets × alignment × healing × rounding.
 
     Every candidate is planned, merged, healed, rounded, measured from disk on the same windows as the base, and
@@ -49,7 +53,7 @@ def bench(recipe: Path, only: str | None, readme: bool, dry_run: bool) -> Outcom
         if dry_run:
             return show_foresight(foresee_bench(prepared, only))
         results = run_bench(prepared, only=only, say=say)
-        return publish_results(results, README if readme else None)
+        return publish_results(results, page)
 
 
 def show_foresight(cells: list[dict[str, Any]]) -> Outcome:

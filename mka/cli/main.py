@@ -69,7 +69,7 @@ class Commands(click.Group):
         return context
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Name the commands in the order of the road, then those of entry points."""
+        """Name the commands in the order of a run, then those of entry points."""
         return [*self.commands, *(name for name in find_installed() if name not in self.commands)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:

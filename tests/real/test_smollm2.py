@@ -1,4 +1,4 @@
-"""The whole road on the real model, by the paper's recipe: `make data` brings the model and the tables.
+"""Every stage on the real model, by the paper's recipe: `make data` brings the model and the tables.
 
 Nothing here needs a network. The demo's own recipe takes longer and is run by .ci/run.
 """

@@ -1,4 +1,4 @@
-"""What a comparison leaves for people: the page, the picture, the rows in the README."""
+"""What a comparison leaves for people: the page, the picture, the rows in another page."""
 
 import io
 import json
@@ -12,7 +12,7 @@ import yaml
 from support.bench import TINY, make_bench_folder, write_bench_recipe
 
 from mka.bench.frontier import find_frontier
-from mka.bench.page import BEGIN, END, render_page, update_readme
+from mka.bench.page import BEGIN, END, render_page, update_rows
 from mka.bench.parts import Bench, Measured
 from mka.bench.picture import draw_comparison, draw_frontiers
 from mka.bench.recipe import validate_bench
@@ -288,22 +288,22 @@ def test_a_hopeless_model_does_not_squash_the_others(folder):
     assert "Lines that leave" not in draw_comparison(compare(folder, NATS, failed=[("shortgpt", 4)]), "svg").decode()
 
 
-def test_the_readme_gets_the_best_row_of_each_target_between_its_markers(comparison, tmp_path):
+def test_another_page_gets_the_best_row_of_each_target_between_its_markers(comparison, tmp_path):
     headers, rows = tabulate_best(comparison)
     assert headers == ["layers", "best method", "words (seen kind)", "prose (unseen kind)"]
     # Least mean of nats over the texts: 0.2 of mka against 0.25 and 0.25; 0.5 against 0.6.
     assert [row[:2] for row in rows] == [["5 of 6", "mka_new"], ["4 of 6", "mka_new"]]
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    update_readme(readme, comparison)
+    update_rows(readme, comparison)
     text = readme.read_text()
     assert text.startswith(f"before\n{BEGIN}\n| layers |") and text.endswith(f"|\n{END}\nafter\n") and "old" not in text
-    update_readme(readme, comparison)
+    update_rows(readme, comparison)
     assert readme.read_text() == text
     for broken in ("", f"{END}\n{BEGIN}\n", BEGIN):
         readme.write_text(broken)
         with pytest.raises(OutputError, match="has no lines"):
-            update_readme(readme, comparison)
+            update_rows(readme, comparison)
 
 
 def test_unequal_windows_keep_the_readers_informed(comparison):
