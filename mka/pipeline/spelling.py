@@ -1,10 +1,10 @@
 """Recipes written out for people: YAML with a comment where one helps, and the schema that editors check them by."""
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
 from mka.methods import get_method, method_names, resolve_method
@@ -90,7 +90,7 @@ def find_changes(recipe: Recipe) -> dict[str, Any]:
             value = value[step]
         if field.is_required():
             continue
-        default = json.loads(json.dumps(field.get_default(call_default_factory=True), default=str))
+        default = TypeAdapter(Any).dump_python(field.get_default(call_default_factory=True), mode="json")
         if value != default:
             changed[key] = default
     return changed

@@ -321,7 +321,7 @@ def test_the_command_writes_page_and_picture_only_of_a_whole_comparison(folder, 
     assert main(["bench", recipe, "--only", "sleb"]) == 0
     assert "1 cells not run yet" in capsys.readouterr().out and not Path("docs").exists()
     Path("README.md").write_text(f"{BEGIN}\n{END}\n")
-    assert main(["bench", recipe, "--readme", "--json"]) == 0
+    assert main(["bench", recipe, "--rows-in", "README.md", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["written"] == ["docs/benchmarks.png", "docs/benchmarks.md", "README.md"]
     assert f"`mka bench {recipe}`" in Path("docs/benchmarks.md").read_text()
     assert (
