@@ -19,6 +19,7 @@ from mka.outside.reading import STRICT, build_from, read_json
 from mka.store.publishing import write_text
 from tasks.machine.automations import make_automations
 from tasks.machine.workplace import Workplace
+from tasks.registry.tracking import make_tables
 
 HOST = "127.0.0.1"
 PORTS = {"prefect": ("MKA_PREFECT_PORT", 4200), "mlflow": ("MKA_MLFLOW_PORT", 5000)}
@@ -99,6 +100,8 @@ class Servers:
                 for name in PORTS:
                     if name not in running:
                         refuse_taken(name)
+                if "mlflow" not in running:
+                    make_tables(self.place.tracking_uri)  # the server itself would leave them half made when killed
                 for name in PORTS:
                     if name not in running:
                         running[name] = self._start(name, server_commands(self.place)[name], address_of(name))

@@ -175,6 +175,16 @@ def _open_client(uri: str) -> Any:
     return client
 
 
+def make_tables(uri: str) -> None:
+    """Make the tables of a store that is a file, unless it has them.
+
+    Raises:
+        RegistryError: if it cannot be used.
+    """
+    with connect_registry(uri):
+        pass
+
+
 def _make_database(uri: str, database: Path) -> None:
     """Have MLflow make its tables aside, and put the file in its place when they are whole.
 
