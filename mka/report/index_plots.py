@@ -4,10 +4,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from mka.report.index import Recompression
+from mka.report.recompression import Recompression
 
 # A plot, in pixels: size, and what the axes take of it on the left, right, top and bottom.
 WIDTH, HEIGHT = 420, 300

@@ -16,6 +16,7 @@ from filelock import FileLock
 from mka.errors import RegistryError
 from mka.outside.printable import hide_passwords
 from mka.recipe import Recipe
+from mka.store.publishing import replace_file
 from tasks.machine.slots import hold_slot, registry_slot
 from tasks.machine.workplace import Workplace
 
@@ -190,12 +191,10 @@ def _make_database(uri: str, database: Path) -> None:
 
     It makes them step by step, and goes on with none that a kill has left half done.
     """
-    partial = database.with_name(f".{database.name}.partial")
-    for left in (partial, partial.with_name(f"{partial.name}-journal")):
+    for left in database.parent.glob(f".{database.name}.partial-*-journal"):
         left.unlink(missing_ok=True)
     start, end = _SQLITE.match(uri).span("path")  # type: ignore[union-attr]
-    _touch_tables(f"{uri[:start]}{partial}{uri[end:]}")
-    partial.replace(database)
+    replace_file(database, lambda aside: _touch_tables(f"{uri[:start]}{aside}{uri[end:]}"))
 
 
 def _touch_tables(uri: str) -> Any:

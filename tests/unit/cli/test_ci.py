@@ -98,8 +98,8 @@ def test_each_stage_is_told_once_and_a_server_that_was_away_is_waited_for(monkey
     assert run.state == "Completed" and run.told.stages == STAGES
     late, observe, merge = lines
     assert "no worker has taken it yet" in late
-    assert observe.split() == ["observe", "1.5", "s", "no", "result", "yet"]
-    assert merge.split()[:2] == ["merge", "reused"]
+    assert observe.split() == ["observe", "1.5", "s", "computed:", "no", "result", "yet"]
+    assert merge.split()[:3] == ["merge", "–", "reused:"]
     with pytest.raises(httpx.HTTPStatusError):
         follow(Server(gone), RUN_ID, None, lines.append)
 

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[3]
 TABLE = ROOT / "mka" / "evaluation" / "metrics.py"
 # What measures a metric names it; lm-eval's results have columns of these names.
 MEASURING = {ROOT / f"{row.measure.partition(':')[0].replace('.', '/')}.py" for row in METRICS.values()}
-MEASURING |= {ROOT / "mka" / "evaluation" / name for name in ("definitions.py", "task_keys.py")}
+MEASURING |= {ROOT / "mka" / "evaluation" / name for name in ("catalog.py", "packaged.py", "task_keys.py")}
 
 
 def text(nll, name="prose", tokens=100):

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mka.errors import NumericsError, RecipeError
 from mka.evaluation.perplexity import measure_perplexity, score_windows
+from mka.terminal import showing
 from mka.texts.windows import SEPARATOR, cut_windows
 
 VOCAB = 258
@@ -170,5 +171,6 @@ def test_too_little_text_and_too_long_contexts_are_refused(model, texts, options
 def test_progress_shows_a_token_rate_and_can_be_silent(model, capfd):
     measure(model, byte_tokenizer())
     assert capfd.readouterr() == ("", "")
-    measure(model, byte_tokenizer(), progress=True)
+    with showing(True):
+        measure(model, byte_tokenizer(), progress=True)
     assert "tok/s" in capfd.readouterr().err

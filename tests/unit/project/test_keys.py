@@ -266,7 +266,7 @@ def list_stage_keys(recipe: Recipe, base: Any) -> dict[str, str]:
     table = AlignmentTable({"words": ["w1"]}, recipe.alignment) if recipe.alignment.enabled else None
     texts = CalibrationSet(("w1 " * 512,), ("words",), "digest", "texts.jsonl")  # a window of what rounds by texts
     healing = HealingTable({"words": ["w1"]}, recipe.heal)
-    inputs = Inputs(texts, table, healing, {"words": ["w1"]}, recipe.evaluation.tasks)
+    inputs = Inputs(texts, table, healing, {"words": ["w1 " * 2048]}, recipe.evaluation.tasks)
     job = open_job(recipe, resolve_method(recipe.method), base, "revision", inputs)
     # Products whose digests are the keys they were made under: a change goes on to what is made of them.
     found: dict[str, Product] = {}
