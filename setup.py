@@ -11,6 +11,5 @@ orchestrated = find_packages(include=["flows", "flows.*", "tasks", "tasks.*"], e
 
 setup(
     packages=[*library, "mka_flows", *(f"mka_flows.{name}" for name in orchestrated)],
-    package_data={"mka_flows.tasks.guards": ["templates/*"]},
     package_dir={"mka_flows": "flows/installed", "mka_flows.flows": "flows", "mka_flows.tasks": "tasks"},
 )

@@ -267,7 +267,7 @@ def test_a_run_that_was_ended_says_so(project, capsys, monkeypatch, cancelled, s
 
     monkeypatch.setattr("flows.recompress.walk", end)
     assert run(project) == 130
-    assert "interrupted; finished stages are kept; resume: python -m flows.recompress" in one_line(capsys)
+    assert "interrupted; finished stages are kept; resume: mka run" in one_line(capsys)
     assert project.last_run["status"] == status and project.last_run["error"]
 
 
