@@ -157,6 +157,21 @@ def test_two_models_at_once_do_not_disturb_each_other_and_a_refusal_fails_whoeve
     assert report.is_file() and report.is_relative_to(project.work)
 
 
+def test_a_job_of_ci_has_stages_result_and_outputs_from_the_server(stack, tmp_path):
+    files = {"GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md"), "GITHUB_OUTPUT": str(tmp_path / "output")}
+    command = [sys.executable, "-m", "flows.ci", str(stack.project.write_recipe())]
+    # Nothing of the work folder: the worker may be on another machine.
+    environment = stack.environment | files | {"MKA_WORK": str(tmp_path / "empty")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    stages = list(stack.facts["stages"])
+    told = [line for line in done.stderr.splitlines() if line.startswith(tuple(f"{name}  " for name in stages))]
+    assert len(told) == len(stages) and "verdict      pass" in done.stdout and "perplexity" in done.stdout
+    outputs = dict(line.split("=", 1) for line in (tmp_path / "output").read_text().splitlines())
+    assert outputs["verdict"] == "pass" and outputs["address"] == f"models:/tiny/{outputs['version']}"
+    assert outputs["run"].startswith(stack.prefect) and "perplexity" in (tmp_path / "summary.md").read_text()
+
+
 def test_up_again_starts_nothing_and_down_ends_exactly_what_up_started(stack, tmp_path):
     def run(action, **environment):
         command = [sys.executable, "-m", "flows.servers", action]
@@ -188,18 +203,3 @@ def test_up_again_starts_nothing_and_down_ends_exactly_what_up_started(stack, tm
     assert sorted(line.split()[1] for line in done.stdout.splitlines()) == ["mlflow", "prefect", "worker"]
     assert not any(psutil.pid_exists(server["pid"]) for server in before)
     assert run("status").stdout == "nothing runs\n"
-
-
-def test_a_job_of_ci_has_stages_result_and_outputs_from_the_server(stack, tmp_path):
-    files = {"GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md"), "GITHUB_OUTPUT": str(tmp_path / "output")}
-    command = [sys.executable, "-m", "flows.ci", str(stack.project.write_recipe())]
-    # Nothing of the work folder: the worker may be on another machine.
-    environment = stack.environment | files | {"MKA_WORK": str(tmp_path / "empty")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    stages = list(stack.facts["stages"])
-    told = [line for line in done.stderr.splitlines() if line.startswith(tuple(f"{name}  " for name in stages))]
-    assert len(told) == len(stages) and "verdict      pass" in done.stdout and "perplexity" in done.stdout
-    outputs = dict(line.split("=", 1) for line in (tmp_path / "output").read_text().splitlines())
-    assert outputs["verdict"] == "pass" and outputs["address"] == f"models:/tiny/{outputs['version']}"
-    assert outputs["run"].startswith(stack.prefect) and "perplexity" in (tmp_path / "summary.md").read_text()
