@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.tasks import define
+from support.task_tables import define
 
 from mka.cli.main import main
 

@@ -6,7 +6,7 @@ import time
 import pytest
 import yaml
 from support.models import make_texts, make_tiny_model, make_tokenizer
-from support.tasks import MINE, define
+from support.task_tables import MINE, define
 
 import mka.evaluation.packaged as packaged
 import mka.evaluation.task_index as task_index

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from support.models import make_texts, make_tiny_model, make_tokenizer
-from support.tasks import define
+from support.task_tables import define
 
 from mka.errors import RecipeError
 from mka.evaluation.catalog import Catalog

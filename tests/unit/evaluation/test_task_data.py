@@ -4,7 +4,7 @@ import json
 
 import pytest
 from support.models import make_texts, make_tiny_model, make_tokenizer
-from support.tasks import define
+from support.task_tables import define
 
 import mka.evaluation.task_data as task_data
 from mka.errors import RecipeError

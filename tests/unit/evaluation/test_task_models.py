@@ -7,7 +7,7 @@ import pytest
 from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
 from support.models import make_texts, make_tiny_model, make_tokenizer, save_model
-from support.tasks import define
+from support.task_tables import define
 from transformers import AutoModelForCausalLM
 
 import mka.outside.rendering as rendering
