@@ -299,7 +299,7 @@ def test_moves_are_told_per_model_newest_first():
 
 def test_an_empty_registry_has_an_honest_page():
     page = show([])
-    assert "Nothing has been recompressed yet" in page.text and "python -m flows.recompress" in page.text
+    assert "Nothing has been recompressed yet" in page.text and "mka run" in page.text
     assert not page.all("table") and not page.all("svg") and "champion" not in page.text
 
 
