@@ -20,6 +20,7 @@ from prefect.runtime import flow_run
 from mka.errors import PromotionError
 from mka.methods import resolve_method
 from mka.pipeline.job import open_job
+from mka.recipe import Recipe
 from mka.terminal import Outcome
 from tasks.base_model import fetch_base_model
 from tasks.calibration import open_inputs
@@ -29,7 +30,14 @@ from tasks.refusing import name_refusals
 from tasks.registry.assets import note_champion
 from tasks.registry.challenge import promote_measured, read_recipe, refuse_stale, refuse_unapproved, require_pass
 from tasks.registry.index import write_index_page
-from tasks.registry.promotion import Move, find_candidate, name_person, read_aliases, read_version
+from tasks.registry.promotion import (
+    Move,
+    RegisteredVersion,
+    find_candidate,
+    name_person,
+    read_aliases,
+    read_version,
+)
 from tasks.registry.signature import require_signature
 from tasks.registry.tracking import CHAMPION, PREVIOUS, registry_address
 from tasks.stages import Run
@@ -75,8 +83,7 @@ def promote(
     place = find_workplace()
     place.prepare()
     uri = registry or registry_address(place)
-    chosen = read_version(uri, model, str(version)) if version else find_candidate(uri, model)
-    recipe = read_recipe(chosen)
+    chosen, recipe = choose_version(uri, model, version)
     refuse_unapproved(recipe, approver)
     refuse_stale(place, recipe, chosen)
     require_signature(place, recipe, chosen)
@@ -99,6 +106,17 @@ def promote(
     say_move(move)
     write_index_page(place, uri)
     return move
+
+
+def choose_version(uri: str, model: str, version: str | None) -> tuple[RegisteredVersion, Recipe]:
+    """Return the version that was named, else the one "candidate" points at, with the recipe it was made by.
+
+    Raises:
+        PromotionError: if there is none, or it has no recipe.
+        RegistryError: if the registry cannot be reached.
+    """
+    chosen = read_version(uri, model, str(version)) if version else find_candidate(uri, model)
+    return chosen, read_recipe(chosen)
 
 
 def say_move(move: Move) -> None:
@@ -125,8 +143,7 @@ def foresee_promotion(
     place = find_workplace()
     place.prepare()
     uri = registry or registry_address(place)
-    chosen = read_version(uri, model, str(version)) if version else find_candidate(uri, model)
-    recipe = read_recipe(chosen)
+    chosen, recipe = choose_version(uri, model, version)
     aliases = read_aliases(uri, model)
     current = aliases.get(CHAMPION)
     if current == chosen.version:

@@ -1,5 +1,7 @@
 """A task of one's own, as a definition in YAML."""
 
+import json
+
 import yaml
 
 MINE = {
@@ -18,3 +20,11 @@ MINE = {
 def define(folder, name="mine", **changes):
     body = {key: value for key, value in (MINE | {"task": name} | changes).items() if value is not ...}
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(body))
+
+
+def save_items(folder, texts):
+    """Write the definition and a table of one item per text; returns the folder."""
+    rows = [{"question": text, "choices": ["w3", "w9 w4", "w5"], "answer": n % 3} for n, text in enumerate(texts)]
+    (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    define(folder)
+    return folder

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from support.models import make_texts, make_tiny_model, make_tokenizer
-from support.task_tables import define
+from support.task_tables import define, save_items
 
 from mka.errors import RecipeError
 from mka.evaluation.catalog import Catalog
@@ -19,10 +19,7 @@ WORDS = make_texts(8, seed=3)
 
 @pytest.fixture
 def folder(tmp_path):
-    rows = [{"question": text, "choices": ["w3", "w9 w4", "w5"], "answer": n % 3} for n, text in enumerate(WORDS)]
-    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    define(tmp_path)
-    return tmp_path
+    return save_items(tmp_path, WORDS)
 
 
 def run(folder, tasks):

@@ -1,13 +1,12 @@
 """How models are asked: in their chat template, after an instruction, and by lm-eval's own model classes."""
 
-import json
 from importlib.util import find_spec
 
 import pytest
 from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
 from support.models import make_texts, make_tiny_model, make_tokenizer, save_model
-from support.task_tables import define
+from support.task_tables import define, save_items
 from transformers import AutoModelForCausalLM
 
 import mka.outside.rendering as rendering
@@ -25,10 +24,7 @@ TEMPLATE = TURNS + "{% if add_generation_prompt %}w4 {{ eos_token }}{% endif %}"
 
 @pytest.fixture
 def folder(tmp_path):
-    rows = [{"question": text, "choices": ["w3", "w9 w4", "w5"], "answer": n % 3} for n, text in enumerate(WORDS)]
-    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    define(tmp_path)
-    return tmp_path
+    return save_items(tmp_path, WORDS)
 
 
 class Listening(HFLM):
